@@ -53,7 +53,7 @@ def timestamp_ms(
     low: int = MIN_TIMESTAMP_MS,
     high: int = MAX_TIMESTAMP_MS,
 ) -> int:
-    """Milliseconds since the Unix epoch, rounded up; out of `low`..`high` adds a violation and gives `low`."""
+    """Milliseconds since the Unix epoch, rounded up; outside the limits adds a violation and gives `low`."""
     if not 0 <= value.nanos < _NANOS_PER_S:
         violations.append(Violation(field, "nanos must be from 0 to 999,999,999"))
         return low
