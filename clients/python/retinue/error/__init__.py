@@ -1,0 +1,1 @@
+"""Generated stubs; see protos/retinue/error for the contract."""

@@ -1,0 +1,1 @@
+"""Generated stubs; see protos/retinue/error/v1 for the contract."""

@@ -1,0 +1,1 @@
+"""Generated stubs; see protos/retinue/workqueue for the contract."""

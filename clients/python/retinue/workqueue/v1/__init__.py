@@ -1,0 +1,1 @@
+"""Generated stubs; see protos/retinue/workqueue/v1 for the contract."""
