@@ -116,7 +116,10 @@ async def _attempt(*actions: Callable[[], Awaitable[None]], within: float | None
 
 
 async def run(process: Process, on_ready: Callable[[], None]) -> None:
-    """Starts, calls `on_ready`, serves until SIGTERM or SIGINT, stops. A second signal ends the process at once."""
+    """Starts, calls `on_ready`, serves until SIGTERM or SIGINT, stops.
+
+    A second signal ends the process at once.
+    """
     stop = asyncio.Event()
     _on_signals(stop)
     starting = asyncio.create_task(process.start())

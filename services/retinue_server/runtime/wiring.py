@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from retinue_server.runtime import addresses
 from retinue_server.runtime.authority import Authority, TokenFile
-from retinue_server.runtime.codec import proto_codec
+from retinue_server.runtime.codec import Codec, json_codec, proto_codec
 from retinue_server.runtime.dispatch import Method, Pattern, Role, Service
 from retinue_server.runtime.health import HEALTH, HealthService, ReflectionService
 from retinue_server.runtime.interceptors import Interceptors, Limits, unguarded
@@ -14,9 +14,10 @@ from retinue_server.runtime.lifecycle import Listener, Process
 from retinue_server.runtime.server import GrpcListener, Route
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from retinue_server.runtime.config import Settings
+    from retinue_server.runtime.interceptors import Endpoint
 
 
 def build(settings: Settings, patterns: Sequence[Pattern]) -> Process:
@@ -31,7 +32,7 @@ def build(settings: Settings, patterns: Sequence[Pattern]) -> Process:
 
     def routes(role: Role, *, token_required: bool) -> list[Route]:
         authority = Authority(role, tokens, required=token_required)
-        return _routes(methods, common, Interceptors(authority, limits))
+        return _routes(methods, Interceptors(authority, limits).wrap) + _routes(common, unguarded)
 
     listeners: list[Listener] = []
     if settings.listen:
@@ -42,17 +43,26 @@ def build(settings: Settings, patterns: Sequence[Pattern]) -> Process:
         operator = routes(Role.OPERATOR, token_required=False)
         control = [addresses.parse(settings.control)]
         listeners.append(GrpcListener(control, operator, name="control", socket_mode=0o600))
+    if settings.http:
+        listeners.append(_http(settings, methods, Interceptors(Authority(Role.APP, tokens), limits)))
     return Process(
         patterns, listeners, health, drain_seconds=settings.drain_seconds, on_drain=reflection.close
     )
 
 
-def _routes(methods: Sequence[Method], common: Sequence[Method], interceptors: Interceptors) -> list[Route]:
-    routes = []
-    for method in methods:
-        codec = proto_codec(method)
-        routes.append(Route(method, interceptors.wrap(method, codec), codec))
-    for method in common:
-        codec = proto_codec(method)
-        routes.append(Route(method, unguarded(method, codec), codec))
-    return routes
+def _routes(methods: Sequence[Method], wrap: Callable[[Method, Codec], Endpoint]) -> list[Route]:
+    codecs = [(method, proto_codec(method)) for method in methods]
+    return [Route(method, wrap(method, codec), codec) for method, codec in codecs]
+
+
+def _http(settings: Settings, methods: Sequence[Method], interceptors: Interceptors) -> Listener:
+    from retinue_server.runtime.http import ConnectApp, Hosts, HttpListener  # noqa: PLC0415 - optional
+
+    address = addresses.parse(settings.http or "")
+    assert isinstance(address, addresses.Tcp)
+    codecs = [(method, json_codec(method)) for method in methods]
+    routes = [Route(method, interceptors.wrap(method, codec), codec) for method, codec in codecs]
+    wildcard = address.host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+    hosts = Hosts([*settings.allowed_hosts, *([] if wildcard else [address.host])])
+    app = ConnectApp(routes, hosts, settings.limits.max_message_bytes)
+    return HttpListener(address, app, settings.tls)
