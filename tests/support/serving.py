@@ -33,7 +33,7 @@ def settings(tmp_path: Path, **more: Any) -> Settings:
 
 @asynccontextmanager
 async def running(where: Settings, servicer: echo.EchoServicer, **pattern: Any) -> AsyncIterator[Process]:
-    process = wiring.build(where, [echo.pattern(servicer, **pattern)])
+    process = await wiring.build(where, [echo.pattern(servicer, **pattern)])
     await process.start()
     try:
         yield process

@@ -1,6 +1,7 @@
 """The Connect protocol's forms: codes, error JSON, envelopes, timeouts. No I/O.
 
-Follows the specification at https://connectrpc.com/docs/protocol for unary calls and server streams in JSON.
+Follows the specification at https://connectrpc.com/docs/protocol for unary calls and server streams in
+JSON.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The HTTP face: every method of the table by the Connect protocol in JSON, for curl, scripts and browsers.
 
 Unary calls and server streams; what needs a client's stream is refused, since browsers and curl can't send
-one. Who asks is checked before anything else: the Host header against DNS rebinding, Origin against pages of
-other sites.
+one. Who asks is checked before anything else: the Host header against DNS rebinding, Origin against pages
+of other sites.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from retinue_server.runtime import addresses, connect
+from retinue_server.runtime import addresses, connect, tls
 from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.dispatch import Role
 from retinue_server.runtime.errors import (
@@ -75,7 +75,7 @@ class HttpCall:
     async def write(self, response: Any) -> None:
         await self._send(response)
 
-    def set_trailing_metadata(self, key: str, value: str) -> None:
+    def set_trailing_metadata(self, key: str, value: str | bytes) -> None:
         self.trailing.append((key, value))
 
 
@@ -393,6 +393,8 @@ class HttpListener:
     async def start(self) -> None:
         """Raises StartError for a taken port or a missing package."""
         uvicorn = _uvicorn()
+        if self._tls is not None:
+            tls.check(self._tls)
         self._sockets = await addresses.listen_everywhere(self._address, "--http")
         self.bound = [str(addresses.of_socket(sock)) for sock in self._sockets]
         config = uvicorn.Config(
@@ -435,10 +437,10 @@ def _uvicorn() -> Any:
     return uvicorn
 
 
-def _tls_options(tls: Tls | None) -> dict[str, Any]:
-    if tls is None:
+def _tls_options(settings: Tls | None) -> dict[str, Any]:
+    if settings is None:
         return {}
-    options: dict[str, Any] = {"ssl_certfile": str(tls.cert_file), "ssl_keyfile": str(tls.key_file)}
-    if tls.client_ca_file is not None:
-        options |= {"ssl_ca_certs": str(tls.client_ca_file), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    options: dict[str, Any] = {"ssl_certfile": str(settings.cert_file), "ssl_keyfile": str(settings.key_file)}
+    if settings.client_ca_file is not None:
+        options |= {"ssl_ca_certs": str(settings.client_ca_file), "ssl_cert_reqs": ssl.CERT_REQUIRED}
     return options

@@ -51,9 +51,11 @@ class Process:
         health: HealthService,
         *,
         drain_seconds: float,
+        parts: Sequence[Part] = (),
         on_drain: Callable[[], None] = lambda: None,
     ) -> None:
         self._patterns = patterns
+        self._parts = [*parts, *(part for pattern in patterns for part in pattern.parts)]
         self._listeners = listeners
         self._health = health
         self._drain_seconds = drain_seconds
@@ -70,7 +72,7 @@ class Process:
     async def start(self) -> None:
         """Parts in order, then listeners, then health; what fails stops what started before it."""
         try:
-            for part in (part for pattern in self._patterns for part in pattern.parts):
+            for part in self._parts:
                 self._started.append(part)
                 await part.start()
             for listener in self._listeners:
