@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from retinue_server.runtime.dispatch import Method
     from retinue_server.runtime.interceptors import Endpoint
 
+_CANCELLATION_S = 1.0
+"""A write that fails is soon followed by the cancellation of its handler, which handlers know how to meet."""
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
@@ -72,6 +75,7 @@ class GrpcCall:
         try:
             await self._context.write(data)
         except (aio.InternalError, aio.UsageError, grpc.RpcError) as error:
+            await asyncio.sleep(_CANCELLATION_S)
             raise Refusal(Code.CANCELLED, "cannot write: the caller has gone") from error
 
     def set_trailing_metadata(self, key: str, value: str | bytes) -> None:
