@@ -21,14 +21,14 @@ def setup(settings: Log) -> None:
     handler = logging.StreamHandler(sys.stderr)
     as_text = settings.format == "text" or (settings.format == "auto" and sys.stderr.isatty())
     handler.setFormatter(TextFormatter() if as_text else JsonFormatter())
-    handler.addFilter(_add_trace)
+    handler.addFilter(add_trace)
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     logging.getLogger("asyncio").setLevel(max(logging.INFO, logging.getLogger().level))
 
 
-def _add_trace(record: logging.LogRecord) -> bool:
-    """Runs where the record was made, so that the context is the one of the call."""
+def add_trace(record: logging.LogRecord) -> bool:
+    """A filter, since it runs where the record is made, in the context of the call."""
     context = telemetry.parse(telemetry.current())
     record.trace_id = context.trace_id if context else ""
     record.span_id = context.span_id if context else ""

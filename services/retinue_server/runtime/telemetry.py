@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import threading
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
 
 from retinue_server.runtime.addresses import StartError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextvars import Token
 
     from retinue_server.runtime.metrics import Metrics
@@ -30,7 +32,7 @@ Kind = Literal["internal", "server", "client", "producer", "consumer"]
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 SAMPLED = 0x01
 """The flag of a traceparent."""
-_FLUSH_S = 5.0
+_FLUSH_S = 2.0
 _current: ContextVar[str] = ContextVar("traceparent", default="")
 
 
@@ -153,6 +155,20 @@ def tracer() -> Tracer:
     return _tracer
 
 
+def _in_background(work: Callable[[], None]) -> asyncio.Future[None]:
+    """Done when the work is; its thread does not keep the process from ending."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def run() -> None:
+        work()
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(done.cancel)
+
+    threading.Thread(target=run, name="telemetry-close", daemon=True).start()
+    return done
+
+
 class Telemetry:
     """A part: sets the tracer up from the environment, and flushes what is left when it stops."""
 
@@ -183,10 +199,9 @@ class Telemetry:
         if exporter is None:
             return
         _tracer = Off()
-        try:
-            async with asyncio.timeout(_FLUSH_S):
-                await asyncio.to_thread(exporter.close)
-        except TimeoutError:
+        closing = _in_background(exporter.close)
+        await asyncio.wait({closing}, timeout=_FLUSH_S)
+        if not closing.done():
             log.warning("cannot send the last telemetry within %s s", _FLUSH_S)
 
     def _wanted(self) -> bool:
