@@ -44,9 +44,7 @@ async def process(tmp_path: Path, servicer: echo.EchoServicer) -> AsyncIterator[
 @pytest.fixture
 async def web(process: Process) -> AsyncIterator[httpx.AsyncClient]:
     base = f"http://{process.addresses['http'][0]}"
-    async with httpx.AsyncClient(
-        base_url=base, timeout=5, verify=False
-    ) as client:  # loading roots takes time
+    async with httpx.AsyncClient(base_url=base, timeout=5, verify=False) as client:  # loading roots takes time
         yield client
     await asyncio.sleep(0.01)  # lets the server see the end of the connection, for which it would poll
 
@@ -106,9 +104,7 @@ async def test_a_domain_error_is_a_connect_error_with_readable_details(web: http
     ("text", "status", "code"),
     [("busy", 503, "unavailable"), ("bug", 500, "internal"), ("long", 404, "not_found")],
 )
-async def test_codes_map_to_http_as_connect_asks(
-    web: httpx.AsyncClient, text: str, status: int, code: str
-) -> None:
+async def test_codes_map_to_http_as_connect_asks(web: httpx.AsyncClient, text: str, status: int, code: str) -> None:
     reply = await web.post(f"{BASE}/Fail", json={"text": text})
     assert (reply.status_code, reply.json()["code"]) == (status, code)
     assert "secret" not in reply.text
@@ -143,17 +139,13 @@ async def test_a_reply_over_three_mebibytes_is_refused(web: httpx.AsyncClient) -
     assert reply.json()["code"] == "resource_exhausted"
 
 
-async def test_a_deadline_that_passes_cancels_the_handler(
-    web: httpx.AsyncClient, servicer: echo.EchoServicer
-) -> None:
+async def test_a_deadline_that_passes_cancels_the_handler(web: httpx.AsyncClient, servicer: echo.EchoServicer) -> None:
     reply = await web.post(f"{BASE}/Wait", json={}, headers={"connect-timeout-ms": "50"})
     assert (reply.status_code, reply.json()["code"]) == (504, "deadline_exceeded")
     assert [servicer.events.get_nowait(), servicer.events.get_nowait()] == ["waits", "wait cancelled"]
 
 
-async def test_a_caller_that_goes_away_cancels_the_handler(
-    web: httpx.AsyncClient, servicer: echo.EchoServicer
-) -> None:
+async def test_a_caller_that_goes_away_cancels_the_handler(web: httpx.AsyncClient, servicer: echo.EchoServicer) -> None:
     call = asyncio.create_task(web.post(f"{BASE}/Wait", json={}))
     assert await servicer.events.get() == "waits"
     call.cancel()
@@ -180,19 +172,13 @@ async def test_a_stream_that_fails_says_so_in_its_end(web: httpx.AsyncClient) ->
     assert end["error"]["details"][0]["debug"]["reason"] == "LEASE_LOST"
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"\0\0", envelope({})[:-1], b"\1" + envelope({})[1:], envelope({}) * 2]
-)
-async def test_a_bad_envelope_ends_the_stream_with_invalid_argument(
-    web: httpx.AsyncClient, body: bytes
-) -> None:
+@pytest.mark.parametrize("body", [b"", b"\0\0", envelope({})[:-1], b"\1" + envelope({})[1:], envelope({}) * 2])
+async def test_a_bad_envelope_ends_the_stream_with_invalid_argument(web: httpx.AsyncClient, body: bytes) -> None:
     reply = await web.post(f"{BASE}/Repeat", content=body, headers=STREAM)
     assert envelopes(reply.content)[0][1]["error"]["code"] == "invalid_argument"
 
 
-async def test_a_slow_reader_of_a_stream_holds_the_handler_back(
-    process: Process, servicer: echo.EchoServicer
-) -> None:
+async def test_a_slow_reader_of_a_stream_holds_the_handler_back(process: Process, servicer: echo.EchoServicer) -> None:
     host, _, port = process.addresses["http"][0].rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
     body = envelope({"text": "x" * 10_000, "repeatCount": 10_000})
@@ -210,9 +196,7 @@ async def test_a_slow_reader_of_a_stream_holds_the_handler_back(
 
 
 @pytest.mark.parametrize("name", ["Join", "Chat"])
-async def test_methods_that_need_a_clients_stream_are_unimplemented(
-    web: httpx.AsyncClient, name: str
-) -> None:
+async def test_methods_that_need_a_clients_stream_are_unimplemented(web: httpx.AsyncClient, name: str) -> None:
     reply = await web.post(f"{BASE}/{name}", json={})
     assert (reply.status_code, reply.json()["code"]) == (501, "unimplemented")
     reply = await web.post(f"{BASE}/{name}", content=envelope({}), headers=STREAM)
@@ -241,12 +225,8 @@ async def test_an_unknown_method_is_404(web: httpx.AsyncClient) -> None:
     assert (reply.status_code, reply.json()["code"]) == (404, "unimplemented")
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:7080", "", "localhost.evil.example", "[::1", "0.0.0.0"]
-)
-async def test_another_host_is_refused(
-    web: httpx.AsyncClient, servicer: echo.EchoServicer, host: str
-) -> None:
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7080", "", "localhost.evil.example", "[::1", "0.0.0.0"])
+async def test_another_host_is_refused(web: httpx.AsyncClient, servicer: echo.EchoServicer, host: str) -> None:
     reply = await web.post(f"{BASE}/Wait", json={}, headers={"host": host})
     assert (reply.status_code, reply.json()["code"]) == (403, "permission_denied")
     assert servicer.events.empty()

@@ -33,9 +33,7 @@ TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 @asynccontextmanager
 async def relaying(tmp_path: Path, upstream: Upstream, **more: Any) -> AsyncIterator[Process]:
     channel = UpstreamChannel(upstream)
-    service = Service(
-        echo.DESCRIPTOR, RelayServicer(echo.DESCRIPTOR, channel), roles={"Operate": Role.OPERATOR}
-    )
+    service = Service(echo.DESCRIPTOR, RelayServicer(echo.DESCRIPTOR, channel), roles={"Operate": Role.OPERATOR})
     relay = Pattern(name="relay", services=[service], parts=[channel], health=channel)
     async with serving(settings(tmp_path / "relay", **more), [relay]) as process:
         yield process
@@ -89,9 +87,7 @@ async def test_a_status_with_its_details_passes_unchanged(client: Client) -> Non
     assert details(caught.value)[1]["ErrorInfo"].reason == "ENGINE_UNAVAILABLE"
 
 
-async def test_deadline_and_metadata_pass_and_authority_stays(
-    client: Client, servicer: echo.EchoServicer
-) -> None:
+async def test_deadline_and_metadata_pass_and_authority_stays(client: Client, servicer: echo.EchoServicer) -> None:
     sent = (("traceparent", TRACEPARENT), ("x-colour", "blue"), ("authorization", "Bearer mine"))
     await client.Say(Echo(), timeout=20, metadata=sent)
     assert servicer.metadata["traceparent"] == TRACEPARENT

@@ -241,9 +241,7 @@ async def test_a_cancelled_call_cancels_its_handler(client: Client, servicer: ec
         assert await servicer.events.get() == "wait cancelled"
 
 
-async def test_a_deadline_that_passes_cancels_the_handler(
-    client: Client, servicer: echo.EchoServicer
-) -> None:
+async def test_a_deadline_that_passes_cancels_the_handler(client: Client, servicer: echo.EchoServicer) -> None:
     with pytest.raises(aio.AioRpcError) as caught:
         await client.Wait(Echo(), timeout=0.1)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -287,9 +285,7 @@ async def test_a_reply_over_three_mebibytes_is_refused_with_a_reason(client: Cli
     assert details(caught.value)[1]["ErrorInfo"].reason == "MESSAGE_TOO_LARGE"
 
 
-async def test_calls_over_the_limit_are_told_to_come_back(
-    tmp_path: Path, servicer: echo.EchoServicer
-) -> None:
+async def test_calls_over_the_limit_are_told_to_come_back(tmp_path: Path, servicer: echo.EchoServicer) -> None:
     limits = Limits(max_concurrent_calls=2, max_concurrent_streams=1)
     async with (
         running(settings(tmp_path, limits=limits), servicer) as process,
@@ -329,9 +325,7 @@ async def test_a_slow_reader_holds_the_writer_back(client: Client, servicer: ech
 
 
 @pytest.mark.parametrize("name", ["listen", "control", "probe", "metrics"])
-async def test_garbage_does_not_stop_a_listener(
-    tmp_path: Path, servicer: echo.EchoServicer, name: str
-) -> None:
+async def test_garbage_does_not_stop_a_listener(tmp_path: Path, servicer: echo.EchoServicer, name: str) -> None:
     where = settings(tmp_path, probe="127.0.0.1:0", metrics="127.0.0.1:0")
     async with running(where, servicer) as process:
         for garbage in (
@@ -440,9 +434,7 @@ async def test_a_probe_listener_may_bind_any_address_and_has_health_alone(
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_health_follows_the_pattern_and_its_watchers_hear_it(
-    tmp_path: Path, servicer: echo.EchoServicer
-) -> None:
+async def test_health_follows_the_pattern_and_its_watchers_hear_it(tmp_path: Path, servicer: echo.EchoServicer) -> None:
     switch = echo.SwitchedHealth()
     async with running(settings(tmp_path), servicer, health=switch) as process:
         address = process.addresses["listen"][0]
@@ -461,9 +453,7 @@ async def test_health_follows_the_pattern_and_its_watchers_hear_it(
             assert await watch.read() is aio.EOF
 
 
-async def test_the_metrics_listener_has_two_pages_and_nothing_else(
-    tmp_path: Path, servicer: echo.EchoServicer
-) -> None:
+async def test_the_metrics_listener_has_two_pages_and_nothing_else(tmp_path: Path, servicer: echo.EchoServicer) -> None:
     families = [
         Family("echo_things_total", "Things.", "counter", [Sample({"colour": 'bl"ue'}, 3)]),
         Family("echo_depth", "Depth.", "gauge", [Sample({}, 1.5)]),
@@ -536,9 +526,7 @@ async def test_mtls_admits_its_own_certificates_only(tmp_path: Path, servicer: e
         root = authority.file.read_bytes()
         for client_pair, admitted in ((ours, True), (theirs, False), (None, False)):
             files = (
-                (client_pair.key_file.read_bytes(), client_pair.cert_file.read_bytes())
-                if client_pair
-                else (None, None)
+                (client_pair.key_file.read_bytes(), client_pair.cert_file.read_bytes()) if client_pair else (None, None)
             )
             async with aio.secure_channel(address, grpc.ssl_channel_credentials(root, *files)) as channel:
                 code = await Client(channel).Say(Echo(), timeout=5).code()
@@ -560,9 +548,7 @@ async def test_a_wrong_certificate_is_named_at_start(tmp_path: Path, servicer: e
     authority = Authority(tmp_path)
     one, other = authority.issue("one"), authority.issue("other")
     with pytest.raises(StartError, match=r"one\.crt with the key .*other\.key"):
-        async with running(
-            settings(tmp_path, tls=Tls(cert_file=one.cert_file, key_file=other.key_file)), servicer
-        ):
+        async with running(settings(tmp_path, tls=Tls(cert_file=one.cert_file, key_file=other.key_file)), servicer):
             pass
 
 
@@ -574,9 +560,7 @@ async def test_tokens_are_read_again_when_the_file_changes(
     async with running(where, servicer) as process, dial(process.addresses["listen"][0]) as client:
 
         async def code(token: str) -> grpc.StatusCode:
-            found: grpc.StatusCode = await client.Say(
-                Echo(), metadata=(("authorization", f"Bearer {token}"),)
-            ).code()
+            found: grpc.StatusCode = await client.Say(Echo(), metadata=(("authorization", f"Bearer {token}"),)).code()
             return found
 
         assert await code("first") is grpc.StatusCode.OK

@@ -103,9 +103,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
         server.stop(None).wait()
 
 
-async def test_what_was_sampled_is_exported_before_the_process_ends(
-    tmp_path: Path, collector: Collector
-) -> None:
+async def test_what_was_sampled_is_exported_before_the_process_ends(tmp_path: Path, collector: Collector) -> None:
     servicer = echo.EchoServicer()
     async with (
         running(settings(tmp_path), servicer) as process,
@@ -148,9 +146,7 @@ async def test_a_sampler_of_the_environment_holds(
     assert collector.metrics == {}
 
 
-async def test_a_collector_that_is_away_holds_nothing_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_collector_that_is_away_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
     async with asyncio.timeout(4):

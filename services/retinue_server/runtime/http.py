@@ -187,9 +187,7 @@ def _check_type(request: _Request, wanted: str) -> None:
 
 
 async def _refuse_client_stream(request: _Request) -> None:
-    error = Refusal(
-        Code.UNIMPLEMENTED, f"cannot call {request.path} over HTTP: it streams from the client; use gRPC"
-    )
+    error = Refusal(Code.UNIMPLEMENTED, f"cannot call {request.path} over HTTP: it streams from the client; use gRPC")
     if request.first("content-type", "").startswith(connect.STREAM_TYPE):
         await request.reply(HTTPStatus.OK, connect.STREAM_TYPE.encode(), connect.end_stream(error, ()))
         return
@@ -240,9 +238,7 @@ class _Request:
         while (await self.receive())["type"] != "http.disconnect":
             pass
 
-    async def start(
-        self, status: int, content_type: bytes, headers: Iterable[tuple[bytes, bytes]] = ()
-    ) -> None:
+    async def start(self, status: int, content_type: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
         all_headers = [(b"content-type", content_type), *_SAFE, *headers]
         await self.send({"type": "http.response.start", "status": status, "headers": all_headers})
 
@@ -324,9 +320,7 @@ class _Unary:
 
     def _trailers(self, more: Iterable[tuple[str, str | bytes]]) -> list[tuple[bytes, bytes]]:
         pairs = [*self._call.trailing, *more]
-        return [
-            (f"trailer-{k}".encode(), connect.header_value(v).encode("latin-1", "replace")) for k, v in pairs
-        ]
+        return [(f"trailer-{k}".encode(), connect.header_value(v).encode("latin-1", "replace")) for k, v in pairs]
 
 
 class _Stream(_Unary):
@@ -431,8 +425,7 @@ def _uvicorn() -> Any:
         import uvicorn  # noqa: PLC0415 - optional, and only this listener needs it
     except ImportError:
         raise StartError(
-            "cannot serve --http: uvicorn is missing; run `pip install 'retinue-server[http]'`, "
-            "or give `--http none`"
+            "cannot serve --http: uvicorn is missing; run `pip install 'retinue-server[http]'`, or give `--http none`"
         ) from None
     return uvicorn
 

@@ -98,9 +98,7 @@ class Metrics:
             handled += [Sample({**labels, "code": code.name}, stats.codes[code]) for code in seen]
             durations.append(Sample(labels, stats.histogram()))
         return [
-            Family(
-                "retinue_server_handled_total", "Calls that ended, by canonical code.", "counter", handled
-            ),
+            Family("retinue_server_handled_total", "Calls that ended, by canonical code.", "counter", handled),
             Family("retinue_server_handling_seconds", "How long calls took.", "histogram", durations),
         ]
 

@@ -47,8 +47,7 @@ class MonitorListener:
         """Raises StartError for a taken port or a missing package."""
         if importlib.util.find_spec("prometheus_client") is None:
             raise StartError(
-                "cannot serve --metrics: prometheus-client is missing; "
-                "run `pip install 'retinue-server[metrics]'`"
+                "cannot serve --metrics: prometheus-client is missing; run `pip install 'retinue-server[metrics]'`"
             )
         for sock in await addresses.listen_everywhere(self._address, "--metrics"):
             self.bound.append(str(addresses.of_socket(sock)))

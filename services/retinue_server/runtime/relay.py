@@ -126,9 +126,7 @@ class _TokenText:
             found = self._path.stat()
             if (found.st_mtime_ns, found.st_ino) != self._stamp:
                 if found.st_mode & stat.S_IRWXO:
-                    raise StartError(
-                        f"cannot use {self._path}: every user may open it; run `chmod o= {self._path}`"
-                    )
+                    raise StartError(f"cannot use {self._path}: every user may open it; run `chmod o= {self._path}`")
                 self._text = self._path.read_text().strip()
                 self._stamp = (found.st_mtime_ns, found.st_ino)
         except (OSError, UnicodeDecodeError) as error:
@@ -180,9 +178,7 @@ def _relay(method: MethodDescriptor, upstream: UpstreamChannel) -> Callable[...,
 
 def _forwarded(call: Call) -> Pairs:
     pairs = call.metadata.items()
-    return tuple(
-        (k, v) for k, v in pairs if not _LOCAL.fullmatch(k) and _KEY.fullmatch(k) and _VALUE.fullmatch(v)
-    )
+    return tuple((k, v) for k, v in pairs if not _LOCAL.fullmatch(k) and _KEY.fullmatch(k) and _VALUE.fullmatch(v))
 
 
 async def _reply(up: Any, call: Call, address: str) -> bytes:

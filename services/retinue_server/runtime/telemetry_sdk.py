@@ -99,9 +99,7 @@ def _remote(context: TraceContext) -> trace.Span:
 class Exporter:
     """Sends traces and metrics to the endpoint of the environment, as its standard variables say."""
 
-    def __init__(
-        self, environment: Mapping[str, str], metrics: Metrics, loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def __init__(self, environment: Mapping[str, str], metrics: Metrics, loop: asyncio.AbstractEventLoop) -> None:
         name = environment.get("OTEL_SERVICE_NAME", "retinue-server")
         resource = Resource.create({"service.name": name})
         self._closers: list[Callable[[], object]] = []
@@ -147,9 +145,7 @@ class _FamilyReader:
     def count(self, _: object) -> Iterable[Observation]:
         """How many observations a histogram has."""
         samples = self._samples()
-        return [
-            Observation(s.value.buckets[-1][1], s.labels) for s in samples if isinstance(s.value, Histogram)
-        ]
+        return [Observation(s.value.buckets[-1][1], s.labels) for s in samples if isinstance(s.value, Histogram)]
 
     def sum(self, _: object) -> Iterable[Observation]:
         """The sum of a histogram's observations."""
