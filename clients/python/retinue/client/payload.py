@@ -44,7 +44,9 @@ def payload(content: Content, content_type: str = "") -> pb.Payload:
 
 
 def readable(content: bytes, content_type: str = "") -> pb.Payload:
-    """The payload of a file's bytes: text if they are, so that people and grpcurl can read it; data if not."""
+    """The payload of a file's bytes: text if they are, so that people and grpcurl can read it; data if
+    not.
+    """
     try:
         text = content.decode() if b"\0" not in content else None
     except UnicodeDecodeError:

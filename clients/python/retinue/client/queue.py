@@ -85,7 +85,9 @@ class Queue:
         await self.close()
 
     async def close(self) -> None:
-        """Waits for enqueues under way, then closes the connection if this queue opened it. Safe to repeat."""
+        """Waits for enqueues under way, then closes the connection if this queue opened it. Safe to
+        repeat.
+        """
         await self._outbox.idle()
         if self._owned:
             await self.connection.close()
@@ -249,7 +251,9 @@ class Queue:
         max_count: int = 0,
         dry_run: bool = False,
     ) -> int:
-        """Cancels the queue's unfinished tasks that match, oldest first; how many. 0 for `max_count` = 1,000."""
+        """Cancels the queue's unfinished tasks that match, oldest first; how many. 0 for `max_count` =
+        1,000.
+        """
         chosen = task_filter(self.queue_id, states=states, labels=labels, task_type=task_type)
         request = api.CancelTasksRequest(filter=chosen, max_count=max_count, dry_run=dry_run)
         return (await self.connection.call(self._stub.CancelTasks, request, timeout=self.timeout)).count
@@ -312,7 +316,9 @@ class Queue:
         final: bool = False,
         retry_delay: Seconds | None = None,
     ) -> pb.TaskState.ValueType:
-        """Ends a lease with failure; what became of the task: RETRYING, DEAD or CANCELLED. Raises LeaseLost."""
+        """Ends a lease with failure; what became of the task: RETRYING, DEAD or CANCELLED. Raises
+        LeaseLost.
+        """
         request = api.FailTasksRequest(
             failures=[failure(lease, reason, message, final=final, retry_delay=retry_delay)]
         )

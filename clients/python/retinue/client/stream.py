@@ -438,7 +438,9 @@ class TaskStream:
             call.cancel()
 
     def _extend_by_calls(self) -> None:
-        """Renews what the stream of the moment doesn't: leases of an earlier one, and all once there is none."""
+        """Renews what the stream of the moment doesn't: leases of an earlier one, and all once there is
+        none.
+        """
         with self._to_send:
             orphans = [held for held in self._held.values() if not held.ending and not self._covered(held)]
         for start in range(0, len(orphans), MAX_ITEMS):

@@ -78,7 +78,9 @@ def _otel_context() -> SpanContext | None:
 
 @contextlib.contextmanager
 def consuming(queue_id: str, task_id: str, traceparent: str) -> Iterator[str]:
-    """Runs its body as the work on one task, a child of the producer's span; gives the body's `traceparent`."""
+    """Runs its body as the work on one task, a child of the producer's span; gives the body's
+    `traceparent`.
+    """
     with contextlib.ExitStack() as stack:
         if "opentelemetry.trace" in sys.modules:
             stack.enter_context(_consumer_span(queue_id, task_id, traceparent))

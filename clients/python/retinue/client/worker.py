@@ -59,7 +59,9 @@ class Done:
 
 
 class Failed(Exception):
-    """The attempt failed. `final` = no other attempt can help; `retry_delay` replaces the policy's backoff."""
+    """The attempt failed. `final` = no other attempt can help; `retry_delay` replaces the policy's
+    backoff.
+    """
 
     def __init__(
         self, reason: str, message: str = "", *, final: bool = False, retry_delay: Seconds | None = None
