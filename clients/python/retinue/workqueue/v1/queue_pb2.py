@@ -27,19 +27,19 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from retinue.workqueue.v1 import task_pb2 as retinue_dot_workqueue_dot_v1_dot_task__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n retinue/workqueue/v1/queue.proto\x12\x14retinue.workqueue.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fretinue/workqueue/v1/task.proto\"\xd5\x02\n\rQueueSettings\x12\x31\n\x0elease_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x61ttempt_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x0cretry_policy\x18\x03 \x01(\x0b\x32!.retinue.workqueue.v1.RetryPolicy\x12\x1d\n\x15max_lease_expirations\x18\x04 \x01(\x05\x12\x35\n\x12retention_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12:\n\x17\x64\x65\x61\x64_retention_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tmax_tasks\x18\x07 \x01(\x03\"\xb2\x01\n\x05Queue\x12\x10\n\x08queue_id\x18\x01 \x01(\t\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .retinue.workqueue.v1.QueueState\x12\x35\n\x08settings\x18\x03 \x01(\x0b\x32#.retinue.workqueue.v1.QueueSettings\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa3\x02\n\nQueueStats\x12\x10\n\x08queue_id\x18\x01 \x01(\t\x12\x11\n\tscheduled\x18\x02 \x01(\x03\x12\r\n\x05ready\x18\x03 \x01(\x03\x12\x0e\n\x06leased\x18\x04 \x01(\x03\x12\x10\n\x08retrying\x18\x05 \x01(\x03\x12\x11\n\tsucceeded\x18\x06 \x01(\x03\x12\x0c\n\x04\x64\x65\x61\x64\x18\x07 \x01(\x03\x12\x11\n\tcancelled\x18\x08 \x01(\x03\x12\x0f\n\x07\x65xpired\x18\t \x01(\x03\x12\x38\n\x15oldest_ready_duration\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07workers\x18\x0b \x01(\x03\x12/\n\x05state\x18\x0c \x01(\x0e\x32 .retinue.workqueue.v1.QueueState*s\n\nQueueState\x12\x1b\n\x17QUEUE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12QUEUE_STATE_ACTIVE\x10\x01\x12\x16\n\x12QUEUE_STATE_PAUSED\x10\x02\x12\x18\n\x14QUEUE_STATE_DRAINING\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n retinue/workqueue/v1/queue.proto\x12\x14retinue.workqueue.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fretinue/workqueue/v1/task.proto\"\xe8\x02\n\rQueueSettings\x12\x31\n\x0elease_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10\x61ttempt_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x0cretry_policy\x18\x03 \x01(\x0b\x32!.retinue.workqueue.v1.RetryPolicy\x12\x1d\n\x15max_lease_expirations\x18\x04 \x01(\x05\x12\x35\n\x12retention_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12:\n\x17\x64\x65\x61\x64_retention_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\tmax_tasks\x18\x07 \x01(\x03H\x00\x88\x01\x01\x42\x0c\n\n_max_tasks\"\xb2\x01\n\x05Queue\x12\x10\n\x08queue_id\x18\x01 \x01(\t\x12/\n\x05state\x18\x02 \x01(\x0e\x32 .retinue.workqueue.v1.QueueState\x12\x35\n\x08settings\x18\x03 \x01(\x0b\x32#.retinue.workqueue.v1.QueueSettings\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa3\x02\n\nQueueStats\x12\x10\n\x08queue_id\x18\x01 \x01(\t\x12\x11\n\tscheduled\x18\x02 \x01(\x03\x12\r\n\x05ready\x18\x03 \x01(\x03\x12\x0e\n\x06leased\x18\x04 \x01(\x03\x12\x10\n\x08retrying\x18\x05 \x01(\x03\x12\x11\n\tsucceeded\x18\x06 \x01(\x03\x12\x0c\n\x04\x64\x65\x61\x64\x18\x07 \x01(\x03\x12\x11\n\tcancelled\x18\x08 \x01(\x03\x12\x0f\n\x07\x65xpired\x18\t \x01(\x03\x12\x38\n\x15oldest_ready_duration\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0f\n\x07workers\x18\x0b \x01(\x03\x12/\n\x05state\x18\x0c \x01(\x0e\x32 .retinue.workqueue.v1.QueueState*s\n\nQueueState\x12\x1b\n\x17QUEUE_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12QUEUE_STATE_ACTIVE\x10\x01\x12\x16\n\x12QUEUE_STATE_PAUSED\x10\x02\x12\x18\n\x14QUEUE_STATE_DRAINING\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'retinue.workqueue.v1.queue_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_QUEUESTATE']._serialized_start=975
-  _globals['_QUEUESTATE']._serialized_end=1090
+  _globals['_QUEUESTATE']._serialized_start=994
+  _globals['_QUEUESTATE']._serialized_end=1109
   _globals['_QUEUESETTINGS']._serialized_start=157
-  _globals['_QUEUESETTINGS']._serialized_end=498
-  _globals['_QUEUE']._serialized_start=501
-  _globals['_QUEUE']._serialized_end=679
-  _globals['_QUEUESTATS']._serialized_start=682
-  _globals['_QUEUESTATS']._serialized_end=973
+  _globals['_QUEUESETTINGS']._serialized_end=517
+  _globals['_QUEUE']._serialized_start=520
+  _globals['_QUEUE']._serialized_end=698
+  _globals['_QUEUESTATS']._serialized_start=701
+  _globals['_QUEUESTATS']._serialized_end=992
 # @@protoc_insertion_point(module_scope)

@@ -96,13 +96,15 @@ class QueueSettings(_message.Message):
         max_lease_expirations: _builtins.int = ...,
         retention_duration: _duration_pb2.Duration | None = ...,
         dead_retention_duration: _duration_pb2.Duration | None = ...,
-        max_tasks: _builtins.int = ...,
+        max_tasks: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt_duration", b"attempt_duration", "dead_retention_duration", b"dead_retention_duration", "lease_duration", b"lease_duration", "retention_duration", b"retention_duration", "retry_policy", b"retry_policy"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tasks", b"_max_tasks", "attempt_duration", b"attempt_duration", "dead_retention_duration", b"dead_retention_duration", "lease_duration", b"lease_duration", "max_tasks", b"max_tasks", "retention_duration", b"retention_duration", "retry_policy", b"retry_policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_duration", b"attempt_duration", "dead_retention_duration", b"dead_retention_duration", "lease_duration", b"lease_duration", "max_lease_expirations", b"max_lease_expirations", "max_tasks", b"max_tasks", "retention_duration", b"retention_duration", "retry_policy", b"retry_policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tasks", b"_max_tasks", "attempt_duration", b"attempt_duration", "dead_retention_duration", b"dead_retention_duration", "lease_duration", b"lease_duration", "max_lease_expirations", b"max_lease_expirations", "max_tasks", b"max_tasks", "retention_duration", b"retention_duration", "retry_policy", b"retry_policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_tasks: _TypeAlias = _typing.Literal["max_tasks"]  # noqa: Y015
+    _WhichOneofArgType__max_tasks: _TypeAlias = _typing.Literal["_max_tasks", b"_max_tasks"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tasks) -> _WhichOneofReturnType__max_tasks | None: ...
 
 Global___QueueSettings: _TypeAlias = QueueSettings  # noqa: Y015
 
