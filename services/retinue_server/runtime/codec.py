@@ -1,0 +1,93 @@
+"""How a method's messages are read from and written to the bytes of a transport."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError
+
+from retinue_server.runtime.errors import InvalidArgument, Reason, ResourceExhausted, Violation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from google.protobuf.message import Message
+
+    from retinue_server.runtime.dispatch import Method
+
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
+"""What gRPC clients and servers take by default."""
+MAX_REPLY_BYTES = 3 * 1024 * 1024
+"""No message of ours exceeds this, so that every client's default limit has room."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """`decode` raises InvalidArgument; `encode` raises ResourceExhausted for a reply that is too large.
+
+    What handlers see in between is a message, or its serialised bytes where the method is raw.
+    """
+
+    decode: Callable[[bytes], Any]
+    encode: Callable[[Any], bytes]
+
+
+def proto_codec(method: Method, max_bytes: int = MAX_REPLY_BYTES) -> Codec:
+    """The binary form; raw methods take and give the bytes as they are."""
+
+    def decode(data: bytes) -> Message:
+        try:
+            return method.request_type.FromString(data)
+        except DecodeError:
+            name = method.request_type.DESCRIPTOR.full_name
+            text = f"must be a serialised {name}"
+            raise InvalidArgument(f"cannot read the request: it {text}", [Violation("", text)]) from None
+
+    def encode(reply: Message) -> bytes:
+        return _checked(reply.SerializeToString(), max_bytes)
+
+    def encode_raw(reply: bytes) -> bytes:
+        return _checked(reply, max_bytes)
+
+    return Codec(bytes, encode_raw) if method.raw else Codec(decode, encode)
+
+
+def json_codec(method: Method, max_bytes: int = MAX_REPLY_BYTES) -> Codec:
+    """Protobuf's JSON form, names as in the proto or in lowerCamelCase; unknown fields are refused."""
+
+    def decode(data: bytes) -> Message:
+        message = method.request_type()
+        try:
+            json_format.Parse(data or b"{}", message)
+        except (json_format.ParseError, UnicodeDecodeError, RecursionError) as error:
+            raise InvalidArgument(f"cannot read the request: {error}", [Violation("", str(error))]) from None
+        return message
+
+    def encode(reply: Message) -> bytes:
+        _check_size(reply.ByteSize(), max_bytes)
+        return json_format.MessageToJson(reply, indent=None).encode()
+
+    def decode_raw(data: bytes) -> bytes:
+        return decode(data).SerializeToString()
+
+    def encode_raw(reply: bytes) -> bytes:
+        return encode(method.response_type.FromString(reply))
+
+    return Codec(decode_raw, encode_raw) if method.raw else Codec(decode, encode)
+
+
+def _checked(data: bytes, limit: int) -> bytes:
+    _check_size(len(data), limit)
+    return data
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise ResourceExhausted(
+            f"cannot reply: the message has {size} bytes, more than {limit}; ask for less, by smaller pages",
+            reason=Reason.MESSAGE_TOO_LARGE,
+            bytes=size,
+            limit=limit,
+        )
