@@ -1,0 +1,256 @@
+"""What a request may hold. Every violation is named by its path in the contract; nothing is changed by a bad request."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from retinue_server.runtime.errors import InvalidArgument, Reason, ResourceExhausted, RetinueError, Violation
+
+if TYPE_CHECKING:
+    from retinue_server.workqueue.core.requests import (
+        Complete,
+        Enqueue,
+        Fail,
+        LeaseAsk,
+        NewTask,
+        Release,
+        Reschedule,
+        Selection,
+        SettingsPatch,
+    )
+    from retinue_server.workqueue.engine import RetryOverrides, TaskFilter
+
+MAX_BATCH = 1_000
+MAX_FOLLOW_UPS = 100
+MAX_SELECTED = 10_000
+MAX_INLINE_BYTES = 256 * 1024
+MAX_CREDIT = 10_000
+MAX_OUTSTANDING = 100_000
+MAX_PAGE = 500
+DEFAULT_PAGE = 50
+MAX_WAIT_MS = 60_000
+MAX_LABELS = 16
+
+SECOND_MS = 1_000
+DAY_MS = 86_400 * SECOND_MS
+MAX_AHEAD_MS = 3_653 * DAY_MS
+MIN_LEASE_MS = SECOND_MS
+MAX_LEASE_MS = DAY_MS // 2
+MIN_ATTEMPT_MS = 100
+MAX_DELAY_MS = 30 * DAY_MS
+
+_QUEUE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_TASK_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
+_LABEL_KEY = re.compile(r"[A-Za-z0-9._/-]{1,64}")
+_BLOB_ID = re.compile(r"[0-9a-f]{64}")
+
+Violations = Iterator[Violation]
+
+
+def refuse(what: str, violations: Sequence[Violation]) -> None:
+    """Raises InvalidArgument if there is any violation."""
+    if violations:
+        fields = ", ".join(sorted({v.field for v in violations})[:5])
+        raise InvalidArgument(f"cannot {what}: see the violations of {fields}", list(violations))
+
+
+def queue_id(value: str, field: str = "queue_id") -> Violations:
+    """A queue's name."""
+    if not _QUEUE_ID.fullmatch(value):
+        yield Violation(field, "must be 1 to 128 of A-Z a-z 0-9 . _ - and begin with a letter or digit")
+
+
+def task_id(value: str, field: str = "task_id") -> Violations:
+    """A task's name."""
+    if not _TASK_ID.fullmatch(value):
+        yield Violation(field, "must be 1 to 128 of A-Z a-z 0-9 . _ : / -")
+
+
+def blob_id(value: str, field: str = "blob_id") -> Violations:
+    """A blob's name."""
+    if not _BLOB_ID.fullmatch(value):
+        yield Violation(field, "must be a SHA-256 in 64 lower-case hexadecimal digits")
+
+
+def within(value: float | None, low: float, high: float, field: str, unit: str = "") -> Violations:
+    """A number in [low, high]; None passes."""
+    if value is not None and not low <= value <= high:
+        yield Violation(field, f"must be from {low:g} to {high:g}{unit and ' ' + unit}")
+
+
+def duration(value_ms: int | None, low_ms: int, high_ms: int, field: str) -> Violations:
+    """A duration in [low, high]; None passes."""
+    if value_ms is not None and not low_ms <= value_ms <= high_ms:
+        yield Violation(field, f"must be from {low_ms / 1000:g} s to {high_ms / 1000:g} s")
+
+
+def text(value: str, longest: int, field: str, *, required: bool = False) -> Violations:
+    """A string of at most `longest` characters."""
+    if len(value) > longest:
+        yield Violation(field, f"must be at most {longest} characters; it has {len(value)}")
+    if required and not value:
+        yield Violation(field, "is required")
+
+
+def batch(count: int, field: str, most: int = MAX_BATCH) -> Violations:
+    """The size of a batch."""
+    if not 1 <= count <= most:
+        yield Violation(field, f"must hold 1 to {most} items; it holds {count}")
+
+
+def enqueue(asked: Enqueue, now_ms: int) -> None:
+    """A producer's batch."""
+    violations = [*batch(len(asked.tasks), "tasks"), *text(asked.request_id, 128, "request_id")]
+    if not violations:
+        violations = [v for i, task in enumerate(asked.tasks) for v in new_task(task, f"tasks[{i}]", now_ms)]
+    refuse("enqueue", violations)
+
+
+def new_task(task: NewTask, at: str, now_ms: int) -> Violations:
+    """A task as a producer describes it."""
+    yield from queue_id(task.queue_id, f"{at}.queue_id")
+    if task.task_id:
+        yield from task_id(task.task_id, f"{at}.task_id")
+    yield from within(task.priority, -1000, 1000, f"{at}.priority")
+    yield from _start(task.start_ms, task.delay_ms, now_ms, at)
+    yield from _expiry(task, now_ms, at)
+    yield from _labels(task, f"{at}.labels")
+    yield from text(task.idempotency_key, 256, f"{at}.idempotency_key")
+    yield from text(task.body.task_type, 128, f"{at}.task_type")
+    yield from text(task.body.traceparent, 64, f"{at}.traceparent")
+    yield from duration(task.attempt_ms, MIN_ATTEMPT_MS, MAX_DELAY_MS, f"{at}.attempt_duration")
+    yield from retry(task.body.retry, f"{at}.retry_policy")
+    if task.body.input_blob:
+        yield from blob_id(task.body.input_blob, f"{at}.input.blob.blob_id")
+
+
+def payload_error(inline_bytes: int) -> RetinueError | None:
+    """Over the inline limit is a refusal of the item, not of the batch: trying again won't help."""
+    if inline_bytes <= MAX_INLINE_BYTES:
+        return None
+    return ResourceExhausted(
+        f"cannot take an inline payload of {inline_bytes} bytes: the limit is {MAX_INLINE_BYTES}; upload it as a blob",
+        reason=Reason.PAYLOAD_TOO_LARGE,
+        limit=MAX_INLINE_BYTES,
+    )
+
+
+def retry(policy: RetryOverrides | None, at: str) -> Violations:
+    """A retry policy, whole or in part."""
+    if policy is None:
+        return
+    yield from within(policy.max_attempts, 1, 1000, f"{at}.max_attempts")
+    yield from duration(policy.initial_backoff_ms, 0, 7 * DAY_MS, f"{at}.initial_backoff_duration")
+    yield from duration(policy.max_backoff_ms, 0, MAX_DELAY_MS, f"{at}.max_backoff_duration")
+    if policy.multiplier is not None and not (math.isfinite(policy.multiplier) and 1 <= policy.multiplier <= 100):
+        yield Violation(f"{at}.backoff_multiplier", "must be from 1 to 100")
+
+
+def settings(patch: SettingsPatch, at: str = "settings") -> Violations:
+    """A queue's settings, whole or in part."""
+    yield from duration(patch.lease_ms, MIN_LEASE_MS, MAX_LEASE_MS, f"{at}.lease_duration")
+    if patch.attempt_ms:
+        yield from duration(patch.attempt_ms, MIN_ATTEMPT_MS, MAX_DELAY_MS, f"{at}.attempt_duration")
+    yield from retry(patch.retry, f"{at}.retry_policy")
+    yield from within(patch.max_lease_expirations, 1, 1000, f"{at}.max_lease_expirations")
+    yield from duration(patch.retention_ms, 0, 365 * DAY_MS, f"{at}.retention_duration")
+    yield from duration(patch.dead_retention_ms, 0, 365 * DAY_MS, f"{at}.dead_retention_duration")
+    yield from within(patch.max_tasks, 0, 1 << 62, f"{at}.max_tasks")
+
+
+def lease(asked: LeaseAsk, wait_ms: int, at: str = "") -> Violations:
+    """A worker's request for tasks."""
+    yield from queue_id(asked.queue_id, f"{at}queue_id")
+    yield from text(asked.worker_id, 128, f"{at}worker_id", required=True)
+    yield from within(asked.max_tasks, 1, MAX_BATCH, f"{at}max_tasks")
+    yield from duration(asked.lease_ms or None, MIN_LEASE_MS, MAX_LEASE_MS, f"{at}lease_duration")
+    yield from text(asked.request_id, 128, f"{at}request_id")
+    yield from duration(wait_ms, 0, MAX_WAIT_MS, f"{at}wait_duration")
+
+
+def complete(asked: Complete, at: str, now_ms: int) -> Violations:
+    """A success."""
+    if asked.follow_ups:
+        yield from batch(len(asked.follow_ups), f"{at}.follow_ups", MAX_FOLLOW_UPS)
+    if asked.result_blob:
+        yield from blob_id(asked.result_blob, f"{at}.result.blob.blob_id")
+    for i, task in enumerate(asked.follow_ups[:MAX_FOLLOW_UPS]):
+        yield from new_task(task, f"{at}.follow_ups[{i}]", now_ms)
+
+
+def fail(asked: Fail, at: str) -> Violations:
+    """A failure."""
+    yield from text(asked.failure.reason, 128, f"{at}.failure.reason")
+    yield from text(asked.failure.message, 4_096, f"{at}.failure.message")
+    yield from duration(asked.delay_ms, 0, MAX_DELAY_MS, f"{at}.retry_delay_duration")
+
+
+def release(asked: Release, at: str) -> Violations:
+    """A task given back."""
+    yield from duration(asked.delay_ms, 0, MAX_DELAY_MS, f"{at}.delay_duration")
+
+
+def selection(asked: Selection) -> Violations:
+    """Tasks by id or by filter."""
+    if bool(asked.task_ids) == (asked.wanted is not None):
+        yield Violation("task_ids", "give either task_ids or filter")
+    if len(asked.task_ids) > MAX_BATCH:
+        yield Violation("task_ids", f"must hold at most {MAX_BATCH} items; it holds {len(asked.task_ids)}")
+    yield from within(asked.max_count, 1, MAX_SELECTED, "max_count")
+    if asked.wanted is not None:
+        yield from task_filter(asked.wanted)
+
+
+def task_filter(wanted: TaskFilter) -> Violations:
+    """A filter."""
+    if wanted.queue_id:
+        yield from queue_id(wanted.queue_id, "filter.queue_id")
+    if len(wanted.labels) > MAX_LABELS:
+        yield Violation("filter.labels", f"must hold at most {MAX_LABELS} labels")
+
+
+def reschedule(asked: Reschedule, now_ms: int) -> None:
+    """Another time or priority."""
+    violations = [
+        *task_id(asked.task_id),
+        *within(asked.priority, -1000, 1000, "priority"),
+        *_start(asked.start_ms, asked.delay_ms, now_ms, ""),
+    ]
+    refuse("reschedule", violations)
+
+
+def page_size(value: int) -> int:
+    """The size in force; refuses a negative one and cuts one that is too large."""
+    if value < 0:
+        refuse("list", [Violation("page_size", f"must be from 0 to {MAX_PAGE}")])
+    return min(value or DEFAULT_PAGE, MAX_PAGE)
+
+
+def _start(start_ms: int | None, delay_ms: int | None, now_ms: int, at: str) -> Violations:
+    prefix = f"{at}." if at else ""
+    if start_ms is not None and start_ms > now_ms + MAX_AHEAD_MS:
+        yield Violation(f"{prefix}schedule_time", "must be at most 10 years ahead")
+    yield from duration(delay_ms, 0, MAX_AHEAD_MS, f"{prefix}delay_duration")
+
+
+def _expiry(task: NewTask, now_ms: int, at: str) -> Violations:
+    start = task.start_ms if task.start_ms is not None else now_ms + (task.delay_ms or 0)
+    if task.expire_ms is not None and task.expire_ms <= max(start, now_ms):
+        yield Violation(f"{at}.expire_time", "must be later than now and than the start")
+    if task.expire_delay_ms is not None:
+        yield from duration(task.expire_delay_ms, 1, 2 * MAX_AHEAD_MS, f"{at}.expire_duration")
+        if now_ms + task.expire_delay_ms <= start and start > now_ms:
+            yield Violation(f"{at}.expire_duration", "must reach beyond the start")
+
+
+def _labels(task: NewTask, at: str) -> Violations:
+    if len(task.body.labels) > MAX_LABELS:
+        yield Violation(at, f"must hold at most {MAX_LABELS} labels; it holds {len(task.body.labels)}")
+        return
+    for key, value in task.body.labels.items():
+        if not _LABEL_KEY.fullmatch(key):
+            yield Violation(f"{at}[{key[:64]}]", "a key must be 1 to 64 of A-Z a-z 0-9 . _ / -")
+        yield from text(value, 256, f"{at}[{key[:64]}]")

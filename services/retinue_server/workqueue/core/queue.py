@@ -1,0 +1,399 @@
+"""The work queue's use cases: each checks what is asked, runs one step, and tells who waits. `service.py` calls these."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from msgspec.structs import replace
+
+from retinue_server.runtime.errors import NotFound, Reason, RetinueError, Unavailable
+from retinue_server.workqueue.core import limits, rules, steps
+from retinue_server.workqueue.core.events import Event, EventRing, EventType, Ledger
+from retinue_server.workqueue.core.requests import (
+    Complete,
+    Enqueue,
+    Extend,
+    LeaseAsk,
+    LeaseRef,
+    NewTask,
+    Release,
+    Reschedule,
+    Selection,
+    Settlement,
+    SettingsPatch,
+)
+from retinue_server.workqueue.core.waiting import Alarm, Patience, Waiters
+from retinue_server.workqueue.engine import (
+    FINISHED,
+    BlobStore,
+    Engine,
+    Instant,
+    QueueRow,
+    QueueSettings,
+    QueueState,
+    QueueTotals,
+    State,
+    Task,
+    TaskFilter,
+    Transaction,
+    View,
+)
+
+T = TypeVar("T")
+
+
+def read_clocks() -> Instant:
+    """Wall time, and the boot clock: it counts suspended time and never steps."""
+    return Instant(time.time_ns() // 1_000_000, time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000)
+
+
+def make_ids(count: int, now_ms: int) -> list[str]:
+    """Task ids that sort by time: 12 hexadecimal digits of milliseconds and 16 of chance."""
+    chance = os.urandom(8 * count).hex()
+    prefix = f"{now_ms:012x}"
+    return [prefix + chance[i : i + 16] for i in range(0, 16 * count, 16)]
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """Where ids, token nonces and jitter come from; tests give their own."""
+
+    ids: Callable[[int, int], list[str]] = make_ids
+    nonce: Callable[[], int] = lambda: random.SystemRandom().getrandbits(62)
+    jitter: Callable[[], float] = random.random
+
+
+@dataclass(frozen=True, slots=True)
+class QueueReport:
+    """What statistics tell of a queue."""
+
+    queue: QueueRow
+    counts: dict[State, int]
+    totals: QueueTotals
+
+
+class WorkQueue:
+    """All queues of one server."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        blobs: BlobStore,
+        *,
+        clock: Callable[[], Instant] = read_clocks,
+        chance: Chance = Chance(),  # noqa: B008 - frozen
+        strict_queues: bool = False,
+    ) -> None:
+        self.engine = engine
+        self.blobs = blobs
+        self.events = EventRing()
+        self.strict_queues = strict_queues
+        self.stopping = False
+        self._clock, self._chance = clock, chance
+        self._ready: Waiters[str] = Waiters()
+        self._ended: Waiters[str] = Waiters()
+        self._alarm = Alarm()
+
+    def now(self) -> Instant:
+        """Now, on both clocks."""
+        return self._clock()
+
+    # Producers
+
+    async def enqueue(self, asked: Enqueue) -> list[steps.Enqueued]:
+        """Takes tasks in; see EnqueueTasks."""
+        now = self.now()
+        limits.enqueue(asked, now.wall_ms)
+        missing = await self._missing_blobs(asked.tasks)
+        if missing:
+            return await self._enqueue_without(asked, missing)
+        return await self._enqueue(asked)
+
+    async def _enqueue(self, asked: Enqueue) -> list[steps.Enqueued]:
+        ids = self._chance.ids(len(asked.tasks), self.now().wall_ms)
+        return await self._write(lambda tx, ctx: steps.enqueue(tx, asked, ids, ctx))
+
+    async def _enqueue_without(self, asked: Enqueue, missing: dict[int, RetinueError]) -> list[steps.Enqueued]:
+        """Refuses the tasks whose input is not there and takes the others; they have no claim to be remembered as one."""
+        if asked.atomic:
+            index, error = next(iter(missing.items()))
+            error.metadata["index"] = str(index)
+            raise error
+        there = tuple(t for i, t in enumerate(asked.tasks) if i not in missing)
+        taken = iter(await self._enqueue(replace(asked, tasks=there, request_id="")) if there else ())
+        return [
+            steps.Enqueued(task.task_id, error=missing[i]) if i in missing else next(taken)
+            for i, task in enumerate(asked.tasks)
+        ]
+
+    async def get(self, task_id: str) -> Task:
+        """One task, whole."""
+        limits.refuse("find the task", list(limits.task_id(task_id)))
+
+        def query(view: View) -> Task | None:
+            row = view.by_id([task_id]).get(task_id)
+            return Task(row, view.bodies([row.seq])[row.seq]) if row else None
+
+        task = await self.engine.read(query)
+        if task is None:
+            raise steps.task_not_found(task_id)
+        return task
+
+    async def page(self, wanted: TaskFilter, before_seq: int | None, size: int) -> list[Task]:
+        """Matching tasks below `before_seq`, newest first."""
+        limits.refuse("list tasks", list(limits.task_filter(wanted)))
+        return await self.engine.read(lambda view: view.page(wanted, before_seq, size))
+
+    async def wait(self, task_id: str, wait_ms: int) -> Task:
+        """The task once it has ended, or as it stands after the wait."""
+        limits.refuse("wait", list(limits.duration(wait_ms, 0, limits.MAX_WAIT_MS, "wait_duration")))
+        patience = Patience(wait_ms)
+        with self._ended.waiting(task_id) as woken:
+            task = await self.get(task_id)
+            while task.row.state not in FINISHED and not self.stopping and await patience.until(woken):
+                task = await self.get(task_id)
+        return task
+
+    async def cancel(self, asked: Selection) -> steps.Selected:
+        """Ends tasks that are not finished; see CancelTasks."""
+        limits.refuse("cancel", list(limits.selection(asked)))
+        return await self._write(lambda tx, ctx: steps.cancel(tx, asked, ctx))
+
+    async def reschedule(self, asked: Reschedule) -> Task:
+        """Gives a waiting task another time or priority."""
+        limits.reschedule(asked, self.now().wall_ms)
+        row = await self._write(lambda tx, ctx: steps.reschedule(tx, asked, ctx))
+        return await self.get(row.task_id)
+
+    # Workers
+
+    async def lease(self, asked: LeaseAsk, wait_ms: int = 0) -> list[Task]:
+        """Ready tasks, waiting for the first; see LeaseTasks."""
+        limits.refuse("lease", list(limits.lease(asked, wait_ms)))
+        patience = Patience(wait_ms)
+        with self._ready.waiting(asked.queue_id) as woken:
+            leased = await self.try_lease(asked)
+            while not leased and not self.stopping and await patience.until(woken):
+                leased = await self.try_lease(asked)
+        return leased
+
+    async def try_lease(self, asked: LeaseAsk) -> list[Task]:
+        """Ready tasks, or none. Leases that a cancelled caller can't take go back at once."""
+        if self.stopping:
+            return []
+        nonce = self._chance.nonce()
+        granting = asyncio.ensure_future(self._write(lambda tx, ctx: steps.lease(tx, asked, nonce, ctx)))
+        try:
+            leased = await asyncio.shield(granting)
+        except asyncio.CancelledError:
+            granting.add_done_callback(self._give_back)
+            raise
+        if len(leased) == asked.max_tasks:
+            self._ready.wake(asked.queue_id, 1)
+        return leased
+
+    def waiting_for_work(self, queue_id: str) -> AbstractContextManager[asyncio.Event]:
+        """A context whose event is set when the queue may have something (the stream's way to wait)."""
+        return self._ready.waiting(queue_id)
+
+    def _give_back(self, granting: asyncio.Future[list[Task]]) -> None:
+        if granting.cancelled() or granting.exception() is not None or not granting.result():
+            return
+        back = [Release(LeaseRef.of(task.row)) for task in granting.result()]
+        self._background = asyncio.ensure_future(self._write(lambda tx, ctx: steps.settle(tx, back, (), ctx)))
+
+    async def extend(self, asked: Sequence[Extend]) -> list[steps.Extended]:
+        """Makes leases last longer; see ExtendLeases."""
+        return await self._write(lambda tx, ctx: steps.extend(tx, asked, ctx))
+
+    async def settle(self, asked: Sequence[Settlement]) -> list[steps.Settled]:
+        """Ends leases; see CompleteTasks, FailTasks, ReleaseTasks."""
+        follow_ups = [task for item in asked if isinstance(item, Complete) for task in item.follow_ups]
+        ids = self._chance.ids(len(follow_ups), self.now().wall_ms) if follow_ups else ()
+        missing = await self._missing_results(asked)
+        there = [item for i, item in enumerate(asked) if i not in missing] if missing else asked
+        if missing:
+            ids = self._chance.ids(sum(len(i.follow_ups) for i in there if isinstance(i, Complete)), self.now().wall_ms)
+        settled = await self._write(lambda tx, ctx: steps.settle(tx, there, ids, ctx)) if there else []
+        if not missing:
+            return settled
+        done = iter(settled)
+        return [steps.Settled(error=missing[i]) if i in missing else next(done) for i in range(len(asked))]
+
+    # Operators
+
+    async def create_queue(self, queue_id: str, patch: SettingsPatch) -> QueueRow:
+        """Makes a queue."""
+        limits.refuse("create the queue", [*limits.queue_id(queue_id), *limits.settings(patch)])
+        queue = QueueRow(queue_id, QueueState.ACTIVE, patched(QueueSettings(), patch), self.now().wall_ms)
+        return await self._write(lambda tx, _: steps.create_queue(tx, queue))
+
+    async def update_queue(self, queue_id: str, patch: SettingsPatch) -> QueueRow:
+        """Changes the settings that are named."""
+        limits.refuse("update the queue", [*limits.queue_id(queue_id), *limits.settings(patch)])
+        return await self._write(
+            lambda tx, _: steps.change_queue(tx, queue_id, lambda q: replace(q, settings=patched(q.settings, patch)))
+        )
+
+    async def set_queue_state(self, queue_id: str, state: QueueState) -> QueueRow:
+        """Pauses, drains or resumes."""
+        limits.refuse("change the queue", list(limits.queue_id(queue_id)))
+        queue = await self._write(
+            lambda tx, _: steps.change_queue(tx, queue_id, lambda q: replace(q, state=state))
+        )
+        self._ready.wake_all()
+        return queue
+
+    async def delete_queue(self, queue_id: str, *, force: bool) -> int:
+        """Removes a queue; how many tasks went with it."""
+        limits.refuse("delete the queue", list(limits.queue_id(queue_id)))
+        return await self._write(lambda tx, ctx: steps.delete_queue(tx, queue_id, force=force, ctx=ctx))
+
+    async def purge(self, queue_id: str, *, include_finished: bool) -> int:
+        """Deletes the queue's tasks that no worker has, in steps; how many."""
+        limits.refuse("purge the queue", list(limits.queue_id(queue_id)))
+        total = 0
+        while count := await self._write(
+            lambda tx, ctx: steps.purge(tx, queue_id, include_finished=include_finished, ctx=ctx)
+        ):
+            total += count
+        return total
+
+    async def redrive(self, asked: Selection) -> steps.Selected:
+        """Makes dead, cancelled and expired tasks ready again."""
+        limits.refuse("redrive", list(limits.selection(asked)))
+        return await self._write(lambda tx, ctx: steps.redrive(tx, asked, ctx))
+
+    async def delete(self, asked: Selection) -> steps.Selected:
+        """Removes tasks that no worker has."""
+        limits.refuse("delete", list(limits.selection(asked)))
+        return await self._write(lambda tx, ctx: steps.delete(tx, asked, ctx))
+
+    async def queue(self, queue_id: str) -> QueueRow:
+        """One queue."""
+        limits.refuse("find the queue", list(limits.queue_id(queue_id)))
+        queue = await self.engine.read(lambda view: view.queue(queue_id))
+        if queue is None:
+            raise steps.queue_not_found(queue_id)
+        return queue
+
+    async def queues(self, after: str, size: int) -> list[QueueRow]:
+        """Queues by name."""
+        return await self.engine.read(lambda view: view.queues(after, size))
+
+    async def reports(self, queue_ids: Sequence[str]) -> list[QueueReport]:
+        """Statistics of these queues, or of all (500 at most)."""
+        limits.refuse("count", [v for i, q in enumerate(queue_ids) for v in limits.queue_id(q, f"queue_ids[{i}]")])
+
+        def query(view: View) -> list[QueueReport]:
+            queues = [view.queue(q) for q in queue_ids] if queue_ids else view.queues("", limits.MAX_PAGE)
+            if None in queues:
+                raise steps.queue_not_found(queue_ids[queues.index(None)])
+            return [QueueReport(q, view.counts(q.queue_id), view.totals(q.queue_id)) for q in queues if q]
+
+        return await self.engine.read(query)
+
+    # Time
+
+    async def recover(self) -> None:
+        """At start, before anything is served: gives live leases one full term."""
+        after: int | None = 0
+        while after is not None:
+            begin = after
+            after = await self._write(lambda tx, ctx: steps.recover(tx, begin, ctx.now))
+
+    async def sweep(self) -> None:
+        """Does what time has brought."""
+        self._alarm.clear()
+        while await self._write(steps.sweep):
+            pass
+        self._alarm.set(await self._write(lambda tx, _: tx.next_times()))
+
+    async def sweep_is_due(self) -> None:
+        """Returns when there is something to sweep, or after a while."""
+        await self._alarm.rings(self.now)
+
+    async def collect_blobs(self, age_ms: int) -> int:
+        """Removes blobs that were idle for so long and that no task refers to; how many."""
+        idle = await self.blobs.idle(age_ms, 1_000)
+        used = await self.engine.read(lambda view: view.referenced(idle))
+        doomed = [blob_id for blob_id in idle if blob_id not in used]
+        for blob_id in doomed:
+            await self.blobs.delete(blob_id, age_ms)
+        return len(doomed)
+
+    def quiesce(self) -> None:
+        """Ends every wait, so that the server can stop; nothing is leased any more."""
+        self.stopping = True
+        self._ready.wake_all()
+        self._ended.wake_all()
+
+    # Shared
+
+    async def _write(self, step: Callable[[Transaction, steps.Context], T]) -> T:
+        """Runs a step and, once it is durable, publishes what it did."""
+
+        def run(tx: Transaction) -> tuple[T, list[Event]]:
+            now = self.now()
+            ctx = steps.Context(now, Ledger(now.wall_ms), self._chance.jitter, self.strict_queues)
+            return step(tx, ctx), ctx.ledger.events
+
+        result, events = await self.engine.write(run)
+        self._publish(events)
+        return result
+
+    def _publish(self, events: list[Event]) -> None:
+        self.events.publish(events)
+        ready: Counter[str] = Counter()
+        for event in events:
+            self._alarm.note(event.row)
+            if event.row.state == State.READY and event.type != EventType.DELETED:
+                ready[event.row.queue_id] += 1
+            elif event.row.state in FINISHED:
+                self._ended.wake(event.row.task_id, 1 << 30)
+        for queue_id, count in ready.items():
+            self._ready.wake(queue_id, count)
+
+    async def _missing_blobs(self, tasks: Sequence[NewTask]) -> dict[int, RetinueError]:
+        missing: dict[int, RetinueError] = {}
+        for index, task in enumerate(tasks):
+            if task.body.input_blob and await self.blobs.stat(task.body.input_blob) is None:
+                missing[index] = blob_not_found(task.body.input_blob)
+        return missing
+
+    async def _missing_results(self, asked: Sequence[Settlement]) -> dict[int, RetinueError]:
+        missing: dict[int, RetinueError] = {}
+        for index, item in enumerate(asked):
+            if not isinstance(item, Complete):
+                continue
+            if item.result_blob and await self.blobs.stat(item.result_blob) is None:
+                missing[index] = blob_not_found(item.result_blob)
+            elif item.follow_ups and (lost := await self._missing_blobs(item.follow_ups)):
+                missing[index] = next(iter(lost.values()))
+        return missing
+
+
+def patched(settings: QueueSettings, patch: SettingsPatch) -> QueueSettings:
+    """The settings with those that the patch names."""
+    said = {name: value for name in patch.__struct_fields__ if (value := getattr(patch, name)) is not None}
+    if patch.retry is not None:
+        said["retry"] = rules.effective_retry(settings.retry, patch.retry)
+    return replace(settings, **said)
+
+
+def blob_not_found(blob_id: str) -> NotFound:
+    """BLOB_NOT_FOUND."""
+    return NotFound(f"cannot find blob {blob_id}: upload it first", reason=Reason.BLOB_NOT_FOUND, blob_id=blob_id)
+
+
+def shutting_down() -> Unavailable:
+    """SHUTTING_DOWN."""
+    return Unavailable("cannot serve: the server is stopping; try another or again", reason=Reason.SHUTTING_DOWN, retry_ms=500)

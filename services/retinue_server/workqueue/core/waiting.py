@@ -1,0 +1,121 @@
+"""Who waits for what: workers for a queue to have something, callers for a task to end. Woken in the order of coming."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Generic, TypeVar
+
+from retinue_server.workqueue.engine import WAITING, Instant, State, TaskRow
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Waiters(Generic[K]):
+    """Waiters by key. Waking is a hint: who wakes looks again, and what it leaves it passes on by waking the next."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[K, deque[asyncio.Event]] = {}
+
+    @contextmanager
+    def waiting(self, key: K) -> Iterator[asyncio.Event]:
+        """Enrols a waiter; its event is set by a wake-up that comes after this, and must be cleared before looking."""
+        event = asyncio.Event()
+        line = self._waiting.setdefault(key, deque())
+        line.append(event)
+        try:
+            yield event
+        finally:
+            line.remove(event)
+            if event.is_set():
+                self.wake(key, 1)
+            if not line and self._waiting.get(key) is line:
+                del self._waiting[key]
+
+    def wake(self, key: K, count: int) -> None:
+        """Wakes up to `count` waiters that sleep, the first come first."""
+        for event in self._waiting.get(key, ()):
+            if count <= 0:
+                return
+            if not event.is_set():
+                event.set()
+                count -= 1
+
+    def wake_all(self) -> None:
+        """Wakes everybody (stopping, or a queue that was resumed)."""
+        for line in self._waiting.values():
+            for event in line:
+                event.set()
+
+
+class Patience:
+    """How long a caller still waits; it limits the waiting, not the looking, so that nothing is granted too late."""
+
+    def __init__(self, wait_ms: int) -> None:
+        self._until = time.monotonic() + wait_ms / 1000
+
+    async def until(self, woken: asyncio.Event) -> bool:
+        """True when woken, False when patience is at an end."""
+        left = self._until - time.monotonic()
+        if left <= 0:
+            return False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(left):
+                await woken.wait()
+        was_woken = woken.is_set()
+        woken.clear()
+        return was_woken
+
+
+class Alarm:
+    """Knows when there will be something to sweep: what the store said, or an earlier time that a change brought."""
+
+    LONGEST_S = 1.0
+    """It rings at least this often, so that a wall clock that was set forward is noticed."""
+
+    def __init__(self) -> None:
+        self._due_ms: int | None = None
+        self._lapse_ms: int | None = None
+        self._earlier = asyncio.Event()
+
+    def clear(self) -> None:
+        """Forgets; from here on every time counts."""
+        self._due_ms = self._lapse_ms = None
+        self._earlier.clear()
+
+    def set(self, times: tuple[int | None, int | None]) -> None:
+        """Takes over what the store said: next wall time, next lease time."""
+        self._due_ms, self._lapse_ms = _earliest(self._due_ms, times[0]), _earliest(self._lapse_ms, times[1])
+
+    def note(self, row: TaskRow) -> None:
+        """Takes a changed task's times into account."""
+        due = row.ready_ms if row.state in (State.SCHEDULED, State.RETRYING) else None
+        due = _earliest(due, row.expire_ms if row.state in WAITING else None)
+        due_ms, lapse_ms = _earliest(self._due_ms, due), _earliest(self._lapse_ms, row.lease_until)
+        if (due_ms, lapse_ms) != (self._due_ms, self._lapse_ms):
+            self._due_ms, self._lapse_ms = due_ms, lapse_ms
+            self._earlier.set()
+
+    async def rings(self, clock: Callable[[], Instant]) -> None:
+        """Returns when the time has come."""
+        while (left := self._left_s(clock())) > 0:
+            self._earlier.clear()
+            try:
+                async with asyncio.timeout(left):
+                    await self._earlier.wait()
+            except TimeoutError:
+                return
+
+    def _left_s(self, now: Instant) -> float:
+        due = self.LONGEST_S if self._due_ms is None else (self._due_ms - now.wall_ms) / 1000
+        lapse = self.LONGEST_S if self._lapse_ms is None else (self._lapse_ms - now.lease_ms) / 1000
+        return min(due, lapse, self.LONGEST_S)
+
+
+def _earliest(time_ms: int | None, other_ms: int | None) -> int | None:
+    if time_ms is None or other_ms is None:
+        return other_ms if time_ms is None else time_ms
+    return min(time_ms, other_ms)

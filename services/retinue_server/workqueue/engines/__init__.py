@@ -1,0 +1,1 @@
+"""One adapter a file, imported by name when it is chosen."""

@@ -1,0 +1,650 @@
+"""SQLite: one file, one writer thread, group commit.
+
+All steps that wait when the writer is free run in one SQLite transaction, each inside a savepoint of its own; their callers
+are answered after the one commit. A lone step is committed at once. WAL with `synchronous=FULL`: what is acknowledged
+survives power loss. Reads run beside it, on a thread and a connection of their own. The writer's connection is the only
+one that checkpoints. After a failed sync the process ends: what is on disk is not known, and the next start finds out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue as queues
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import apsw
+import msgspec
+
+from retinue_server.runtime.errors import Reason, ResourceExhausted, RetinueError, Unavailable
+from retinue_server.workqueue.engine import (
+    Capabilities,
+    Durability,
+    Failure,
+    Outcome,
+    QueueRow,
+    QueueSettings,
+    QueueState,
+    QueueTotals,
+    RetryOverrides,
+    State,
+    Task,
+    TaskBody,
+    TaskFilter,
+    TaskRow,
+    Transaction,
+    View,
+)
+
+T = TypeVar("T")
+
+SCHEMA_VERSION = 1
+_GROUP = 256
+"""How many steps one commit holds at most."""
+
+_MUTABLE = (
+    "state priority ready_ms expire_ms attempt lease_expirations lease_epoch lease_nonce lease_ms lease_until "
+    "attempt_until worker_id lease_request_id outcome cancel_requested start_ms end_ms delete_ms"
+).split()
+_FIXED = "seq task_id queue create_ms attempt_ms idempotency_key parent_task_id".split()
+_COLUMNS = [*_FIXED, *_MUTABLE]
+_ROW = ", ".join(f"task.{name}" for name in _COLUMNS)
+_BODY = "input task_type labels retry traceparent input_blob result result_blob failure".split()
+_WHOLE = f"{_ROW}, " + ", ".join(f"body.{name}" for name in _BODY)
+_INSERT_TASK = f"INSERT INTO task ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608 - constants
+_INSERT_BODY = f"INSERT INTO body (seq, {', '.join(_BODY)}) VALUES ({', '.join('?' * (1 + len(_BODY)))})"  # noqa: S608 - constants
+_SAVE = f"UPDATE task SET {', '.join(f'{name} = ?' for name in _MUTABLE)} WHERE seq = ?"  # noqa: S608 - constants
+
+_encode = msgspec.json.Encoder().encode
+_decode_labels = msgspec.json.Decoder(dict[str, str]).decode
+_decode_retry = msgspec.json.Decoder(RetryOverrides).decode
+_decode_failure = msgspec.json.Decoder(Failure).decode
+_decode_settings = msgspec.json.Decoder(QueueSettings).decode
+
+
+class SqliteEngine:
+    """The store in one file; see the module. `fatal` is called when the disk can no longer be trusted."""
+
+    capabilities = Capabilities("sqlite", Durability.DISK)
+
+    def __init__(self, path: Path, fatal: Callable[[BaseException], None]) -> None:
+        self._path = path
+        self._fatal = fatal
+        self._steps: queues.SimpleQueue[_Step | None] = queues.SimpleQueue()
+        self._writer: threading.Thread | None = None
+        self._reader: ThreadPoolExecutor | None = None
+        self._store: _Store
+        self._view: _View
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._store, self._view = await asyncio.to_thread(self._open)
+        self._reader = ThreadPoolExecutor(1, "workqueue-reader")
+        self._writer = threading.Thread(target=self._write_steps, args=(loop,), name="workqueue-writer", daemon=True)
+        self._writer.start()
+
+    async def stop(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        self._steps.put(None)
+        await asyncio.to_thread(writer.join)
+        if self._reader is not None:
+            await asyncio.to_thread(self._reader.shutdown)
+        await asyncio.to_thread(self._close)
+
+    async def write(self, step: Callable[[Transaction], T]) -> T:
+        if self._writer is None:
+            raise Unavailable("cannot write: the engine is stopped", reason=Reason.ENGINE_UNAVAILABLE, retry_ms=500)
+        job = _Step(step, asyncio.get_running_loop().create_future())
+        self._steps.put(job)
+        result: T = await asyncio.shield(job.done)
+        return result
+
+    async def read(self, query: Callable[[View], T]) -> T:
+        if self._reader is None or self._writer is None:
+            raise Unavailable("cannot read: the engine is stopped", reason=Reason.ENGINE_UNAVAILABLE, retry_ms=500)
+        return await asyncio.get_running_loop().run_in_executor(self._reader, self._run_query, query)
+
+    def _open(self) -> tuple[_Store, _View]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        writer = apsw.Connection(str(self._path))
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 5000", "temp_store = MEMORY"):
+            writer.pragma(*pragma.split(" = "))
+        _migrate(writer, self._path)
+        reader = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READWRITE)
+        reader.pragma("query_only", True)  # noqa: FBT003 - apsw's own shape
+        reader.pragma("wal_autocheckpoint", 0)
+        store = _Store(writer)
+        return store, _View(reader, store.tally)
+
+    def _close(self) -> None:
+        self._view.db.close()
+        self._store.db.close()
+
+    def _run_query(self, query: Callable[[View], T]) -> T:
+        try:
+            with self._view.db:
+                return query(self._view)
+        except apsw.Error as error:
+            raise _translated(error) from error
+
+    # The writer thread
+
+    def _write_steps(self, loop: asyncio.AbstractEventLoop) -> None:
+        while group := self._next_group():
+            try:
+                self._commit(group)
+            except apsw.Error as error:
+                self._undo(group, error)
+            loop.call_soon_threadsafe(_answer, group)
+
+    def _next_group(self) -> list[_Step]:
+        """Waits for a step, and takes with it all that wait already."""
+        first = self._steps.get()
+        group = [first] if first else []
+        while first and len(group) < _GROUP:
+            try:
+                step = self._steps.get_nowait()
+            except queues.Empty:
+                break
+            if step is None:
+                self._steps.put(None)
+                break
+            group.append(step)
+        return group
+
+    def _commit(self, group: list[_Step]) -> None:
+        self._store.db.execute("BEGIN IMMEDIATE")
+        for step in group:
+            step.run(self._store)
+        self._store.db.execute("COMMIT")
+        self._store.tally.commit()
+
+    def _undo(self, group: list[_Step], error: apsw.Error) -> None:
+        """Nothing of the group is durable: all of it fails."""
+        if _is_failed_sync(error):
+            self._fatal(error)
+        if self._store.db.in_transaction:
+            self._store.db.execute("ROLLBACK")
+        self._store.reload()
+        for step in group:
+            step.fail(_translated(error))
+
+
+class _Step:
+    """A step with the caller who waits for it."""
+
+    def __init__(self, step: Callable[[Transaction], Any], done: asyncio.Future[Any]) -> None:
+        self._step, self.done = step, done
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def run(self, store: _Store) -> None:
+        """Runs it; what it raises undoes it alone. Errors of the database undo the group."""
+        try:
+            with store.savepoint():
+                self._result = self._step(store)
+        except apsw.Error:
+            raise
+        except Exception as error:  # noqa: BLE001 - the caller gets it
+            self._error = error
+
+    def fail(self, error: BaseException) -> None:
+        """Replaces whatever came of it."""
+        self._error = error
+
+    def answer(self) -> None:
+        """Tells the caller, on the loop."""
+        if self.done.done():
+            return
+        if self._error is None:
+            self.done.set_result(self._result)
+        else:
+            self.done.set_exception(self._error)
+            self.done.exception()
+
+
+def _answer(group: list[_Step]) -> None:
+    for step in group:
+        step.answer()
+
+
+class _Tally:
+    """Tasks by queue number and state, so that counting costs nothing.
+
+    The writer thread counts in `current` and shows `committed` to the others, key by key, after each commit.
+    """
+
+    def __init__(self) -> None:
+        self.committed: dict[tuple[int, int], int] = {}
+        self.current: Counter[tuple[int, int]] = Counter()
+        self._journal: list[tuple[tuple[int, int], int]] = []
+
+    def load(self, counts: Iterable[tuple[int, int, int]]) -> None:
+        """Takes over what the tables say."""
+        self.current = Counter({(queue, state): count for queue, state, count in counts})
+        self.committed = dict(self.current)
+        self._journal.clear()
+
+    def add(self, queue: int, state: int, count: int) -> None:
+        """Counts a change."""
+        self.current[queue, state] += count
+        self._journal.append(((queue, state), count))
+
+    def mark(self) -> int:
+        """Where the journal stands, for `undo`."""
+        return len(self._journal)
+
+    def undo(self, mark: int) -> None:
+        """Takes back what was counted since."""
+        while len(self._journal) > mark:
+            key, count = self._journal.pop()
+            self.current[key] -= count
+
+    def commit(self) -> None:
+        """Shows what was counted."""
+        for key, _ in self._journal:
+            self.committed[key] = self.current[key]
+        self._journal.clear()
+
+    @staticmethod
+    def of(counts: dict[tuple[int, int], int], queue: int) -> dict[State, int]:
+        """One queue's counts."""
+        return {state: count for state in State if (count := counts.get((queue, state), 0))}
+
+
+class _View:
+    """Reads; see engine.View."""
+
+    def __init__(self, db: apsw.Connection, tally: _Tally) -> None:
+        self.db = db
+        self.tally = tally
+
+    def queue(self, queue_id: str) -> QueueRow | None:
+        found = self._queue_and_no(queue_id)
+        return found[1] if found else None
+
+    def _queue_and_no(self, queue_id: str) -> tuple[int, QueueRow] | None:
+        sql = "SELECT no, queue_id, state, settings, create_ms FROM queue WHERE queue_id = ?"
+        for no, *row in self.db.execute(sql, (queue_id,)):
+            return int(no), _queue(*row)
+        return None
+
+    def queues(self, after: str, limit: int) -> list[QueueRow]:
+        sql = "SELECT queue_id, state, settings, create_ms FROM queue WHERE queue_id > ? ORDER BY queue_id LIMIT ?"
+        return [_queue(*row) for row in self.db.execute(sql, (after, limit))]
+
+    def counts(self, queue_id: str) -> dict[State, int]:
+        return self.tally.of(self.tally.committed, self._no(queue_id))
+
+    def totals(self, queue_id: str) -> QueueTotals:
+        no = self._no(queue_id)
+        oldest = self.db.execute(_OLDEST_READY, (no, no)).get
+        workers = self.db.execute(
+            "SELECT count(DISTINCT worker_id) FROM task INDEXED BY task_leased WHERE state = 3 AND queue = ?", (no,)
+        ).get
+        return QueueTotals(oldest, workers)
+
+    def by_id(self, task_ids: Sequence[str]) -> dict[str, TaskRow]:
+        return {row.task_id: row for row in self._rows_in("task_id", task_ids)}
+
+    def bodies(self, seqs: Sequence[int]) -> dict[int, TaskBody]:
+        sql = f"SELECT seq, {', '.join(_BODY)} FROM body WHERE seq = ?"  # noqa: S608 - constants
+        return {seq: _body(body) for wanted in seqs for seq, *body in self.db.execute(sql, (wanted,))}
+
+    def page(self, wanted: TaskFilter, before_seq: int | None, limit: int) -> list[Task]:
+        where, values = self._where(wanted)
+        light = _WHOLE.replace("body.input,", "x'',").replace("body.result,", "x'',")
+        sql = f"SELECT {light} FROM task JOIN body USING (seq) WHERE seq < ? AND {where} ORDER BY seq DESC LIMIT ?"  # noqa: S608 - constants
+        before = (1 << 62) if before_seq is None else before_seq
+        return [self._task(row) for row in self.db.execute(sql, (before, *values, limit))]
+
+    def referenced(self, blob_ids: Sequence[str]) -> set[str]:
+        sql = (
+            "SELECT 1 WHERE EXISTS (SELECT 1 FROM body WHERE input_blob = ?1 AND input_blob <> '')"
+            " OR EXISTS (SELECT 1 FROM body WHERE result_blob = ?1 AND result_blob <> '')"
+        )
+        return {blob_id for blob_id in blob_ids if self.db.execute(sql, (blob_id,)).get}
+
+    def _rows_in(self, column: str, values: Sequence[object]) -> list[TaskRow]:
+        sql = f"SELECT {_ROW} FROM task WHERE {column} = ?"  # noqa: S608 - constants
+        return [self._row(row) for value in values for row in self.db.execute(sql, (value,))]
+
+    def _where(self, wanted: TaskFilter) -> tuple[str, list[Any]]:
+        """A filter as SQL over task and body."""
+        terms: list[tuple[str, Sequence[Any]]] = [("1", ())]
+        if wanted.queue_id:
+            terms.append(("queue = ?", (self._no(wanted.queue_id),)))
+        if wanted.states:
+            terms.append((f"state IN ({', '.join(str(int(s)) for s in wanted.states)})", ()))
+        if wanted.task_type:
+            terms.append(("task_type = ?", (wanted.task_type,)))
+        if wanted.parent_task_id:
+            terms.append(("parent_task_id = ? AND parent_task_id <> ''", (wanted.parent_task_id,)))
+        if wanted.created_after_ms is not None:
+            terms.append(("create_ms >= ?", (wanted.created_after_ms,)))
+        if wanted.created_before_ms is not None:
+            terms.append(("create_ms < ?", (wanted.created_before_ms,)))
+        terms.extend(('labels ->> ? = ?', (f'$."{key}"', value)) for key, value in wanted.labels.items())
+        return " AND ".join(sql for sql, _ in terms), [value for _, values in terms for value in values]
+
+    def _no(self, queue_id: str) -> int:
+        found = self._queue_and_no(queue_id)
+        return found[0] if found else -1
+
+    def _name(self, no: int) -> str:
+        return str(self.db.execute("SELECT queue_id FROM queue WHERE no = ?", (no,)).get)
+
+    def _row(self, row: Sequence[Any]) -> TaskRow:
+        return _task_row(self._name(row[2]), row)
+
+    def _task(self, row: Sequence[Any]) -> Task:
+        return Task(self._row(row), _body(row[len(_COLUMNS) :]))
+
+
+class _Store(_View):
+    """Reads and writes inside the writer's transaction; see engine.Transaction. Knows all queues by heart."""
+
+    def __init__(self, db: apsw.Connection) -> None:
+        super().__init__(db, _Tally())
+        self._queues: dict[str, tuple[int, QueueRow]] = {}
+        self._names: dict[int, str] = {}
+        self._next_seq = 1
+        self.queue_changes = 0
+        self.reload()
+
+    def reload(self) -> None:
+        """Forgets what it knows by heart and asks the tables."""
+        self.reload_queues()
+        self._next_seq = (self.db.execute("SELECT max(seq) FROM task").get or 0) + 1
+        self.tally.load(self.db.execute("SELECT queue, state, count(*) FROM task GROUP BY queue, state"))
+
+    def reload_queues(self) -> None:
+        """The same for the queues alone."""
+        self._queues = {
+            row[1]: (row[0], _queue(*row[1:]))
+            for row in self.db.execute("SELECT no, queue_id, state, settings, create_ms FROM queue")
+        }
+        self._names = {no: queue_id for queue_id, (no, _) in self._queues.items()}
+        self.queue_changes = 0
+
+    def savepoint(self) -> AbstractContextManager[None]:
+        return _Savepoint(self)
+
+    def counts(self, queue_id: str) -> dict[State, int]:
+        return self.tally.of(self.tally.current, self._no(queue_id))
+
+    def save_queue(self, queue: QueueRow) -> None:
+        sql = (
+            "INSERT INTO queue (queue_id, state, settings, create_ms) VALUES (?, ?, ?, ?)"
+            " ON CONFLICT (queue_id) DO UPDATE SET state = excluded.state, settings = excluded.settings RETURNING no"
+        )
+        settings = _encode(queue.settings).decode()
+        no = self.db.execute(sql, (queue.queue_id, int(queue.state), settings, queue.create_ms)).get
+        self._queues[queue.queue_id] = (no, queue)
+        self._names[no] = queue.queue_id
+        self.queue_changes += 1
+
+    def delete_queue(self, queue_id: str) -> None:
+        self.db.execute("DELETE FROM queue WHERE queue_id = ?", (queue_id,))
+        no, _ = self._queues.pop(queue_id)
+        del self._names[no]
+        self.queue_changes += 1
+
+    def by_seq(self, seqs: Sequence[int]) -> dict[int, TaskRow]:
+        return {row.seq: row for row in self._rows_in("seq", seqs)}
+
+    def by_key(self, queue_id: str, keys: Sequence[str]) -> dict[str, TaskRow]:
+        sql = f"SELECT {_ROW} FROM task WHERE queue = ? AND idempotency_key = ? AND idempotency_key <> ''"  # noqa: S608 - constants
+        no = self._no(queue_id)
+        return {key: self._row(row) for key in keys for row in self.db.execute(sql, (no, key))}
+
+    def by_lease_request(self, queue_id: str, request_id: str) -> list[Task]:
+        sql = (
+            f"SELECT {_WHOLE} FROM task JOIN body USING (seq) WHERE lease_request_id = ? AND lease_request_id <> ''"  # noqa: S608 - constants
+            " AND queue = ? AND state = 3 ORDER BY priority DESC, seq"
+        )
+        return [self._task(row) for row in self.db.execute(sql, (request_id, self._no(queue_id)))]
+
+    def ready(self, queue_id: str, limit: int) -> list[Task]:
+        sql = (
+            f"SELECT {_WHOLE} FROM task INDEXED BY task_ready JOIN body USING (seq) WHERE queue = ? AND state = 2"  # noqa: S608 - constants
+            " ORDER BY priority DESC, seq LIMIT ?"
+        )
+        return [self._task(row) for row in self.db.execute(sql, (self._no(queue_id), limit))]
+
+    def due(self, wall_ms: int, limit: int) -> list[TaskRow]:
+        return self._found("state IN (1, 4) AND ready_ms <= ? ORDER BY ready_ms LIMIT ?", wall_ms, limit)
+
+    def lapsed(self, lease_ms: int, limit: int) -> list[TaskRow]:
+        return self._found("state = 3 AND lease_until <= ? ORDER BY lease_until LIMIT ?", lease_ms, limit)
+
+    def expired(self, wall_ms: int, limit: int) -> list[TaskRow]:
+        where = "expire_ms IS NOT NULL AND state IN (1, 2, 4) AND expire_ms <= ? ORDER BY expire_ms LIMIT ?"
+        return self._found(where, wall_ms, limit)
+
+    def deletable(self, wall_ms: int, limit: int) -> list[TaskRow]:
+        return self._found("delete_ms IS NOT NULL AND delete_ms <= ? ORDER BY delete_ms LIMIT ?", wall_ms, limit)
+
+    def leased(self, after_seq: int, limit: int) -> list[TaskRow]:
+        return self._found("state = 3 AND seq > ? ORDER BY seq LIMIT ?", after_seq, limit)
+
+    def matching(self, wanted: TaskFilter, after_seq: int, limit: int) -> list[TaskRow]:
+        where, values = self._where(wanted)
+        sql = f"SELECT {_ROW} FROM task JOIN body USING (seq) WHERE seq > ? AND {where} ORDER BY seq LIMIT ?"  # noqa: S608 - constants
+        return [self._row(row) for row in self.db.execute(sql, (after_seq, *values, limit))]
+
+    def next_times(self) -> tuple[int | None, int | None]:
+        due = [self.db.execute(sql).get for sql in (_NEXT_DUE, _NEXT_EXPIRY)]
+        return min((d for d in due if d is not None), default=None), self.db.execute(_NEXT_LAPSE).get
+
+    def insert(self, tasks: Sequence[Task]) -> None:
+        if not tasks:
+            return
+        first = self._next_seq
+        self._next_seq += len(tasks)
+        nos = [self._queues[row.queue_id][0] for row, _ in tasks]
+        self.db.executemany(_INSERT_TASK, (_fixed(first + i, nos[i], row) + _mutable(row) for i, (row, _) in enumerate(tasks)))
+        self.db.executemany(_INSERT_BODY, ((first + i, *_body_values(body)) for i, (_, body) in enumerate(tasks)))
+        for no, (row, _) in zip(nos, tasks, strict=True):
+            self.tally.add(no, row.state, 1)
+
+    def save(self, rows: Sequence[TaskRow]) -> None:
+        for row in rows:
+            no = self._queues[row.queue_id][0]
+            before = self.db.execute("SELECT state FROM task WHERE seq = ?", (row.seq,)).get
+            self.db.execute(_SAVE, (*_mutable(row), row.seq))
+            if before != row.state:
+                self.tally.add(no, before, -1)
+                self.tally.add(no, row.state, 1)
+
+    def save_result(self, seq: int, result: bytes, result_blob: str) -> None:
+        self.db.execute("UPDATE body SET result = ?, result_blob = ? WHERE seq = ?", (result, result_blob, seq))
+
+    def save_failure(self, seq: int, failure: Failure) -> None:
+        self.db.execute("UPDATE body SET failure = ? WHERE seq = ?", (_encode(failure).decode(), seq))
+
+    def delete(self, rows: Sequence[TaskRow]) -> None:
+        self.db.executemany("DELETE FROM task WHERE seq = ?", ((row.seq,) for row in rows))
+        self.db.executemany("DELETE FROM body WHERE seq = ?", ((row.seq,) for row in rows))
+        for row in rows:
+            self.tally.add(self._queues[row.queue_id][0], row.state, -1)
+
+    def request(self, request_id: str) -> tuple[bytes, bytes] | None:
+        for row in self.db.execute("SELECT fingerprint, reply FROM request WHERE request_id = ?", (request_id,)):
+            return bytes(row[0]), bytes(row[1])
+        return None
+
+    def save_request(self, request_id: str, fingerprint: bytes, reply: bytes, forget_ms: int) -> None:
+        self.db.execute("INSERT INTO request VALUES (?, ?, ?, ?)", (request_id, fingerprint, reply, forget_ms))
+
+    def forget_requests(self, wall_ms: int, limit: int) -> int:
+        sql = "DELETE FROM request WHERE request_id IN (SELECT request_id FROM request WHERE forget_ms <= ? LIMIT ?)"
+        self.db.execute(sql, (wall_ms, limit))
+        return self.db.changes()
+
+    def _queue_and_no(self, queue_id: str) -> tuple[int, QueueRow] | None:
+        return self._queues.get(queue_id)
+
+    def _name(self, no: int) -> str:
+        return self._names[no]
+
+    def _found(self, where: str, *values: int) -> list[TaskRow]:
+        return [self._row(row) for row in self.db.execute(f"SELECT {_ROW} FROM task WHERE {where}", values)]  # noqa: S608 - constants
+
+
+class _Savepoint:
+    """Undoes, in the database and in what the store knows by heart, when left by an exception.
+
+    An error of the database itself is left alone: SQLite may have ended the transaction, and the group is undone whole.
+    """
+
+    def __init__(self, store: _Store) -> None:
+        self._store = store
+        self._tally_mark, self._queue_mark = store.tally.mark(), store.queue_changes
+
+    def __enter__(self) -> None:
+        self._store.db.execute("SAVEPOINT step")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            self._store.db.execute("RELEASE step")
+        elif not issubclass(kind, apsw.Error):
+            self._undo()
+
+    def _undo(self) -> None:
+        self._store.db.execute("ROLLBACK TO step; RELEASE step")
+        self._store.tally.undo(self._tally_mark)
+        if self._store.queue_changes != self._queue_mark:
+            self._store.reload_queues()
+
+
+_OLDEST_READY = """
+WITH RECURSIVE level (priority) AS (
+  SELECT max(priority) FROM task INDEXED BY task_ready WHERE queue = ?1 AND state = 2
+  UNION ALL
+  SELECT (SELECT max(task.priority) FROM task INDEXED BY task_ready
+          WHERE queue = ?1 AND state = 2 AND task.priority < level.priority)
+  FROM level WHERE level.priority IS NOT NULL
+)
+SELECT min((SELECT ready_ms FROM task INDEXED BY task_ready
+            WHERE queue = ?2 AND state = 2 AND task.priority = level.priority ORDER BY seq LIMIT 1))
+FROM level WHERE priority IS NOT NULL
+"""
+"""The oldest of each priority's first, found by hopping from priority to priority in the index."""
+
+_NEXT_DUE = "SELECT min(ready_ms) FROM task INDEXED BY task_due WHERE state IN (1, 4)"
+_NEXT_EXPIRY = (
+    "SELECT min(expire_ms) FROM task INDEXED BY task_expiring WHERE expire_ms IS NOT NULL AND state IN (1, 2, 4)"
+)
+_NEXT_LAPSE = "SELECT min(lease_until) FROM task INDEXED BY task_leased WHERE state = 3"
+
+
+def _migrate(db: apsw.Connection, path: Path) -> None:
+    """Brings the schema up to date; refuses one that a newer server made."""
+    version = int(db.pragma("user_version"))
+    if version > SCHEMA_VERSION:
+        raise Unavailable(
+            f"cannot open {path}: its schema is version {version}, this server knows {SCHEMA_VERSION}; use a newer server",
+            reason=Reason.ENGINE_UNAVAILABLE,
+        )
+    if version < 1:
+        with db:
+            db.execute(files(__package__).joinpath("schema.sql").read_text())
+            db.pragma("user_version", 1)
+
+
+def _is_failed_sync(error: apsw.Error) -> bool:
+    syncs = (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC, apsw.SQLITE_IOERR_TRUNCATE)
+    return getattr(error, "extendedresult", 0) in syncs
+
+
+def _translated(error: apsw.Error) -> RetinueError:
+    if isinstance(error, apsw.FullError):
+        full = ResourceExhausted(
+            "cannot write: the disk is full; nothing was changed", reason=Reason.DISK_FULL, retry_ms=5_000
+        )
+        full.__cause__ = error
+        return full
+    down = Unavailable("cannot go on: the engine failed; see the server's log", reason=Reason.ENGINE_UNAVAILABLE, retry_ms=1_000)
+    down.__cause__ = error
+    return down
+
+
+def _queue(queue_id: str, state: int, settings: str, create_ms: int) -> QueueRow:
+    return QueueRow(queue_id, QueueState(state), _decode_settings(settings), create_ms)
+
+
+def _fixed(seq: int, no: int, row: TaskRow) -> tuple[Any, ...]:
+    return (seq, row.task_id, no, row.create_ms, row.attempt_ms, row.idempotency_key, row.parent_task_id)
+
+
+def _mutable(row: TaskRow) -> tuple[Any, ...]:
+    return (
+        int(row.state),
+        row.priority,
+        row.ready_ms,
+        row.expire_ms,
+        row.attempt,
+        row.lease_expirations,
+        row.lease_epoch,
+        row.lease_nonce,
+        row.lease_ms,
+        row.lease_until,
+        row.attempt_until,
+        row.worker_id,
+        row.lease_request_id,
+        int(row.outcome),
+        int(row.cancel_requested),
+        row.start_ms,
+        row.end_ms,
+        row.delete_ms,
+    )
+
+
+def _task_row(queue_id: str, row: Sequence[Any]) -> TaskRow:
+    """From the columns in the order of _COLUMNS."""
+    seq, task_id, _, create_ms, attempt_ms, key, parent, state, priority, ready_ms, expire_ms, attempt = row[:12]
+    expirations, epoch, nonce, lease_ms, until, attempt_until, worker, request, outcome, cancel = row[12:22]
+    start_ms, end_ms, delete_ms = row[22:25]
+    return TaskRow(
+        seq, task_id, queue_id, State(state), priority, create_ms, ready_ms, expire_ms, attempt_ms, attempt, expirations,
+        epoch, nonce, lease_ms, until, attempt_until, worker, request, Outcome(outcome), bool(cancel), start_ms, end_ms,
+        delete_ms, key, parent,
+    )  # fmt: skip
+
+
+def _body_values(body: TaskBody) -> tuple[Any, ...]:
+    return (
+        body.input,
+        body.task_type,
+        _encode(body.labels).decode() if body.labels else "{}",
+        _encode(body.retry).decode() if body.retry else None,
+        body.traceparent,
+        body.input_blob,
+        body.result,
+        body.result_blob,
+        _encode(body.failure).decode() if body.failure else None,
+    )
+
+
+def _body(values: Sequence[Any]) -> TaskBody:
+    given, task_type, labels, retry, traceparent, input_blob, result, result_blob, failure = values[:9]
+    return TaskBody(
+        given,
+        task_type,
+        {} if labels == "{}" else _decode_labels(labels),
+        _decode_retry(retry) if retry else None,
+        traceparent,
+        input_blob,
+        result,
+        result_blob,
+        _decode_failure(failure) if failure else None,
+    )
