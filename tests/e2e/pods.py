@@ -8,6 +8,7 @@ that died is podman's own doing.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -243,7 +244,7 @@ class Cluster:
         metadata = {"name": pod.name, "labels": labels}
         manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod.spec}
         options = ["--start=false", "--network", self.network]
-        podman("kube", "play", *options, "-", stdin=yaml.safe_dump(manifest))
+        podman("kube", "play", *options, "-", stdin=json.dumps(manifest))
 
     def _volume(self, pod: str, volume: Manifest) -> Manifest:
         if claim := volume.get("persistentVolumeClaim"):

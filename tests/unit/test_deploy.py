@@ -114,7 +114,7 @@ def test_the_relay_is_a_native_sidecar_behind_a_startup_probe(default: list[Mani
     assert isinstance(relay["startupProbe"]["grpc"]["port"], int)
 
 
-def test_the_overlay_for_podman_moves_native_sidecars_and_changes_nothing_else_in_them(
+def test_the_overlay_for_podman_moves_native_sidecars_and_changes_only_their_ports(
     default: list[Manifest],
 ) -> None:
     (native,) = _worker(default)["spec"]["initContainers"]
@@ -123,6 +123,7 @@ def test_the_overlay_for_podman_moves_native_sidecars_and_changes_nothing_else_i
         c for c in pod["spec"]["containers"] if c["name"] == pod["metadata"]["annotations"]["sidecars"]
     )
     assert native.pop("restartPolicy") == "Always"
+    assert native.pop("ports")
     assert moved | {"image": ""} == native | {"image": ""}
 
 
