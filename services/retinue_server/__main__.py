@@ -76,14 +76,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT|unix:PATH",
         help="where apps dial; may be repeated (default: 127.0.0.1:7070, of one pattern its own port)",
     )
-    p.add_argument(
-        "--control", metavar="unix:PATH", help="where operators dial (default: DATA_DIR/control.sock)"
-    )
+    p.add_argument("--control", metavar="unix:PATH", help="where operators dial (default: DATA_DIR/control.sock)")
     p.add_argument(
         "--http",
         metavar=address,
-        help="JSON by the Connect protocol (default: 127.0.0.1:7080 "
-        "when no pattern is named; `none` for no listener)",
+        help="JSON by the Connect protocol (default: 127.0.0.1:7080 when no pattern is named; `none` for no listener)",
     )
     p.add_argument("--probe", metavar=address, help="grpc.health.v1 and nothing else; any address")
     p.add_argument("--metrics", metavar=address, help="/metrics and /healthz and nothing else; any address")
@@ -91,9 +88,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--config", metavar="FILE", help="a YAML file with settings")
     p.add_argument("--insecure", **flag, help="serve beyond loopback without TLS and tokens")  # type: ignore[arg-type] # a dict of keywords
     p.add_argument("--upstream", metavar="ADDRESS", help="relay to this server instead of serving")
-    p.add_argument(
-        "--token-file", metavar="FILE", help="lines `ROLE TOKEN`; ROLE is app, diagnostics or operator"
-    )
+    p.add_argument("--token-file", metavar="FILE", help="lines `ROLE TOKEN`; ROLE is app, diagnostics or operator")
     p.add_argument("--ready-file", metavar="FILE", help="write the line `ready` there too, when ready")
     p.add_argument("--version", action="version", version=f"retinue-server {__version__}")
     return p

@@ -65,9 +65,7 @@ def failure(name: str) -> BaseException:
             "cannot echo: two fields", [errors.Violation("text", "is bad"), errors.Violation("data", "too")]
         ),
         "many": errors.InvalidArgument("cannot echo: many fields", many),
-        "long": errors.NotFound(
-            "cannot find: " + "x" * 100_000, reason=errors.Reason.TASK_NOT_FOUND, k="v" * 9000
-        ),
+        "long": errors.NotFound("cannot find: " + "x" * 100_000, reason=errors.Reason.TASK_NOT_FOUND, k="v" * 9000),
         "bug": ValueError("the secret cause"),
     }
     return failures[name]

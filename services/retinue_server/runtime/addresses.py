@@ -184,9 +184,7 @@ def _check_unowned(path: Path, option: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise StartError(
-            f"cannot listen on unix:{path}: a file is there, no socket; choose another with {option}"
-        )
+        raise StartError(f"cannot listen on unix:{path}: a file is there, no socket; choose another with {option}")
     with closing(socket.socket(socket.AF_UNIX)) as probe:
         probe.settimeout(1)
         try:

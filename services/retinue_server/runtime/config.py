@@ -177,25 +177,17 @@ def _file_layer(path: Path, schema: type[msgspec.Struct], ignored: frozenset[str
     return _Layer(values, name)
 
 
-def _environment_layer(
-    environment: Mapping[str, str], schema: type[msgspec.Struct], ignored: frozenset[str]
-) -> _Layer:
+def _environment_layer(environment: Mapping[str, str], schema: type[msgspec.Struct], ignored: frozenset[str]) -> _Layer:
     values: dict[str, Any] = {}
     for name, text in environment.items():
         path = tuple(name.removeprefix(PREFIX).lower().split("__"))
-        if (
-            name.startswith(PREFIX)
-            and name != PREFIX + "CONFIG"
-            and not _is_other(name, path, schema, ignored)
-        ):
+        if name.startswith(PREFIX) and name != PREFIX + "CONFIG" and not _is_other(name, path, schema, ignored):
             _put(values, path, text, name)
     _check_keys(values, schema, (), _variable, _variable)
     return _Layer(_lists(values, schema), _variable)
 
 
-def _is_other(
-    name: str, path: tuple[str, ...], schema: type[msgspec.Struct], ignored: frozenset[str]
-) -> bool:
+def _is_other(name: str, path: tuple[str, ...], schema: type[msgspec.Struct], ignored: frozenset[str]) -> bool:
     if path[0] in schema.__struct_fields__:
         return False
     return path[0] in ignored or bool(_OTHERS.fullmatch(name.removeprefix(PREFIX)))

@@ -1,7 +1,7 @@
 """The errors a core may raise, and the one place that says which canonical code each of them has.
 
 No grpc and no protobuf here, so that cores may import it; `interceptors.py` turns a `RetinueError` into a status with
-its details. Messages read "cannot X: Y" and say what to do. `RetinueError.__cause__` goes to the log, never to a caller.
+its details. Messages read "cannot X: Y" and say what to do. `RetinueError.__cause__` goes to the log, never to callers.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class RetinueError(Exception):
 
     code: ClassVar[Code] = Code.INTERNAL
 
-    def __init__(self, message: str, *, reason: Reason = Reason.INTERNAL, retry_ms: int = 0, **metadata: object) -> None:
+    def __init__(
+        self, message: str, *, reason: Reason = Reason.INTERNAL, retry_ms: int = 0, **metadata: object
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.reason = reason

@@ -197,7 +197,4 @@ class DataDirLock:
 
 def _held(directory: Path, owner: str) -> str:
     who = owners.describe(int(owner)) if owner.isdecimal() else "another process"
-    return (
-        f"cannot use the data directory {directory}: {who} holds it; stop it, "
-        "or choose another with --data-dir DIR"
-    )
+    return f"cannot use the data directory {directory}: {who} holds it; stop it, or choose another with --data-dir DIR"

@@ -202,8 +202,6 @@ class GrpcListener:
             else:
                 port = server.add_secure_port(str(address), self._credentials)
         except RuntimeError as error:
-            raise StartError(
-                f"cannot listen on {address}: {error}; choose another with {self._option}"
-            ) from None
+            raise StartError(f"cannot listen on {address}: {error}; choose another with {self._option}") from None
         self.bound.append(str(Tcp(address.host, port)))
         return port

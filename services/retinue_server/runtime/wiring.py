@@ -42,9 +42,7 @@ def build(settings: Settings, patterns: Sequence[Pattern]) -> Process:
         operator = routes(Role.OPERATOR, token_required=False)
         control = [addresses.parse(settings.control)]
         listeners.append(GrpcListener(control, operator, name="control", socket_mode=0o600))
-    return Process(
-        patterns, listeners, health, drain_seconds=settings.drain_seconds, on_drain=reflection.close
-    )
+    return Process(patterns, listeners, health, drain_seconds=settings.drain_seconds, on_drain=reflection.close)
 
 
 def _routes(methods: Sequence[Method], common: Sequence[Method], interceptors: Interceptors) -> list[Route]:

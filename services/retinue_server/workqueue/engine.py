@@ -1,7 +1,7 @@
 """The port of the work queue: what an engine stores, finds and makes durable. It decides nothing.
 
-Every change of a task is a *step*: a function of `core/steps.py` over a `Transaction`, run by `Engine.write` as one atomic
-unit. The rules so stand once for all engines, and an engine is judged by one exercise (tests/engines).
+Every change of a task is a *step*: a function of `core/steps.py` over a `Transaction`, run by `Engine.write` as one
+atomic unit. The rules so stand once for all engines, and an engine is judged by one exercise (tests/engines).
 
 Units: wall times (`…_ms` that name an instant) are milliseconds since the Unix epoch; lease times (`lease_until`,
 `attempt_until`) are milliseconds of the lease clock, whose zero means nothing; durations are milliseconds.
@@ -313,8 +313,8 @@ class Engine(Protocol):
     async def write(self, step: Callable[[Transaction], T]) -> T:
         """Runs the step atomically and returns its value once it is durable; what the step raises undoes it alone.
 
-        Steps take effect one after the other, in the order of the calls. Once begun a step is not cancelled: a cancelled
-        caller does not learn its value, but it takes effect.
+        Steps take effect one after the other, in the order of the calls. Once begun a step is not cancelled: a
+        cancelled caller does not learn its value, but it takes effect.
         """
 
     async def read(self, query: Callable[[View], T]) -> T:
@@ -336,7 +336,7 @@ class BlobWriter(Protocol):
         """Appends."""
 
     async def commit(self, expected_id: str, expected_size: int) -> BlobStat:
-        """Makes it durable and visible; raises InvalidArgument (BLOB_MISMATCH), keeping nothing, if it is not as expected."""
+        """Makes it durable and visible; raises InvalidArgument (BLOB_MISMATCH), keeping nothing, if it is another."""
 
     async def abort(self) -> None:
         """Drops it; does nothing after `commit`."""
@@ -347,6 +347,9 @@ class BlobStore(Protocol):
 
     async def start(self) -> None:
         """Creates what is missing and drops uploads that a crash left behind."""
+
+    async def stop(self) -> None:
+        """Nothing is under way any more."""
 
     def upload(self) -> BlobWriter:
         """Begins an upload."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from enum import IntEnum
 from typing import NamedTuple
 
-from retinue_server.runtime.errors import OutOfRange, Reason
+from retinue_server.runtime.errors import OutOfRange, Reason, Unavailable
 from retinue_server.workqueue.engine import State, TaskRow
 
 REMEMBERED = 16_384
@@ -80,6 +80,7 @@ class EventRing:
     def __init__(self, size: int = REMEMBERED) -> None:
         self._events: deque[Event] = deque(maxlen=size)
         self._last = 0
+        self._closed = False
         self._news = asyncio.Event()
 
     @property
@@ -93,12 +94,25 @@ class EventRing:
             return
         self._events.extend(events)
         self._last += len(events)
+        self._wake()
+
+    def close(self) -> None:
+        """Ends the watches: the server is stopping."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
         news, self._news = self._news, asyncio.Event()
         news.set()
 
     async def after(self, number: int, limit: int = 512) -> list[Event]:
-        """The events after that number, waiting for the first; raises OutOfRange if some of them are forgotten."""
+        """The events after that number, waiting for the first; raises OutOfRange if some of them are forgotten and
+        Unavailable when the server stops."""
         while number == self._last:
+            if self._closed:
+                raise Unavailable(
+                    "cannot go on watching: the server is stopping", reason=Reason.SHUTTING_DOWN, retry_ms=500
+                )
             await self._news.wait()
         first = self._last - len(self._events) + 1
         if not first - 1 <= number < self._last:

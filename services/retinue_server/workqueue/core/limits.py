@@ -1,4 +1,4 @@
-"""What a request may hold. Every violation is named by its path in the contract; nothing is changed by a bad request."""
+"""What a request may hold. Every violation is named by its path in the contract."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from retinue_server.runtime.errors import InvalidArgument, Reason, ResourceExhausted, RetinueError, Violation
+from retinue_server.workqueue.core.requests import Complete, Fail, Release
 
 if TYPE_CHECKING:
     from retinue_server.workqueue.core.requests import (
-        Complete,
         Enqueue,
-        Fail,
+        Extend,
         LeaseAsk,
         NewTask,
-        Release,
         Reschedule,
         Selection,
         SettingsPatch,
+        Settlement,
     )
     from retinue_server.workqueue.engine import RetryOverrides, TaskFilter
 
@@ -32,7 +32,9 @@ MAX_OUTSTANDING = 100_000
 MAX_PAGE = 500
 DEFAULT_PAGE = 50
 MAX_WAIT_MS = 60_000
+REPLY_MARGIN_MS = 200
 MAX_LABELS = 16
+MAX_MULTIPLIER = 100
 
 SECOND_MS = 1_000
 DAY_MS = 86_400 * SECOND_MS
@@ -101,12 +103,12 @@ def batch(count: int, field: str, most: int = MAX_BATCH) -> Violations:
         yield Violation(field, f"must hold 1 to {most} items; it holds {count}")
 
 
-def enqueue(asked: Enqueue, now_ms: int) -> None:
+def enqueue(asked: Enqueue, now_ms: int) -> Violations:
     """A producer's batch."""
-    violations = [*batch(len(asked.tasks), "tasks"), *text(asked.request_id, 128, "request_id")]
-    if not violations:
-        violations = [v for i, task in enumerate(asked.tasks) for v in new_task(task, f"tasks[{i}]", now_ms)]
-    refuse("enqueue", violations)
+    yield from batch(len(asked.tasks), "tasks")
+    yield from text(asked.request_id, 128, "request_id")
+    for index, task in enumerate(asked.tasks[:MAX_BATCH]):
+        yield from new_task(task, f"tasks[{index}]", now_ms)
 
 
 def new_task(task: NewTask, at: str, now_ms: int) -> Violations:
@@ -145,7 +147,7 @@ def retry(policy: RetryOverrides | None, at: str) -> Violations:
     yield from within(policy.max_attempts, 1, 1000, f"{at}.max_attempts")
     yield from duration(policy.initial_backoff_ms, 0, 7 * DAY_MS, f"{at}.initial_backoff_duration")
     yield from duration(policy.max_backoff_ms, 0, MAX_DELAY_MS, f"{at}.max_backoff_duration")
-    if policy.multiplier is not None and not (math.isfinite(policy.multiplier) and 1 <= policy.multiplier <= 100):
+    if policy.multiplier is not None and not (math.isfinite(policy.multiplier) and 1 <= policy.multiplier <= MAX_MULTIPLIER):
         yield Violation(f"{at}.backoff_multiplier", "must be from 1 to 100")
 
 
@@ -161,14 +163,49 @@ def settings(patch: SettingsPatch, at: str = "settings") -> Violations:
     yield from within(patch.max_tasks, 0, 1 << 62, f"{at}.max_tasks")
 
 
-def lease(asked: LeaseAsk, wait_ms: int, at: str = "") -> Violations:
+def lease(asked: LeaseAsk, at: str = "") -> Violations:
     """A worker's request for tasks."""
     yield from queue_id(asked.queue_id, f"{at}queue_id")
     yield from text(asked.worker_id, 128, f"{at}worker_id", required=True)
     yield from within(asked.max_tasks, 1, MAX_BATCH, f"{at}max_tasks")
     yield from duration(asked.lease_ms or None, MIN_LEASE_MS, MAX_LEASE_MS, f"{at}lease_duration")
     yield from text(asked.request_id, 128, f"{at}request_id")
-    yield from duration(wait_ms, 0, MAX_WAIT_MS, f"{at}wait_duration")
+
+
+def wait(wait_ms: int) -> Violations:
+    """How long a caller waits."""
+    yield from duration(wait_ms, 0, MAX_WAIT_MS, "wait_duration")
+
+
+def reply_in_time(wait_ms: int, time_left_ms: int | None) -> int:
+    """The wait, cut so that the answer leaves 200 ms before the caller's deadline."""
+    return wait_ms if time_left_ms is None else max(0, min(wait_ms, time_left_ms - REPLY_MARGIN_MS))
+
+
+def settle(asked: Sequence[Settlement], now_ms: int) -> Violations:
+    """Successes, failures and tasks given back; each kind is numbered by itself, as in its request."""
+    completions = [item for item in asked if isinstance(item, Complete)]
+    failures = [item for item in asked if isinstance(item, Fail)]
+    releases = [item for item in asked if isinstance(item, Release)]
+    for field, items in (("completions", completions), ("failures", failures), ("releases", releases)):
+        if len(items) > MAX_BATCH:
+            yield Violation(field, f"must hold at most {MAX_BATCH} items; it holds {len(items)}")
+    follow_ups = sum(len(item.follow_ups) for item in completions)
+    if follow_ups > MAX_BATCH:
+        yield Violation("completions", f"must hold at most {MAX_BATCH} follow_ups in all; they hold {follow_ups}")
+    for index, completion in enumerate(completions[:MAX_BATCH]):
+        yield from complete(completion, f"completions[{index}]", now_ms)
+    for index, failure in enumerate(failures[:MAX_BATCH]):
+        yield from fail(failure, f"failures[{index}]")
+    for index, given_back in enumerate(releases[:MAX_BATCH]):
+        yield from release(given_back, f"releases[{index}]")
+
+
+def extend(asked: Sequence[Extend]) -> Violations:
+    """Leases that shall last longer."""
+    yield from batch(len(asked), "extensions")
+    for index, item in enumerate(asked[:MAX_BATCH]):
+        yield from duration(item.lease_ms or None, MIN_LEASE_MS, MAX_LEASE_MS, f"extensions[{index}].lease_duration")
 
 
 def complete(asked: Complete, at: str, now_ms: int) -> Violations:
@@ -212,21 +249,16 @@ def task_filter(wanted: TaskFilter) -> Violations:
         yield Violation("filter.labels", f"must hold at most {MAX_LABELS} labels")
 
 
-def reschedule(asked: Reschedule, now_ms: int) -> None:
+def reschedule(asked: Reschedule, now_ms: int) -> Violations:
     """Another time or priority."""
-    violations = [
-        *task_id(asked.task_id),
-        *within(asked.priority, -1000, 1000, "priority"),
-        *_start(asked.start_ms, asked.delay_ms, now_ms, ""),
-    ]
-    refuse("reschedule", violations)
+    yield from task_id(asked.task_id)
+    yield from within(asked.priority, -1000, 1000, "priority")
+    yield from _start(asked.start_ms, asked.delay_ms, now_ms, "")
 
 
-def page_size(value: int) -> int:
-    """The size in force; refuses a negative one and cuts one that is too large."""
-    if value < 0:
-        refuse("list", [Violation("page_size", f"must be from 0 to {MAX_PAGE}")])
-    return min(value or DEFAULT_PAGE, MAX_PAGE)
+def page_size(value: int) -> Violations:
+    """The size of a page; 0 = the default."""
+    yield from within(value, 0, MAX_PAGE, "page_size")
 
 
 def _start(start_ms: int | None, delay_ms: int | None, now_ms: int, at: str) -> Violations:

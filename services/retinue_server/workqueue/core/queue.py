@@ -1,4 +1,4 @@
-"""The work queue's use cases: each checks what is asked, runs one step, and tells who waits. `service.py` calls these."""
+"""The work queue's use cases: each checks what is asked, runs one step and tells who waits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from msgspec.structs import replace
 
-from retinue_server.runtime.errors import NotFound, Reason, RetinueError, Unavailable
+from retinue_server.runtime.errors import NotFound, Reason, RetinueError, Violation
 from retinue_server.workqueue.core import limits, rules, steps
 from retinue_server.workqueue.core.events import Event, EventRing, EventType, Ledger
 from retinue_server.workqueue.core.requests import (
@@ -27,8 +28,8 @@ from retinue_server.workqueue.core.requests import (
     Release,
     Reschedule,
     Selection,
-    Settlement,
     SettingsPatch,
+    Settlement,
 )
 from retinue_server.workqueue.core.waiting import Alarm, Patience, Waiters
 from retinue_server.workqueue.engine import (
@@ -48,6 +49,9 @@ from retinue_server.workqueue.engine import (
 )
 
 T = TypeVar("T")
+
+Found = Sequence[Violation]
+"""What the translation from the wire has found wrong already, to be told together with what the limits find."""
 
 
 def read_clocks() -> Instant:
@@ -89,29 +93,37 @@ class WorkQueue:
         blobs: BlobStore,
         *,
         clock: Callable[[], Instant] = read_clocks,
-        chance: Chance = Chance(),  # noqa: B008 - frozen
+        chance: Chance = Chance(),
         strict_queues: bool = False,
+        drain_ms: int = 10_000,
     ) -> None:
         self.engine = engine
         self.blobs = blobs
         self.events = EventRing()
         self.strict_queues = strict_queues
-        self.stopping = False
+        self.drain_ms = drain_ms
+        self.stopped = asyncio.Event()
+        """Set by `quiesce`: the server is stopping."""
         self._clock, self._chance = clock, chance
         self._ready: Waiters[str] = Waiters()
         self._ended: Waiters[str] = Waiters()
         self._alarm = Alarm()
+        self._background: set[asyncio.Future[None]] = set()
 
     def now(self) -> Instant:
         """Now, on both clocks."""
         return self._clock()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing is leased any more."""
+        return self.stopped.is_set()
+
     # Producers
 
-    async def enqueue(self, asked: Enqueue) -> list[steps.Enqueued]:
+    async def enqueue(self, asked: Enqueue, found: Found = ()) -> list[steps.Enqueued]:
         """Takes tasks in; see EnqueueTasks."""
-        now = self.now()
-        limits.enqueue(asked, now.wall_ms)
+        limits.refuse("enqueue", [*found, *limits.enqueue(asked, self.now().wall_ms)])
         missing = await self._missing_blobs(asked.tasks)
         if missing:
             return await self._enqueue_without(asked, missing)
@@ -122,7 +134,7 @@ class WorkQueue:
         return await self._write(lambda tx, ctx: steps.enqueue(tx, asked, ids, ctx))
 
     async def _enqueue_without(self, asked: Enqueue, missing: dict[int, RetinueError]) -> list[steps.Enqueued]:
-        """Refuses the tasks whose input is not there and takes the others; they have no claim to be remembered as one."""
+        """Refuses the tasks whose input is not there and takes the others, without remembering the request."""
         if asked.atomic:
             index, error = next(iter(missing.items()))
             error.metadata["index"] = str(index)
@@ -147,45 +159,48 @@ class WorkQueue:
             raise steps.task_not_found(task_id)
         return task
 
-    async def page(self, wanted: TaskFilter, before_seq: int | None, size: int) -> list[Task]:
+    async def page(self, wanted: TaskFilter, before_seq: int | None, page_size: int, found: Found = ()) -> list[Task]:
         """Matching tasks below `before_seq`, newest first."""
-        limits.refuse("list tasks", list(limits.task_filter(wanted)))
+        limits.refuse("list tasks", [*found, *limits.task_filter(wanted), *limits.page_size(page_size)])
+        size = page_size or limits.DEFAULT_PAGE
         return await self.engine.read(lambda view: view.page(wanted, before_seq, size))
 
-    async def wait(self, task_id: str, wait_ms: int) -> Task:
+    async def wait(self, task_id: str, wait_ms: int, time_left_ms: int | None = None, found: Found = ()) -> Task:
         """The task once it has ended, or as it stands after the wait."""
-        limits.refuse("wait", list(limits.duration(wait_ms, 0, limits.MAX_WAIT_MS, "wait_duration")))
-        patience = Patience(wait_ms)
+        limits.refuse("wait", [*found, *limits.task_id(task_id), *limits.wait(wait_ms)])
+        patience = Patience(limits.reply_in_time(wait_ms, time_left_ms))
         with self._ended.waiting(task_id) as woken:
             task = await self.get(task_id)
             while task.row.state not in FINISHED and not self.stopping and await patience.until(woken):
                 task = await self.get(task_id)
         return task
 
-    async def cancel(self, asked: Selection) -> steps.Selected:
+    async def cancel(self, asked: Selection, found: Found = ()) -> steps.Selected:
         """Ends tasks that are not finished; see CancelTasks."""
-        limits.refuse("cancel", list(limits.selection(asked)))
+        limits.refuse("cancel", [*found, *limits.selection(asked)])
         return await self._write(lambda tx, ctx: steps.cancel(tx, asked, ctx))
 
-    async def reschedule(self, asked: Reschedule) -> Task:
+    async def reschedule(self, asked: Reschedule, found: Found = ()) -> Task:
         """Gives a waiting task another time or priority."""
-        limits.reschedule(asked, self.now().wall_ms)
+        limits.refuse("reschedule", [*found, *limits.reschedule(asked, self.now().wall_ms)])
         row = await self._write(lambda tx, ctx: steps.reschedule(tx, asked, ctx))
         return await self.get(row.task_id)
 
     # Workers
 
-    async def lease(self, asked: LeaseAsk, wait_ms: int = 0) -> list[Task]:
+    async def lease(
+        self, asked: LeaseAsk, wait_ms: int = 0, time_left_ms: int | None = None, found: Found = ()
+    ) -> list[steps.Granted]:
         """Ready tasks, waiting for the first; see LeaseTasks."""
-        limits.refuse("lease", list(limits.lease(asked, wait_ms)))
-        patience = Patience(wait_ms)
+        limits.refuse("lease", [*found, *limits.lease(asked), *limits.wait(wait_ms)])
+        patience = Patience(limits.reply_in_time(wait_ms, time_left_ms))
         with self._ready.waiting(asked.queue_id) as woken:
             leased = await self.try_lease(asked)
             while not leased and not self.stopping and await patience.until(woken):
                 leased = await self.try_lease(asked)
         return leased
 
-    async def try_lease(self, asked: LeaseAsk) -> list[Task]:
+    async def try_lease(self, asked: LeaseAsk) -> list[steps.Granted]:
         """Ready tasks, or none. Leases that a cancelled caller can't take go back at once."""
         if self.stopping:
             return []
@@ -204,18 +219,26 @@ class WorkQueue:
         """A context whose event is set when the queue may have something (the stream's way to wait)."""
         return self._ready.waiting(queue_id)
 
-    def _give_back(self, granting: asyncio.Future[list[Task]]) -> None:
+    def _give_back(self, granting: asyncio.Future[list[steps.Granted]]) -> None:
         if granting.cancelled() or granting.exception() is not None or not granting.result():
             return
-        back = [Release(LeaseRef.of(task.row)) for task in granting.result()]
-        self._background = asyncio.ensure_future(self._write(lambda tx, ctx: steps.settle(tx, back, (), ctx)))
+        releasing = asyncio.ensure_future(self.give_back(granting.result()))
+        self._background.add(releasing)
+        releasing.add_done_callback(self._background.discard)
 
-    async def extend(self, asked: Sequence[Extend]) -> list[steps.Extended]:
+    async def give_back(self, granted: Sequence[steps.Granted]) -> None:
+        """Releases leases whose answer can't be delivered."""
+        back = [Release(LeaseRef.of(task.row)) for task, *_ in granted]
+        await self._write(lambda tx, ctx: steps.settle(tx, back, (), ctx))
+
+    async def extend(self, asked: Sequence[Extend], found: Found = ()) -> list[steps.Extended]:
         """Makes leases last longer; see ExtendLeases."""
+        limits.refuse("extend", [*found, *limits.extend(asked)])
         return await self._write(lambda tx, ctx: steps.extend(tx, asked, ctx))
 
-    async def settle(self, asked: Sequence[Settlement]) -> list[steps.Settled]:
+    async def settle(self, asked: Sequence[Settlement], found: Found = ()) -> list[steps.Settled]:
         """Ends leases; see CompleteTasks, FailTasks, ReleaseTasks."""
+        limits.refuse("settle", [*found, *limits.settle(asked, self.now().wall_ms)])
         follow_ups = [task for item in asked if isinstance(item, Complete) for task in item.follow_ups]
         ids = self._chance.ids(len(follow_ups), self.now().wall_ms) if follow_ups else ()
         missing = await self._missing_results(asked)
@@ -230,15 +253,15 @@ class WorkQueue:
 
     # Operators
 
-    async def create_queue(self, queue_id: str, patch: SettingsPatch) -> QueueRow:
+    async def create_queue(self, queue_id: str, patch: SettingsPatch, found: Found = ()) -> QueueRow:
         """Makes a queue."""
-        limits.refuse("create the queue", [*limits.queue_id(queue_id), *limits.settings(patch)])
+        limits.refuse("create the queue", [*found, *limits.queue_id(queue_id), *limits.settings(patch)])
         queue = QueueRow(queue_id, QueueState.ACTIVE, patched(QueueSettings(), patch), self.now().wall_ms)
         return await self._write(lambda tx, _: steps.create_queue(tx, queue))
 
-    async def update_queue(self, queue_id: str, patch: SettingsPatch) -> QueueRow:
+    async def update_queue(self, queue_id: str, patch: SettingsPatch, found: Found = ()) -> QueueRow:
         """Changes the settings that are named."""
-        limits.refuse("update the queue", [*limits.queue_id(queue_id), *limits.settings(patch)])
+        limits.refuse("update the queue", [*found, *limits.queue_id(queue_id), *limits.settings(patch)])
         return await self._write(
             lambda tx, _: steps.change_queue(tx, queue_id, lambda q: replace(q, settings=patched(q.settings, patch)))
         )
@@ -246,9 +269,7 @@ class WorkQueue:
     async def set_queue_state(self, queue_id: str, state: QueueState) -> QueueRow:
         """Pauses, drains or resumes."""
         limits.refuse("change the queue", list(limits.queue_id(queue_id)))
-        queue = await self._write(
-            lambda tx, _: steps.change_queue(tx, queue_id, lambda q: replace(q, state=state))
-        )
+        queue = await self._write(lambda tx, _: steps.change_queue(tx, queue_id, lambda q: replace(q, state=state)))
         self._ready.wake_all()
         return queue
 
@@ -267,14 +288,14 @@ class WorkQueue:
             total += count
         return total
 
-    async def redrive(self, asked: Selection) -> steps.Selected:
+    async def redrive(self, asked: Selection, found: Found = ()) -> steps.Selected:
         """Makes dead, cancelled and expired tasks ready again."""
-        limits.refuse("redrive", list(limits.selection(asked)))
+        limits.refuse("redrive", [*found, *limits.selection(asked)])
         return await self._write(lambda tx, ctx: steps.redrive(tx, asked, ctx))
 
-    async def delete(self, asked: Selection) -> steps.Selected:
+    async def delete(self, asked: Selection, found: Found = ()) -> steps.Selected:
         """Removes tasks that no worker has."""
-        limits.refuse("delete", list(limits.selection(asked)))
+        limits.refuse("delete", [*found, *limits.selection(asked)])
         return await self._write(lambda tx, ctx: steps.delete(tx, asked, ctx))
 
     async def queue(self, queue_id: str) -> QueueRow:
@@ -285,19 +306,21 @@ class WorkQueue:
             raise steps.queue_not_found(queue_id)
         return queue
 
-    async def queues(self, after: str, size: int) -> list[QueueRow]:
+    async def queues(self, after: str, page_size: int) -> list[QueueRow]:
         """Queues by name."""
+        limits.refuse("list queues", list(limits.page_size(page_size)))
+        size = page_size or limits.DEFAULT_PAGE
         return await self.engine.read(lambda view: view.queues(after, size))
 
     async def reports(self, queue_ids: Sequence[str]) -> list[QueueReport]:
         """Statistics of these queues, or of all (500 at most)."""
+        if len(queue_ids) > limits.MAX_PAGE:
+            limits.refuse("count", list(limits.batch(len(queue_ids), "queue_ids", limits.MAX_PAGE)))
         limits.refuse("count", [v for i, q in enumerate(queue_ids) for v in limits.queue_id(q, f"queue_ids[{i}]")])
 
         def query(view: View) -> list[QueueReport]:
-            queues = [view.queue(q) for q in queue_ids] if queue_ids else view.queues("", limits.MAX_PAGE)
-            if None in queues:
-                raise steps.queue_not_found(queue_ids[queues.index(None)])
-            return [QueueReport(q, view.counts(q.queue_id), view.totals(q.queue_id)) for q in queues if q]
+            queues = [steps.require_queue(view, q) for q in queue_ids] or view.queues("", limits.MAX_PAGE)
+            return [QueueReport(q, view.counts(q.queue_id), view.totals(q.queue_id)) for q in queues]
 
         return await self.engine.read(query)
 
@@ -307,8 +330,7 @@ class WorkQueue:
         """At start, before anything is served: gives live leases one full term."""
         after: int | None = 0
         while after is not None:
-            begin = after
-            after = await self._write(lambda tx, ctx: steps.recover(tx, begin, ctx.now))
+            after = await self._write(partial(steps.recover, after_seq=after))
 
     async def sweep(self) -> None:
         """Does what time has brought."""
@@ -332,9 +354,10 @@ class WorkQueue:
 
     def quiesce(self) -> None:
         """Ends every wait, so that the server can stop; nothing is leased any more."""
-        self.stopping = True
+        self.stopped.set()
         self._ready.wake_all()
         self._ended.wake_all()
+        self.events.close()
 
     # Shared
 
@@ -392,8 +415,3 @@ def patched(settings: QueueSettings, patch: SettingsPatch) -> QueueSettings:
 def blob_not_found(blob_id: str) -> NotFound:
     """BLOB_NOT_FOUND."""
     return NotFound(f"cannot find blob {blob_id}: upload it first", reason=Reason.BLOB_NOT_FOUND, blob_id=blob_id)
-
-
-def shutting_down() -> Unavailable:
-    """SHUTTING_DOWN."""
-    return Unavailable("cannot serve: the server is stopping; try another or again", reason=Reason.SHUTTING_DOWN, retry_ms=500)

@@ -42,7 +42,7 @@ def effective_retry(queue: RetryPolicy, task: RetryOverrides | None) -> RetryPol
 def backoff_ms(policy: RetryPolicy, attempt: int, jitter: float) -> int:
     """The wait after failed attempt number `attempt`, drawn by `jitter` in [0, 1).
 
-    Exponential backoff with full jitter, after Marc Brooker, "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015).
+    Exponential backoff with full jitter, after Marc Brooker, "Exponential Backoff And Jitter" (AWS blog, 2015).
     """
     try:
         ceiling = policy.initial_backoff_ms * policy.multiplier ** (attempt - 1)
@@ -64,7 +64,14 @@ def became_due(row: TaskRow) -> TaskRow:
 
 
 def leased(
-    row: TaskRow, settings: QueueSettings, now: Instant, *, worker_id: str, lease_ms: int, nonce: int, request_id: str
+    row: TaskRow,
+    settings: QueueSettings,
+    now: Instant,
+    *,
+    worker_id: str,
+    lease_ms: int,
+    nonce: int,
+    request_id: str,
 ) -> TaskRow:
     """READY -> LEASED: a new attempt under a new epoch."""
     lease_ms = lease_ms or settings.lease_ms
@@ -110,9 +117,7 @@ def recovered(row: TaskRow, now: Instant, attempt_ms: int) -> TaskRow:
     attempt_until = None
     if attempt_ms:
         attempt_until = now.lease_ms + max(0, (row.start_ms or now.wall_ms) + attempt_ms - now.wall_ms)
-    return replace(
-        row, attempt_until=attempt_until, lease_until=_earlier(now.lease_ms + row.lease_ms, attempt_until)
-    )
+    return replace(row, attempt_until=attempt_until, lease_until=_earlier(now.lease_ms + row.lease_ms, attempt_until))
 
 
 def completed(row: TaskRow, settings: QueueSettings, now: Instant) -> TaskRow:
@@ -153,8 +158,8 @@ def lapsed(
 ) -> tuple[TaskRow, Failure | None]:
     """What becomes of a lease that ran out, and the failure to record.
 
-    Past the attempt's deadline the attempt failed. Otherwise the worker is gone: the attempt is refunded, and the task is
-    READY again until it has cost `max_lease_expirations` leases.
+    Past the attempt's deadline the attempt failed. Otherwise the worker is gone: the attempt is refunded, and the
+    task is READY again until it has cost `max_lease_expirations` leases.
     """
     if row.attempt_until is not None and row.attempt_until <= now.lease_ms:
         failure = Failure(ATTEMPT_DEADLINE, "the attempt took longer than it may", now.wall_ms, row.attempt)
@@ -189,7 +194,13 @@ def redriven(row: TaskRow, now: Instant) -> TaskRow:
     """DEAD, CANCELLED, EXPIRED -> READY: counters start again, the epoch does not; an old expiry no longer holds."""
     _require(row, REDRIVABLE, "redrive")
     fresh = replace(
-        row, attempt=0, lease_expirations=0, cancel_requested=False, end_ms=None, delete_ms=None, expire_ms=None
+        row,
+        attempt=0,
+        lease_expirations=0,
+        cancel_requested=False,
+        end_ms=None,
+        delete_ms=None,
+        expire_ms=None,
     )
     return waiting(fresh, now.wall_ms, now)
 
@@ -237,7 +248,13 @@ def _require(row: TaskRow, allowed: tuple[State, ...], verb: str) -> None:
 
 def _unleased(row: TaskRow, outcome: Outcome, **changes: object) -> TaskRow:
     return replace(
-        row, outcome=outcome, lease_until=None, attempt_until=None, worker_id="", lease_request_id="", **changes
+        row,
+        outcome=outcome,
+        lease_until=None,
+        attempt_until=None,
+        worker_id="",
+        lease_request_id="",
+        **changes,
     )
 
 

@@ -10,13 +10,29 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+from msgspec import Struct
 from msgspec.structs import replace
 
-from retinue_server.runtime.errors import AlreadyExists, FailedPrecondition, NotFound, Reason, ResourceExhausted, RetinueError
+from retinue_server.runtime.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    NotFound,
+    Reason,
+    ResourceExhausted,
+    RetinueError,
+)
 from retinue_server.workqueue.core import limits, rules
 from retinue_server.workqueue.core.events import EventType, Ledger
-from retinue_server.workqueue.core.requests import Complete, Enqueue, Extend, Fail, LeaseAsk, LeaseRef, NewTask
+from retinue_server.workqueue.core.requests import (
+    Complete,
+    Enqueue,
+    Extend,
+    Fail,
+    LeaseAsk,
+    NewTask,
+)
 from retinue_server.workqueue.engine import (
+    REDRIVABLE,
     UNFINISHED,
     WAITING,
     Instant,
@@ -29,6 +45,7 @@ from retinue_server.workqueue.engine import (
     TaskFilter,
     TaskRow,
     Transaction,
+    View,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +61,15 @@ class Enqueued(NamedTuple):
     task_id: str
     existing: bool = False
     error: RetinueError | None = None
+
+
+class Granted(NamedTuple):
+    """A lease as handed out: the task, and how long lease and attempt last from now."""
+
+    task: Task
+    max_attempts: int
+    lease_left_ms: int
+    attempt_left_ms: int | None
 
 
 class Extended(NamedTuple):
@@ -63,7 +89,7 @@ class Settled(NamedTuple):
     error: RetinueError | None = None
 
 
-class Selected(NamedTuple):
+class Selected(Struct, frozen=True):
     """How many tasks a bulk step touched, and the refusals by task_id."""
 
     count: int
@@ -100,9 +126,12 @@ def _replayed(known: tuple[bytes, bytes], asked: Enqueue) -> list[Enqueued]:
     fingerprint, reply = known
     if fingerprint != asked.fingerprint:
         raise AlreadyExists(
-            f"cannot enqueue: request_id {asked.request_id!r} was used for another request", reason=Reason.REQUEST_CONFLICT
+            f"cannot enqueue: request_id {asked.request_id!r} was used for another request",
+            reason=Reason.REQUEST_CONFLICT,
         )
-    return [Enqueued(task_id, existing) for task_id, existing in msgspec.json.decode(reply, type=list[tuple[str, bool]])]
+    return [
+        Enqueued(task_id, existing) for task_id, existing in msgspec.json.decode(reply, type=list[tuple[str, bool]])
+    ]
 
 
 def _all_or_none(results: list[Enqueued]) -> None:
@@ -157,7 +186,7 @@ class _Admission:
         self._tx, self._ctx, self._parent = tx, ctx, parent
         self._queues: dict[str, QueueRow | RetinueError] = {}
         self._room: dict[str, int] = {}
-        self._taken_ids = {task_id: None for task_id in tx.by_id([t.task_id for t in tasks if t.task_id])}
+        self._taken_ids = dict.fromkeys(tx.by_id([t.task_id for t in tasks if t.task_id]))
         self._by_key: dict[tuple[str, str], tuple[str, bytes]] = {}
         self._look_up_keys(tasks)
 
@@ -208,7 +237,9 @@ class _Admission:
             self._tx.save_queue(queue)
         if queue.state == QueueState.DRAINING and self._parent is None:
             return FailedPrecondition(
-                f"cannot enqueue: queue {queue_id} is draining", reason=Reason.QUEUE_DRAINING, queue_id=queue_id
+                f"cannot enqueue: queue {queue_id} is draining",
+                reason=Reason.QUEUE_DRAINING,
+                queue_id=queue_id,
             )
         if queue.settings.max_tasks:
             self._room[queue_id] = queue.settings.max_tasks - _unfinished(self._tx, queue_id)
@@ -229,31 +260,40 @@ class _Admission:
 # Workers
 
 
-def lease(tx: Transaction, asked: LeaseAsk, nonce: int, ctx: Context) -> list[Task]:
-    """Hands out ready tasks; the rows are as leased."""
+def lease(tx: Transaction, asked: LeaseAsk, nonce: int, ctx: Context) -> list[Granted]:
+    """Hands out ready tasks."""
     queue = tx.queue(asked.queue_id)
     if queue is None or queue.state == QueueState.PAUSED:
         return []
     if asked.request_id and (again := _live_leases(tx, asked, ctx.now)):
-        return again
-    leased = [
-        Task(
-            rules.leased(
-                task.row,
-                queue.settings,
-                ctx.now,
-                worker_id=asked.worker_id,
-                lease_ms=asked.lease_ms,
-                nonce=nonce,
-                request_id=asked.request_id,
-            ),
-            task.body,
-        )
-        for task in _fitting(_startable(tx.ready(asked.queue_id, asked.max_tasks), ctx.now), asked.max_bytes)
-    ]
+        return [_granted(task, queue, ctx.now) for task in again]
+    ready = _fitting(_startable(tx.ready(asked.queue_id, asked.max_tasks), ctx.now), asked.max_bytes)
+    leased = [Task(_leased(row, queue, asked, nonce, ctx.now), body) for row, body in ready]
     tx.save([task.row for task in leased])
     ctx.ledger.add_all(EventType.LEASED, (task.row for task in leased))
-    return leased
+    return [_granted(task, queue, ctx.now) for task in leased]
+
+
+def _leased(row: TaskRow, queue: QueueRow, asked: LeaseAsk, nonce: int, now: Instant) -> TaskRow:
+    return rules.leased(
+        row,
+        queue.settings,
+        now,
+        worker_id=asked.worker_id,
+        lease_ms=asked.lease_ms,
+        nonce=nonce,
+        request_id=asked.request_id,
+    )
+
+
+def _granted(task: Task, queue: QueueRow, now: Instant) -> Granted:
+    row = task.row
+    return Granted(
+        task,
+        rules.effective_retry(queue.settings.retry, task.body.retry).max_attempts,
+        (row.lease_until or now.lease_ms) - now.lease_ms,
+        None if row.attempt_until is None else row.attempt_until - now.lease_ms,
+    )
 
 
 def _live_leases(tx: Transaction, asked: LeaseAsk, now: Instant) -> list[Task]:
@@ -326,7 +366,7 @@ class _Desk:
     def _complete(self, item: Complete, row: TaskRow, ids: Sequence[str]) -> Settled:
         try:
             if error := limits.payload_error(item.inline_bytes):
-                raise error  # noqa: TRY301 - one way out for every refusal of a completion
+                raise error
             with self._tx.savepoint(), self._ctx.ledger.savepoint():
                 results = _insert(self._tx, item.follow_ups, ids, self._ctx, parent=row) if item.follow_ups else []
                 _all_or_none(results)
@@ -367,10 +407,10 @@ class _Desk:
 # Time
 
 
-def recover(tx: Transaction, after_seq: int, now: Instant) -> int | None:
+def recover(tx: Transaction, ctx: Context, after_seq: int) -> int | None:
     """At start: live leases get one full term. In blocks; gives where to go on, or None at the end."""
     rows = tx.leased(after_seq, _SWEEP)
-    tx.save([rules.recovered(row, now, _attempt_ms(tx, row)) for row in rows])
+    tx.save([rules.recovered(row, ctx.now, _attempt_ms(tx, row)) for row in rows])
     return rows[-1].seq if rows else None
 
 
@@ -485,7 +525,7 @@ def cancel(tx: Transaction, asked: Selection, ctx: Context) -> Selected:
 
 def redrive(tx: Transaction, asked: Selection, ctx: Context) -> Selected:
     """Makes finished tasks that did not succeed ready again."""
-    return _change_selected(tx, asked, rules.REDRIVABLE, lambda row: rules.redriven(row, ctx.now), ctx)
+    return _change_selected(tx, asked, REDRIVABLE, lambda row: rules.redriven(row, ctx.now), ctx)
 
 
 def delete(tx: Transaction, asked: Selection, ctx: Context) -> Selected:
@@ -518,7 +558,11 @@ def reschedule(tx: Transaction, asked: Reschedule, ctx: Context) -> TaskRow:
 
 
 def _change_selected(
-    tx: Transaction, asked: Selection, states: tuple[State, ...], change: Callable[[TaskRow], TaskRow], ctx: Context
+    tx: Transaction,
+    asked: Selection,
+    states: tuple[State, ...],
+    change: Callable[[TaskRow], TaskRow],
+    ctx: Context,
 ) -> Selected:
     rows, errors = _selected(tx, asked, states)
     changed: list[TaskRow] = []
@@ -554,9 +598,9 @@ def _selected(
 # Shared
 
 
-def require_queue(tx: Transaction, queue_id: str) -> QueueRow:
+def require_queue(view: View, queue_id: str) -> QueueRow:
     """The queue; raises NotFound."""
-    queue = tx.queue(queue_id)
+    queue = view.queue(queue_id)
     if queue is None:
         raise queue_not_found(queue_id)
     return queue
@@ -570,12 +614,16 @@ def queue_not_found(queue_id: str) -> NotFound:
 def task_not_found(task_id: str) -> NotFound:
     """TASK_NOT_FOUND."""
     return NotFound(
-        f"cannot find task {task_id}: it never was, or its retention is over", reason=Reason.TASK_NOT_FOUND, task_id=task_id
+        f"cannot find task {task_id}: it never was, or its retention is over",
+        reason=Reason.TASK_NOT_FOUND,
+        task_id=task_id,
     )
 
 
 def _task_exists(task_id: str) -> AlreadyExists:
-    return AlreadyExists(f"cannot enqueue {task_id}: a task of that id exists", reason=Reason.TASK_EXISTS, task_id=task_id)
+    return AlreadyExists(
+        f"cannot enqueue {task_id}: a task of that id exists", reason=Reason.TASK_EXISTS, task_id=task_id
+    )
 
 
 def _queue_full(queue: QueueRow) -> ResourceExhausted:
@@ -610,4 +658,3 @@ _EVENT_OF = {
     State.EXPIRED: EventType.EXPIRED,
 }
 """What is told when a task comes to a state other than by being enqueued or leased."""
-

@@ -1,4 +1,4 @@
-"""Who waits for what: workers for a queue to have something, callers for a task to end. Woken in the order of coming."""
+"""Who waits for what: workers for a queue to have something, callers for a task to end; first come, first woken."""
 
 from __future__ import annotations
 

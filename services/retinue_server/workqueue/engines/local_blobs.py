@@ -1,4 +1,4 @@
-"""Blobs in a local directory: `blobs/ab/abcdef…`, one file per content, written beside, synced, then renamed into place."""
+"""Blobs in a local directory: `blobs/ab/abcdef…`, one file a content, written beside, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ class LocalBlobs:
 
     async def start(self) -> None:
         await asyncio.to_thread(self._prepare)
+
+    async def stop(self) -> None:
+        """Nothing stays open between calls."""
 
     def _prepare(self) -> None:
         self._uploads.mkdir(parents=True, exist_ok=True)
@@ -94,7 +97,9 @@ class _Upload:
         self._size += len(data)
         if self._size > self._max_bytes:
             raise ResourceExhausted(
-                f"cannot keep a blob of more than {self._max_bytes} bytes", reason=Reason.PAYLOAD_TOO_LARGE, limit=self._max_bytes
+                f"cannot keep a blob of more than {self._max_bytes} bytes",
+                reason=Reason.PAYLOAD_TOO_LARGE,
+                limit=self._max_bytes,
             )
         await _disk(lambda: self._append(data))
 
@@ -149,7 +154,9 @@ async def _disk(work: Callable[[], T]) -> T:
     except OSError as error:
         if error.errno in (28, 122):  # ENOSPC, EDQUOT
             raise ResourceExhausted(
-                "cannot keep the blob: the disk is full; nothing was kept", reason=Reason.DISK_FULL, retry_ms=5_000
+                "cannot keep the blob: the disk is full; nothing was kept",
+                reason=Reason.DISK_FULL,
+                retry_ms=5_000,
             ) from error
         raise
 

@@ -1,7 +1,7 @@
 """SQLite: one file, one writer thread, group commit.
 
-All steps that wait when the writer is free run in one SQLite transaction, each inside a savepoint of its own; their callers
-are answered after the one commit. A lone step is committed at once. WAL with `synchronous=FULL`: what is acknowledged
+All steps that wait when the writer is free run in one SQLite transaction, each inside a savepoint of its own; their
+callers are answered after the one commit. A lone step is committed at once. WAL with `synchronous=FULL`: what is acknowledged
 survives power loss. Reads run beside it, on a thread and a connection of their own. The writer's connection is the only
 one that checkpoints. After a failed sync the process ends: what is on disk is not known, and the next start finds out.
 """
@@ -48,14 +48,40 @@ SCHEMA_VERSION = 1
 _GROUP = 256
 """How many steps one commit holds at most."""
 
-_MUTABLE = (
-    "state priority ready_ms expire_ms attempt lease_expirations lease_epoch lease_nonce lease_ms lease_until "
-    "attempt_until worker_id lease_request_id outcome cancel_requested start_ms end_ms delete_ms"
-).split()
-_FIXED = "seq task_id queue create_ms attempt_ms idempotency_key parent_task_id".split()
+_MUTABLE = [
+    "state",
+    "priority",
+    "ready_ms",
+    "expire_ms",
+    "attempt",
+    "lease_expirations",
+    "lease_epoch",
+    "lease_nonce",
+    "lease_ms",
+    "lease_until",
+    "attempt_until",
+    "worker_id",
+    "lease_request_id",
+    "outcome",
+    "cancel_requested",
+    "start_ms",
+    "end_ms",
+    "delete_ms",
+]
+_FIXED = ["seq", "task_id", "queue", "create_ms", "attempt_ms", "idempotency_key", "parent_task_id"]
 _COLUMNS = [*_FIXED, *_MUTABLE]
 _ROW = ", ".join(f"task.{name}" for name in _COLUMNS)
-_BODY = "input task_type labels retry traceparent input_blob result result_blob failure".split()
+_BODY = [
+    "input",
+    "task_type",
+    "labels",
+    "retry",
+    "traceparent",
+    "input_blob",
+    "result",
+    "result_blob",
+    "failure",
+]
 _WHOLE = f"{_ROW}, " + ", ".join(f"body.{name}" for name in _BODY)
 _INSERT_TASK = f"INSERT INTO task ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608 - constants
 _INSERT_BODY = f"INSERT INTO body (seq, {', '.join(_BODY)}) VALUES ({', '.join('?' * (1 + len(_BODY)))})"  # noqa: S608 - constants
@@ -115,7 +141,12 @@ class SqliteEngine:
     def _open(self) -> tuple[_Store, _View]:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         writer = apsw.Connection(str(self._path))
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "busy_timeout = 5000", "temp_store = MEMORY"):
+        for pragma in (
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "busy_timeout = 5000",
+            "temp_store = MEMORY",
+        ):
             writer.pragma(*pragma.split(" = "))
         _migrate(writer, self._path)
         reader = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READWRITE)
@@ -131,9 +162,10 @@ class SqliteEngine:
     def _run_query(self, query: Callable[[View], T]) -> T:
         try:
             with self._view.db:
-                return query(self._view)
+                result = query(self._view)
         except apsw.Error as error:
             raise _translated(error) from error
+        return result
 
     # The writer thread
 
@@ -288,7 +320,8 @@ class _View:
         no = self._no(queue_id)
         oldest = self.db.execute(_OLDEST_READY, (no, no)).get
         workers = self.db.execute(
-            "SELECT count(DISTINCT worker_id) FROM task INDEXED BY task_leased WHERE state = 3 AND queue = ?", (no,)
+            "SELECT count(DISTINCT worker_id) FROM task INDEXED BY task_leased WHERE state = 3 AND queue = ?",
+            (no,),
         ).get
         return QueueTotals(oldest, workers)
 
@@ -332,7 +365,7 @@ class _View:
             terms.append(("create_ms >= ?", (wanted.created_after_ms,)))
         if wanted.created_before_ms is not None:
             terms.append(("create_ms < ?", (wanted.created_before_ms,)))
-        terms.extend(('labels ->> ? = ?', (f'$."{key}"', value)) for key, value in wanted.labels.items())
+        terms.extend(("labels ->> ? = ?", (f'$."{key}"', value)) for key, value in wanted.labels.items())
         return " AND ".join(sql for sql, _ in terms), [value for _, values in terms for value in values]
 
     def _no(self, queue_id: str) -> int:
@@ -451,7 +484,9 @@ class _Store(_View):
         first = self._next_seq
         self._next_seq += len(tasks)
         nos = [self._queues[row.queue_id][0] for row, _ in tasks]
-        self.db.executemany(_INSERT_TASK, (_fixed(first + i, nos[i], row) + _mutable(row) for i, (row, _) in enumerate(tasks)))
+        self.db.executemany(
+            _INSERT_TASK, (_fixed(first + i, nos[i], row) + _mutable(row) for i, (row, _) in enumerate(tasks))
+        )
         self.db.executemany(_INSERT_BODY, ((first + i, *_body_values(body)) for i, (_, body) in enumerate(tasks)))
         for no, (row, _) in zip(nos, tasks, strict=True):
             self.tally.add(no, row.state, 1)
@@ -552,7 +587,7 @@ def _migrate(db: apsw.Connection, path: Path) -> None:
     version = int(db.pragma("user_version"))
     if version > SCHEMA_VERSION:
         raise Unavailable(
-            f"cannot open {path}: its schema is version {version}, this server knows {SCHEMA_VERSION}; use a newer server",
+            f"cannot open {path}: its schema is version {version}, newer than {SCHEMA_VERSION}; use a newer server",
             reason=Reason.ENGINE_UNAVAILABLE,
         )
     if version < 1:
@@ -573,7 +608,11 @@ def _translated(error: apsw.Error) -> RetinueError:
         )
         full.__cause__ = error
         return full
-    down = Unavailable("cannot go on: the engine failed; see the server's log", reason=Reason.ENGINE_UNAVAILABLE, retry_ms=1_000)
+    down = Unavailable(
+        "cannot go on: the engine failed; see the server's log",
+        reason=Reason.ENGINE_UNAVAILABLE,
+        retry_ms=1_000,
+    )
     down.__cause__ = error
     return down
 

@@ -157,7 +157,7 @@ class BlobRef(_message.Message):
     blob_id: _builtins.str
     """Required. The lower-case hexadecimal SHA-256 of the content."""
     size_bytes: _builtins.int
-    """Output only. The content's size in bytes."""
+    """The content's size in bytes as the caller gave it, for information; 0 = not said."""
     def __init__(
         self,
         *,

@@ -1,0 +1,53 @@
+"""The part of the work queue that lives by time: due tasks, lapsed leases, retention, idle blobs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from retinue_server.runtime.errors import RetinueError
+
+if TYPE_CHECKING:
+    from retinue_server.workqueue.core.queue import WorkQueue
+
+_log = logging.getLogger(__name__)
+_BLOB_INTERVAL_S = 600.0
+_PAUSE_AFTER_ERROR_S = 1.0
+
+
+class Sweeper:
+    """Sweeps when the queue's alarm rings; recovers leases before that."""
+
+    def __init__(self, queue: WorkQueue, blob_idle_ms: int) -> None:
+        self._queue, self._blob_idle_ms = queue, blob_idle_ms
+        self._sweeping: asyncio.Task[None] | None = None
+        self._next_blobs = time.monotonic() + _BLOB_INTERVAL_S
+
+    async def start(self) -> None:
+        await self._queue.recover()
+        self._sweeping = asyncio.create_task(self._sweep())
+
+    async def stop(self) -> None:
+        sweeping, self._sweeping = self._sweeping, None
+        if sweeping is not None:
+            sweeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sweeping
+
+    async def _sweep(self) -> None:
+        while True:
+            try:
+                await self._queue.sweep()
+                await self._collect_blobs()
+                await self._queue.sweep_is_due()
+            except RetinueError as error:
+                _log.warning("cannot sweep: %s; trying again", error.message)
+                await asyncio.sleep(_PAUSE_AFTER_ERROR_S)
+
+    async def _collect_blobs(self) -> None:
+        if time.monotonic() >= self._next_blobs:
+            self._next_blobs = time.monotonic() + _BLOB_INTERVAL_S
+            await self._queue.collect_blobs(self._blob_idle_ms)

@@ -1,0 +1,64 @@
+"""Settings -> engine -> core -> servicers, by explicit constructors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from retinue_server.runtime.config import ConfigError
+from retinue_server.runtime.dispatch import Pattern, Service
+from retinue_server.runtime.lifecycle import fatal
+from retinue_server.workqueue import admin_service, blob_service, service
+from retinue_server.workqueue.config import WorkQueueSettings
+from retinue_server.workqueue.core.queue import WorkQueue
+from retinue_server.workqueue.engines.local_blobs import LocalBlobs
+from retinue_server.workqueue.sweeper import Sweeper
+
+if TYPE_CHECKING:
+    from retinue_server.runtime.config import Settings
+    from retinue_server.workqueue.engine import Engine
+
+SETTINGS = WorkQueueSettings
+NAME = "workqueue"
+
+
+async def wire(settings: Settings, section: WorkQueueSettings) -> Pattern:
+    """The work queue, as a coordinator over its engine or, with an upstream, as a relay."""
+    engine = _engine(settings, section)
+    blobs = LocalBlobs(settings.data_dir / NAME / "blobs", section.max_blob_bytes)
+    queue = WorkQueue(engine, blobs, strict_queues=section.strict_queues, drain_ms=int(settings.drain_seconds * 1000))
+
+    can = engine.capabilities
+
+    async def quiesce() -> None:
+        queue.quiesce()
+
+    return Pattern(
+        name=NAME,
+        services=(
+            Service(service.DESCRIPTOR, service.WorkQueueService(queue)),
+            Service(
+                admin_service.DESCRIPTOR,
+                admin_service.WorkQueueAdminService(queue, section.max_blob_bytes),
+                admin_service.ROLES,
+            ),
+            Service(blob_service.DESCRIPTOR, blob_service.BlobService(blobs)),
+        ),
+        parts=(engine, blobs, Sweeper(queue, section.blob_idle_seconds * 1000)),
+        quiesce=quiesce,
+        notices=(f"engine {can.engine}, an OK survives {_SURVIVES[can.durability]}",),
+    )
+
+
+_SURVIVES = {1: "nothing: it is lost with the process", 2: "a crash of the process", 3: "power loss"}
+
+
+def _engine(settings: Settings, section: WorkQueueSettings) -> Engine:
+    if section.engine == "memory":
+        from retinue_server.workqueue.engines.memory import MemoryEngine  # noqa: PLC0415 - the chosen engine only
+
+        return MemoryEngine()
+    try:
+        from retinue_server.workqueue.engines.sqlite import SqliteEngine  # noqa: PLC0415 - the chosen engine only
+    except ImportError as error:
+        raise ConfigError("cannot use engine sqlite: install it with pip install 'retinue-server[sqlite]'") from error
+    return SqliteEngine(settings.data_dir / NAME / "queue.db", fatal)
