@@ -42,9 +42,7 @@ class PodError(Exception):
 
 def podman(*words: str | Path, check: bool = True, stdin: str | None = None, timeout: float = 60) -> str:
     """Runs podman and gives its output; raises PodError with its complaint."""
-    done = subprocess.run(
-        [PODMAN, *words], input=stdin, capture_output=True, text=True, check=False, timeout=timeout
-    )
+    done = subprocess.run([PODMAN, *words], input=stdin, capture_output=True, text=True, check=False, timeout=timeout)
     if check and done.returncode:
         raise PodError(f"podman {' '.join(map(str, words))}: exit {done.returncode}: {done.stderr.strip()}")
     return done.stdout.strip()
@@ -127,9 +125,7 @@ class Pod:
         """SIGKILL to a container's process, and waits until podman has started it again."""
         before = int(self._inspect(name, "{{.RestartCount}}"))
         os.kill(int(self._inspect(name, "{{.State.Pid}}")), signal.SIGKILL)
-        await_true(
-            lambda: int(self._inspect(name, "{{.RestartCount}}")) > before, f"{self.name}/{name} starts again"
-        )
+        await_true(lambda: int(self._inspect(name, "{{.RestartCount}}")) > before, f"{self.name}/{name} starts again")
 
     def run(self, name: str, *command: str, check: bool = True, timeout: float = 60) -> str:
         """Runs a command in a container and gives its output."""

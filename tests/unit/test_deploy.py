@@ -119,9 +119,7 @@ def test_the_overlay_for_podman_moves_native_sidecars_and_changes_only_their_por
 ) -> None:
     (native,) = _worker(default)["spec"]["initContainers"]
     pod = _worker(_render("podman-ci"))
-    (moved,) = (
-        c for c in pod["spec"]["containers"] if c["name"] == pod["metadata"]["annotations"]["sidecars"]
-    )
+    (moved,) = (c for c in pod["spec"]["containers"] if c["name"] == pod["metadata"]["annotations"]["sidecars"])
     assert native.pop("restartPolicy") == "Always"
     assert native.pop("ports")
     assert moved | {"image": ""} == native | {"image": ""}
