@@ -1,7 +1,7 @@
 """Memory: for tests, and for queues that may be lost with the process. Other engines are held against it.
 
 Plain dictionaries; what a step writes is noted in a journal of undo actions until it is through. The ready tasks of a
-queue are a heap with lazy deletion; the sweeps look through all tasks, which is fine for the sizes that belong in memory.
+queue are a heap with lazy deletion; the sweeps look through all tasks, which is fine for what belongs in memory.
 """
 
 from __future__ import annotations
