@@ -7,7 +7,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from e2e.pods import PODMAN, ROOT, kubectl
+from e2e.pods import PODMAN, ROOT, Cluster, kubectl
 
 PACKAGES = "podman runc catatonit netavark aardvark-dns iptables mmdebstrap"
 
@@ -32,6 +32,16 @@ def image() -> str:
     )
     assert build.returncode == 0, build.stderr[-4000:]
     return build.stdout.strip()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure shows what the pods said."""
+    report = yield
+    cluster = getattr(item, "funcargs", {}).get("cluster")
+    if report.failed and isinstance(cluster, Cluster):
+        report.sections.append(("pods", cluster.logs()))
+    return report
 
 
 def _need_tools() -> None:

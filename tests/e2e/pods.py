@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from ipaddress import ip_network
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -117,10 +119,6 @@ class Pod:
             grace = max(2, round(end - time.monotonic()))  # a kubelet leaves sidecars two seconds at least
             podman("stop", "-t", str(grace), self.container(name), timeout=grace + 30)
 
-    def kill(self) -> None:
-        """Takes the pod away without a word to it, as when its node dies."""
-        podman("pod", "rm", "--force", "--time", "0", self.name)
-
     def crash(self, name: str) -> None:
         """SIGKILL to a container's process, and waits until podman has started it again."""
         before = int(self._inspect(name, "{{.RestartCount}}"))
@@ -134,6 +132,10 @@ class Pod:
     def exit_code(self, name: str) -> int:
         """How a container's process ended."""
         return int(self._inspect(name, "{{.State.ExitCode}}"))
+
+    def ended(self, name: str) -> int:
+        """When a container's process ended, in nanoseconds."""
+        return int(self._inspect(name, "{{.State.FinishedAt.UnixNano}}"))
 
     def container(self, name: str) -> str:
         """podman's name for it."""
@@ -188,15 +190,17 @@ class Cluster:
         self._directory.chmod(0o711)
         self.manifests = render(self.overlay)
         self.pods: list[Pod] = []
-        self._services: dict[str, str] = {}
         self._volumes: list[str] = []
         self.network = f"retinue-{self.suffix}"
         podman("network", "create", self.network)
+        subnet = podman("network", "inspect", "--format", "{{(index .Subnets 0).Subnet}}", self.network)
+        services = [m["metadata"]["name"] for m in self.manifests if m["kind"] == "Service"]
+        self._services = dict(zip(services, islice(ip_network(subnet).hosts(), 100, None), strict=False))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pod in self.pods:
-            podman("pod", "rm", "--force", "--time", "0", "--ignore", pod.name)
+        for pod in list(self.pods):
+            self.remove(pod)
         for volume in self._volumes:
             podman("volume", "rm", "--force", volume)
         podman("network", "rm", "--force", self.network)
@@ -205,17 +209,22 @@ class Cluster:
     def pod(self, workload: str, name: str = "", containers: Mapping[str, Manifest] | None = None) -> Pod:
         """Makes and starts one pod of a Deployment; `containers` replaces fields of containers by name.
 
-        A service that selects the pod's labels answers by its name in the pods that are made afterwards.
+        A pod that a service selects gets the service's address: there may be one such pod at a time.
         """
         template = self._find("Deployment", workload)["spec"]["template"]
         pod = self._make(f"{name or workload}-{self.suffix}", template, containers or {})
+        self.pods.append(pod)
         try:
             self._play(pod, template["metadata"]["labels"])
             pod.start()
         except PodError as error:
             raise PodError(f"cannot start {pod.name}: {error}\n{pod.logs()}") from None
-        self._name_services(template["metadata"]["labels"], pod.address)
         return pod
+
+    def remove(self, pod: Pod) -> None:
+        """Takes a pod away, without a word to it unless it was stopped before: as when its node dies."""
+        podman("pod", "rm", "--force", "--time", "0", "--ignore", pod.name)
+        self.pods.remove(pod)
 
     def logs(self) -> str:
         """The last lines of every pod that is still there."""
@@ -228,24 +237,26 @@ class Cluster:
         spec: Manifest = template["spec"]
         image = {"image": self.image}
         spec = spec | {
-            "hostAliases": [{"ip": ip, "hostnames": [service]} for service, ip in self._services.items()],
+            "hostAliases": [{"ip": str(ip), "hostnames": [name]} for name, ip in self._services.items()],
             "containers": [c | image | containers.get(c["name"], {}) for c in spec["containers"]],
             "volumes": [self._volume(name, volume) for volume in spec.get("volumes", [])],
         }
         annotations = template["metadata"].get("annotations", {})
-        self.pods.append(Pod(name, spec, annotations.get("sidecars", "").split()))
-        return self.pods[-1]
+        return Pod(name, spec, annotations.get("sidecars", "").split())
 
     def _play(self, pod: Pod, labels: Mapping[str, str]) -> None:
         metadata = {"name": pod.name, "labels": labels}
         manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod.spec}
         options = ["--start=false", "--network", self.network]
+        for service in self._services_of(labels):
+            options += ["--ip", str(self._services[service])]
         podman("kube", "play", *options, "-", stdin=json.dumps(manifest))
 
     def _volume(self, pod: str, volume: Manifest) -> Manifest:
         if claim := volume.get("persistentVolumeClaim"):
             return volume | {"persistentVolumeClaim": {"claimName": self._claim(claim["claimName"])}}
         path = self._directory / pod / volume["name"]
+        shutil.rmtree(path, ignore_errors=True)  # of an earlier pod of the name
         path.mkdir(parents=True)
         if "emptyDir" in volume:
             _hand_over(path, 0o2777)
@@ -274,14 +285,10 @@ class Cluster:
         data: dict[str, str] = self._find("ConfigMap", name)["data"]
         return data
 
-    def _name_services(self, labels: Mapping[str, str], address: str) -> None:
-        for manifest in self._services_of(labels):
-            self._services[manifest["metadata"]["name"]] = address
-
-    def _services_of(self, labels: Mapping[str, str]) -> Iterator[Manifest]:
+    def _services_of(self, labels: Mapping[str, str]) -> Iterator[str]:
         for manifest in self.manifests:
             if manifest["kind"] == "Service" and manifest["spec"]["selector"].items() <= labels.items():
-                yield manifest
+                yield manifest["metadata"]["name"]
 
 
 def _hand_over(path: Path, mode: int) -> None:
