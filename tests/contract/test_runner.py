@@ -402,7 +402,9 @@ def test_a_worker_survives_a_killed_server_and_completes_exactly_once(
     server = own_server[0]
     program = script(
         tmp_path,
-        f"note(os.environ['RETINUE_TASK_ID'])\nwhile not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.05)\nprint('done')\n",
+        "note(os.environ['RETINUE_TASK_ID'])\n"
+        f"while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.05)\n"
+        "print('done')\n",
     )
     with Queue("survivor", address=server.address) as queue:
         task, later = queue.enqueue("x"), queue.enqueue("y")
@@ -410,7 +412,7 @@ def test_a_worker_survives_a_killed_server_and_completes_exactly_once(
             server, tmp_path, "survivor", "--concurrency", "1", "--lease", "5s", "--", sys.executable, program
         )
         try:
-            eventually(lambda: (tmp_path / "notes").exists(), "the command runs")
+            eventually((tmp_path / "notes").exists, "the command runs")
             server.kill()
             running.until("disconnected")
             (tmp_path / "go").touch()  # it finishes while nobody can take its result
@@ -434,7 +436,7 @@ def test_a_command_outlives_a_restart_of_the_server_as_long_as_its_lease_may(
         task = queue.enqueue("x")
         running = Work(server, tmp_path, "restart", "--lease", "3s", "--", sys.executable, program)
         try:
-            eventually(lambda: (tmp_path / "notes").exists(), "the command runs")
+            eventually((tmp_path / "notes").exists, "the command runs")
             assert server.stop() == 0
             own_server.append(server.restart())
             running.until("connected")

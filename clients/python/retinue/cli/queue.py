@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from datetime import UTC
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,9 @@ from retinue.workqueue.v1 import queue_pb2
 from retinue.workqueue.v1 import task_pb2 as pb
 from retinue.workqueue.v1 import workqueue_admin_service_pb2 as api
 from retinue.workqueue.v1 import workqueue_admin_service_pb2_grpc as rpc
+
+if TYPE_CHECKING:
+    from retinue.client.channel import Connection
 
 queue = Branch(
     {
