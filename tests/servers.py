@@ -69,7 +69,9 @@ def start_server(tmp_path: Path, *args: str, listen: str = "127.0.0.1:0") -> Run
     command = [sys.executable, "-m", "retinue_server", "--listen", listen, "--control", f"unix:{control}"]
     command += ["--http", "127.0.0.1:0", "--data-dir", str(tmp_path / "data"), *args]
     with (tmp_path / "server.log").open("a") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(), cwd=tmp_path)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(), cwd=tmp_path
+        )
     ready = _await_ready(process, tmp_path / "server.log")
     address = next(item for item in ready["listen"] if not item.startswith("unix:"))
     return RunningServer(address, f"unix:{control}", str(ready.get("http") or ""), process, tmp_path / "data", ready)

@@ -12,10 +12,13 @@ import pytest
 from servers import RunningServer, start_server
 
 from retinue.client import errors, trace
-from retinue.client.queue import Queue
+from retinue.client.queue import Queue, duration
 from retinue.client.sync import Queue as SyncQueue
 from retinue.client.worker import Done, Failed, Job, Released, Worker, WorkerEvent
+from retinue.workqueue.v1 import queue_pb2
 from retinue.workqueue.v1 import task_pb2 as pb
+from retinue.workqueue.v1 import workqueue_admin_service_pb2 as api
+from retinue.workqueue.v1 import workqueue_admin_service_pb2_grpc as rpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -131,7 +134,7 @@ async def test_an_exception_is_a_failure_that_is_retried(queue: Queue, start: An
             raise KeyError("gone")
         return "second"
 
-    task = await queue.enqueue("x", retry=pb.RetryPolicy(max_backoff_duration={"nanos": 10_000_000}))
+    task = await queue.enqueue("x", retry=pb.RetryPolicy(max_backoff_duration=duration(0.01)))
     start(once)
     done = await finished(queue, task.task_id)
     assert (done.state, done.attempt) == (pb.TASK_STATE_SUCCEEDED, 2)
@@ -163,7 +166,9 @@ async def test_follow_ups_are_committed_with_the_result_and_continue_the_trace(q
     done = await finished(queue, child.task_id)
     sent = trace.parse((await queue.get(task.task_id)).spec.traceparent)
     first, second = (trace.parse(text) for text in seen)
-    assert sent and first and second
+    assert sent
+    assert first
+    assert second
     assert sent.trace_id == first.trace_id == second.trace_id
     assert done.spec.traceparent == seen[0], "the follow-up's parent is the handler's span"
 
@@ -236,25 +241,23 @@ async def test_a_cancelled_run_gives_its_tasks_back(queue: Queue) -> None:
 
 
 async def test_a_result_for_a_full_queue_waits_for_room(queue: Queue, start: Any, server: RunningServer) -> None:
-    from retinue.workqueue.v1 import workqueue_admin_service_pb2 as api
-    from retinue.workqueue.v1 import workqueue_admin_service_pb2_grpc as rpc
-
     full = f"{queue.queue_id}-full"
     async with Queue(full, address=server.control) as operator:
         stub = rpc.WorkQueueAdminServiceStub(operator.connection.channel)
-        await stub.CreateQueue(api.CreateQueueRequest(queue_id=full, settings={"max_tasks": 1}))
+        await stub.CreateQueue(api.CreateQueueRequest(queue_id=full, settings=queue_pb2.QueueSettings(max_tasks=1)))
         blocking = await operator.enqueue("in the way")
         calls = []
+        finishing = asyncio.Event()
 
         async def chain(job: Job) -> Done:
             calls.append(job.task_id)
+            finishing.set()
             return Done("ok", [await operator.spec("next")])
 
         task = await queue.enqueue("x")
         start(chain)
-        while not calls:
-            await asyncio.sleep(0.02)
-        await asyncio.sleep(0.3)
+        await asyncio.wait_for(finishing.wait(), 10)
+        await asyncio.sleep(0.3)  # so that it is refused a few times
         await operator.cancel(blocking.task_id)
         done = await finished(queue, task.task_id)
         assert (done.state, done.attempt, calls) == (pb.TASK_STATE_SUCCEEDED, 1, [task.task_id])

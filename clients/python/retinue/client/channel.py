@@ -82,8 +82,7 @@ class Connection:
         self._channel: grpc.aio.Channel | None = None
         if self._token.metadata() and not self._credentials and not addresses.is_local(self.address):
             raise ConfigurationError(
-                f"cannot send a token in plaintext to {self.address}: "
-                "name the server's CA in RETINUE_TLS_CA_FILE"
+                f"cannot send a token in plaintext to {self.address}: name the server's CA in RETINUE_TLS_CA_FILE"
             )
 
     @property

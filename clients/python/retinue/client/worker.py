@@ -186,9 +186,7 @@ class Worker:
         self.queue = queue
         self.worker_id = worker_id or default_worker_id()
         self._handler: Callable[[Job], Any] = handler
-        self._asynchronous = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
-            type(handler).__call__
-        )
+        self._asynchronous = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__)
         self._concurrency = concurrency
         self._credit = concurrency + prefetch
         self._left = max_tasks
@@ -387,9 +385,7 @@ class Worker:
             done = answer if isinstance(answer, Done) else Done(answer)
             return completion(job.lease, await self.queue.store(done.result), done.follow_ups)
         except Failed as error:
-            return failure(
-                job.lease, error.reason, error.message, final=error.final, retry_delay=error.retry_delay
-            )
+            return failure(job.lease, error.reason, error.message, final=error.final, retry_delay=error.retry_delay)
         except Released as error:
             return release(job.lease, error.delay)
         except errors.RetinueError as error:
