@@ -206,7 +206,7 @@ export class Session {
 
   /** Extends the leases at a third of their duration. Asking also shows a server that no longer answers. */
   async #renew(): Promise<void> {
-    const interval = Math.min(this.#host.leaseDurationMs / 3, LONGEST_RENEWAL_MS);
+    const interval = Math.round(Math.min(this.#host.leaseDurationMs / 3, LONGEST_RENEWAL_MS));
     while (!(this.#isDead && this.#held.size === 0)) {
       await pause(interval, this.#host.soft, this.#held.size === 0 ? this.dead : undefined);
       if (this.#host.soft.aborted) return;
