@@ -1,7 +1,7 @@
 """Memory: for tests, and for queues that may be lost with the process. Other engines are held against it.
 
 Plain dictionaries; what a step writes is noted in a journal of undo actions until it is through. The ready tasks of a
-queue are a heap with lazy deletion; the sweeps look through all tasks, which is fine for the sizes that belong in memory.
+queue are a heap with lazy deletion; the sweeps look through all tasks, which is fine for what belongs in memory.
 """
 
 from __future__ import annotations
@@ -102,8 +102,12 @@ class _Store:
         return counts
 
     def totals(self, queue_id: str) -> QueueTotals:
-        rows = list(self._of(queue_id))
-        oldest = min((row.ready_ms for row in rows if row.state == State.READY), default=None)
+        rows = sorted(self._of(queue_id), key=_seq)
+        first_in_line: dict[int, TaskRow] = {}
+        for row in rows:
+            if row.state == State.READY:
+                first_in_line.setdefault(row.priority, row)
+        oldest = min((row.ready_ms for row in first_in_line.values()), default=None)
         return QueueTotals(oldest, len({row.worker_id for row in rows if row.state == State.LEASED}))
 
     def by_id(self, task_ids: Sequence[str]) -> dict[str, TaskRow]:

@@ -1,9 +1,10 @@
 """SQLite: one file, one writer thread, group commit.
 
 All steps that wait when the writer is free run in one SQLite transaction, each inside a savepoint of its own; their
-callers are answered after the one commit. A lone step is committed at once. WAL with `synchronous=FULL`: what is acknowledged
-survives power loss. Reads run beside it, on a thread and a connection of their own. The writer's connection is the only
-one that checkpoints. After a failed sync the process ends: what is on disk is not known, and the next start finds out.
+callers are answered after the one commit. A lone step is committed at once. WAL with `synchronous=FULL`: what is
+acknowledged survives power loss. Reads run beside it, on a thread and a connection of their own. The writer's connection
+is the only one that checkpoints. After a failed sync the process ends: what is on disk is not known, and the next start
+finds out.
 """
 
 from __future__ import annotations
@@ -654,9 +655,9 @@ def _task_row(queue_id: str, row: Sequence[Any]) -> TaskRow:
     expirations, epoch, nonce, lease_ms, until, attempt_until, worker, request, outcome, cancel = row[12:22]
     start_ms, end_ms, delete_ms = row[22:25]
     return TaskRow(
-        seq, task_id, queue_id, State(state), priority, create_ms, ready_ms, expire_ms, attempt_ms, attempt, expirations,
-        epoch, nonce, lease_ms, until, attempt_until, worker, request, Outcome(outcome), bool(cancel), start_ms, end_ms,
-        delete_ms, key, parent,
+        seq, task_id, queue_id, State(state), priority, create_ms, ready_ms, expire_ms, attempt_ms, attempt,
+        expirations, epoch, nonce, lease_ms, until, attempt_until, worker, request, Outcome(outcome), bool(cancel),
+        start_ms, end_ms, delete_ms, key, parent,
     )  # fmt: skip
 
 

@@ -1,0 +1,205 @@
+"""What the commands share: options, values as people write them, and answers as tables or JSON lines."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import re
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from retinue.client import address as addresses
+from retinue.client.channel import Connection
+from retinue.workqueue.v1 import task_pb2 as pb
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+    from google.protobuf.message import Message
+
+F = TypeVar("F", bound="Callable[..., Any]")
+Row = dict[str, Any]
+
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_INTEGERS = frozenset({"lease_epoch", "size_bytes", "max_tasks", "max_payload_bytes", "max_blob_bytes"})
+
+
+class DurationType(click.ParamType[float]):
+    """Seconds, or `1h30m`, `250ms`."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float | int):
+            return float(value)
+        if re.fullmatch(r"\d+(\.\d+)?", value):
+            return float(value)
+        if not re.fullmatch(f"(?:{_PART.pattern})+", value):
+            self.fail(f"{value!r} is not a duration such as 90, 1.5s, 1h30m or 250ms", param, ctx)
+        return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(value))
+
+
+class InstantType(click.ParamType[datetime]):
+    """An ISO 8601 time; without a zone it is local."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        try:
+            found = datetime.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a time such as 2027-01-31T09:00 or 2027-01-31T09:00:00Z", param, ctx)
+        return found.astimezone(UTC)
+
+
+class PairType(click.ParamType[tuple[str, str]]):
+    """A label, `key=value`."""
+
+    name = "key=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        key, separator, text = value.partition("=")
+        if not key or not separator:
+            self.fail(f"{value!r} is not of the form key=value", param, ctx)
+        return key, text
+
+
+DURATION, INSTANT, PAIR = DurationType(), InstantType(), PairType()
+STATES = [name.removeprefix("TASK_STATE_").lower() for name in pb.TaskState.keys()[1:]]  # noqa: SIM118 - an enum, not a dict
+STATE = click.Choice(STATES, case_sensitive=False)
+
+
+def state_number(name: str) -> pb.TaskState.ValueType:
+    return pb.TaskState.Value(f"TASK_STATE_{name.upper()}")
+
+
+def state_name(number: pb.TaskState.ValueType) -> str:
+    return pb.TaskState.Name(number).removeprefix("TASK_STATE_").lower()
+
+
+def server_options(function: F) -> F:
+    """--address, --timeout and --output, for every command that calls a server."""
+    for option in (
+        click.option("--output", type=click.Choice(["table", "json"]), help="Default: a table on a terminal, else JSON lines."),
+        click.option("--timeout", type=DURATION, default=10.0, show_default="10s", help="How long a call may take."),
+        click.option("--address", metavar="ADDRESS", help="The server: HOST:PORT, unix:PATH or a socket's path."),
+    ):
+        function = option(function)
+    return function
+
+
+def asynchronous(function: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
+    """Lets a coroutine be a command."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return asyncio.run(_awaited(function(*args, **kwargs)))
+
+    return run
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def operator_connection(address: str | None) -> Connection:
+    """To the address given, the control socket, or else the apps' address, which will say what is missing."""
+    return Connection(address or addresses.control_address())
+
+
+def as_json(output: str | None) -> bool:
+    return output == "json" or (output is None and not sys.stdout.isatty())
+
+
+def emit(row: Row) -> None:
+    """One JSON line."""
+    click.echo(json.dumps(row, ensure_ascii=False, default=str))
+
+
+def show(rows: Iterable[Row], output: str | None, columns: Sequence[str]) -> None:
+    """Rows as JSON lines, or these columns of them as a table."""
+    if as_json(output):
+        for row in rows:
+            emit(row)
+    else:
+        _table(list(rows), columns)
+
+
+def _table(rows: list[Row], columns: Sequence[str]) -> None:
+    from rich.console import Console  # noqa: PLC0415 - costs 50 ms, for terminals only
+    from rich.table import Table  # noqa: PLC0415 - the same
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column.upper().replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    Console().print(table if rows else "[dim]none[/dim]")
+
+
+_COLOURS = {
+    "succeeded": "green",
+    "active": "green",
+    "serving": "green",
+    "dead": "red",
+    "not_serving": "red",
+    "retrying": "yellow",
+    "paused": "yellow",
+    "draining": "yellow",
+    "leased": "cyan",
+}
+
+
+def _cell(value: Any) -> Any:
+    from rich.text import Text  # noqa: PLC0415 - for terminals only
+
+    if isinstance(value, dict):
+        value = " ".join(f"{key}={text}" for key, text in value.items())
+    text = "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    return Text(text, style=_COLOURS.get(text, ""))
+
+
+def plain(message: Message) -> Row:
+    """A message as a row, fields named as in the contract, 64-bit numbers as numbers."""
+    from google.protobuf.json_format import MessageToDict  # noqa: PLC0415 - not needed to enqueue
+
+    return _with_integers(MessageToDict(message, preserving_proto_field_name=True))
+
+
+def _with_integers(row: Row) -> Row:
+    for key, value in row.items():
+        if isinstance(value, dict):
+            _with_integers(value)
+        elif key in _INTEGERS and isinstance(value, str):
+            row[key] = int(value)
+    return row
+
+
+def task_row(task: pb.Task) -> Row:
+    """A task as a row: what it was told and what became of it, side by side."""
+    row = plain(task)
+    spec = row.pop("spec", {})
+    row["state"] = state_name(task.state)
+    return {**row, **{key: value for key, value in spec.items() if key not in row}}
+
+
+def since(moment: datetime) -> str:
+    """How long ago, roughly."""
+    seconds = max((datetime.now(UTC) - moment).total_seconds(), 0)
+    return duration_text(seconds)
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as people say them: 850ms, 12s, 3m20s, 2h5m, 3d4h."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f}ms"
+    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if seconds >= size:
+            rest = int(seconds % size // part)
+            return f"{int(seconds // size)}{unit}" + (f"{rest}{smaller}" if rest else "")
+    return f"{seconds:.0f}s"

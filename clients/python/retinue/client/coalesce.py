@@ -1,0 +1,93 @@
+"""Many callers, one call: what awaits in the same turn of the event loop goes out together."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+MAX_ITEMS = 1_000
+MAX_BYTES = 3 << 20
+
+
+def blocks(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Cuts items, in order, into blocks of at most 1,000 and 3 MiB; a larger item is a block of its own."""
+    block: list[Item] = []
+    used = 0
+    for item in items:
+        length = size(item) + 8  # the field's tag and length
+        if block and (len(block) == MAX_ITEMS or used + length > MAX_BYTES):
+            yield block
+            block, used = [], 0
+        block.append(item)
+        used += length
+    if block:
+        yield block
+
+
+class Coalescer(Generic[Item, Answer]):
+    """Sends the items of all callers of one turn with one `send`, which answers item by item or raises for
+    all.
+
+    A caller that is cancelled before the turn ends takes its item along; later the item is sent, its answer
+    dropped.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[list[Item]], Awaitable[Sequence[Answer | Exception]]],
+        size: Callable[[Item], int],
+    ) -> None:
+        self._send = send
+        self._size = size
+        self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
+        self._sending: set[asyncio.Task[None]] = set()
+
+    async def submit(self, item: Item) -> Answer:
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._flush)
+        future: asyncio.Future[Answer] = loop.create_future()
+        self._waiting.append((item, future))
+        return await future
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        live = [entry for entry in waiting if not entry[1].done()]
+        for block in blocks(live, lambda entry: self._size(entry[0])):
+            task = asyncio.create_task(self._deliver(block))
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
+
+    async def _deliver(self, block: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
+        answers: Sequence[Answer | Exception]
+        try:
+            answers = await self._send([item for item, _ in block])
+        except Exception as error:  # noqa: BLE001 - it is the callers', who are waiting for it
+            answers = [error] * len(block)
+        except asyncio.CancelledError:
+            for _, future in block:
+                future.cancel()
+            raise
+        for (_, future), answer in zip(block, answers, strict=True):
+            _resolve(future, answer)
+
+    async def idle(self) -> None:
+        """Returns when everything submitted so far is answered."""
+        while self._waiting or self._sending:
+            await asyncio.sleep(0)
+            await asyncio.gather(*self._sending, return_exceptions=True)
+
+
+def _resolve(future: asyncio.Future[Answer], answer: Answer | Exception) -> None:
+    if future.done():
+        return
+    if isinstance(answer, Exception):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)

