@@ -33,3 +33,46 @@ generate: ## Regenerates the stubs of every language whose tools are here
 
 check-generated: ## Fails if the committed stubs differ from what the protos give
 	@clients/generate.sh --check
+
+run: $(VENV)/.run ## Starts the whole suite on loopback and prints lines to try, until Ctrl-C
+	@exec $(BIN)/python deploy/local/run.py
+
+DEMO ?= workqueue
+demo: $(VENV)/.run ## Shows each pattern on real input (DEMO=pattern for one)
+	@exec $(BIN)/python deploy/demo/$(DEMO).py
+
+test: $(VENV)/.dev ## Runs the tests (unit, engines, contract, faults)
+	@$(BIN)/python -m pytest -q $(PYTEST)
+
+contract: $(VENV)/.dev ## Runs the conformance suite against TARGET=host:port (CONTROL=unix:PATH for operators)
+	@$(BIN)/python -m pytest -q tests/contract $(if $(TARGET),--target $(TARGET)) $(if $(CONTROL),--control $(CONTROL)) $(PYTEST)
+
+e2e: $(VENV)/.dev ## Runs pods, the clients of every language and the printed lines
+	@$(BIN)/python -m pytest -q tests/e2e $(PYTEST)
+
+faults: $(VENV)/.dev ## Kills things while they work, and looks what is left
+	@$(BIN)/python -m pytest -q tests/faults $(PYTEST)
+
+proto: $(VENV)/.dev ## Lints and formats the contract, and compares it with the last release
+	@$(BIN)/buf lint
+	@$(BIN)/buf format -d --exit-code
+	@tag=$$(git describe --tags --abbrev=0 --match 'v*' 2>/dev/null); \
+	  if [ -n "$$tag" ]; then $(BIN)/buf breaking --against ".git#tag=$$tag"; \
+	  else echo "buf breaking: no release yet to compare with"; fi
+
+lint: $(VENV)/.dev ## ruff, shell and import walls
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/lint-imports
+
+types: $(VENV)/.dev ## mypy --strict
+	@$(BIN)/mypy
+
+check: proto lint types check-generated test e2e ## All that CI runs
+
+lock: $(VENV)/.dev ## Compiles the pinned requirements anew, with hashes and without index addresses
+	@for f in services/requirements services/requirements-run tests/requirements clients/python/requirements-generate; do \
+	  $(BIN)/uv pip compile --python-version 3.11 --universal -q --generate-hashes --no-header $$f.in -o $$f.txt; done
+
+clean: ## Removes what was set up and all local state
+	@rm -rf $(VENV) .retinue clients/node/node_modules

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from retinue_server import __version__
-from retinue_server.runtime import config
+from retinue_server.runtime import config, logs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,7 +124,7 @@ async def serve(settings: config.Settings, loaded: Sequence[Loaded], ready_file:
     from retinue_server.runtime import lifecycle, wiring  # noqa: PLC0415 - grpc loads after the settings are right
 
     patterns = [await entry.module.wire(settings, entry.section) for entry in loaded]
-    process = wiring.build(settings, patterns)
+    process = await wiring.build(settings, patterns)
     await lifecycle.run(process, lambda: announce(process, patterns, ready_file))
 
 
@@ -157,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser().parse_args(arguments)
     try:
         settings, loaded = load(flags, dict(os.environ))
+        logs.setup(settings.log)
         return run(settings, loaded, flags.ready_file)
     except config.ConfigError as error:
         say(f"retinue-server: {error}")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from retinue_server.runtime.dispatch import Pattern
     from retinue_server.runtime.lifecycle import Process
 
 
@@ -33,12 +34,22 @@ def settings(tmp_path: Path, **more: Any) -> Settings:
 
 @asynccontextmanager
 async def running(where: Settings, servicer: echo.EchoServicer, **pattern: Any) -> AsyncIterator[Process]:
-    process = wiring.build(where, [echo.pattern(servicer, **pattern)])
+    """The echo pattern, served."""
+    async with serving(where, [echo.pattern(servicer, **pattern)]) as process:
+        try:
+            yield process
+        finally:
+            servicer.release.set()
+
+
+@asynccontextmanager
+async def serving(where: Settings, patterns: list[Pattern]) -> AsyncIterator[Process]:
+    """Starts and stops a process."""
+    process = await wiring.build(where, patterns)
     await process.start()
     try:
         yield process
     finally:
-        servicer.release.set()
         await process.stop()
 
 

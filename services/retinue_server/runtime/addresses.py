@@ -115,6 +115,27 @@ def listen_tcp(address: Tcp, option: str) -> socket.socket:
     return sock
 
 
+async def listen_everywhere(address: Tcp, option: str) -> list[socket.socket]:
+    """A listening socket, on one port, for each numeric address of a host; raises StartError."""
+    sockets: list[socket.socket] = []
+    port = address.port
+    try:
+        for numeric in await resolve(address):
+            sockets.append(listen_tcp(Tcp(numeric.host, port), option))
+            port = of_socket(sockets[-1]).port
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def of_socket(sock: socket.socket) -> Tcp:
+    """Where a socket listens."""
+    host, port = sock.getsockname()[:2]
+    return Tcp(host, port)
+
+
 def check_free(address: Tcp, option: str) -> None:
     """Raises StartError when another process holds the port."""
     if address.port:

@@ -13,7 +13,7 @@ A servicer's coroutines have one of four shapes, by the kind of the RPC:
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +23,8 @@ from google.protobuf.message_factory import GetMessageClass
 if TYPE_CHECKING:
     from google.protobuf.descriptor import ServiceDescriptor
     from google.protobuf.message import Message
+
+    from retinue_server.runtime.metrics import Family
 
 Handler = Callable[..., Awaitable[Any]]
 
@@ -51,8 +53,8 @@ class Call(Protocol):
     async def write(self, response: Any) -> None:
         """Sends one response of a server stream, and waits while the transport can't take more."""
 
-    def set_trailing_metadata(self, key: str, value: str) -> None:
-        """Adds one pair to the trailing metadata of the reply."""
+    def set_trailing_metadata(self, key: str, value: str | bytes) -> None:
+        """Adds one pair to the trailing metadata of the reply; bytes for a key that ends in `-bin`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,5 +134,7 @@ class Pattern:
     health: Health | None = None
     quiesce: Callable[[], Awaitable[None]] | None = None
     """Called first on SIGTERM: ends long polls and streams with grace, so that the drain is short."""
+    metrics: Callable[[], Iterable[Family]] | None = None
+    """What the pattern counts, read when somebody asks; on the event loop, and it must not block."""
     notices: Sequence[str] = ()
     """Lines for the start-up banner, the durability level among them."""

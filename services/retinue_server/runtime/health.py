@@ -53,6 +53,10 @@ class HealthService:
         self._closed = True
         self._notify()
 
+    def serving(self) -> bool:
+        """Whether the whole process serves."""
+        return self.status("") == _SERVING
+
     def status(self, name: str) -> int:
         """The state of a service, SERVICE_UNKNOWN when this process has none of the name."""
         if not name:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from time import perf_counter
 from typing import TYPE_CHECKING
 
+from retinue_server.runtime import telemetry
 from retinue_server.runtime.authority import Authority, check_role
 from retinue_server.runtime.dispatch import Call, Role
-from retinue_server.runtime.errors import Reason, ResourceExhausted, RetinueError
+from retinue_server.runtime.errors import Code, Reason, ResourceExhausted, RetinueError
 from retinue_server.runtime.status import Refusal, refusal, unexpected
 
 if TYPE_CHECKING:
     from retinue_server.runtime.codec import Codec
     from retinue_server.runtime.dispatch import Method
+    from retinue_server.runtime.metrics import CallStats, Metrics
 
 Endpoint = Callable[[Call, "bytes | None"], Awaitable["bytes | None"]]
 """Serves one call: the request's bytes (None where the client streams) to the reply's (None where the server
@@ -66,13 +69,15 @@ class Limits:
 class Interceptors:
     """Wraps the methods of one listener."""
 
-    def __init__(self, authority: Authority, limits: Limits) -> None:
+    def __init__(self, authority: Authority, limits: Limits, metrics: Metrics) -> None:
         self._authority = authority
         self._limits = limits
+        self._metrics = metrics
 
     def wrap(self, method: Method, codec: Codec) -> Endpoint:
         """The method as a transport serves it."""
-        return _translating_errors(self._guarded(method, codec), method.path)
+        guarded = _traced(self._guarded(method, codec), method)
+        return _measured(_translating_errors(guarded, method.path), self._metrics.method(method))
 
     def _guarded(self, method: Method, codec: Codec) -> Endpoint:
         gate, authority, handle = self._limits.gate(method), self._authority, _handling(method, codec)
@@ -87,7 +92,7 @@ class Interceptors:
 
 
 def unguarded(method: Method, codec: Codec) -> Endpoint:
-    """The method without roles and limits, for probes that must get through: health and reflection."""
+    """The method without roles and limits, for what must always get through: health and reflection."""
     handle = _handling(method, codec)
 
     async def serve(call: Call, data: bytes | None) -> bytes | None:
@@ -95,6 +100,46 @@ def unguarded(method: Method, codec: Codec) -> Endpoint:
         return await handle(call, data)
 
     return _translating_errors(serve, method.path)
+
+
+def _measured(endpoint: Endpoint, stats: CallStats) -> Endpoint:
+    record = stats.record
+
+    async def serve(call: Call, data: bytes | None) -> bytes | None:
+        begun = perf_counter()
+        code = int(Code.OK)
+        try:
+            return await endpoint(call, data)
+        except Refusal as refused:
+            code = int(refused.code)
+            raise
+        except asyncio.CancelledError:
+            remaining = call.time_remaining()
+            code = int(Code.CANCELLED if remaining is None or remaining > 0 else Code.DEADLINE_EXCEEDED)
+            raise
+        finally:
+            record(code, perf_counter() - begun)
+
+    return serve
+
+
+def _traced(endpoint: Endpoint, method: Method) -> Endpoint:
+    """Opens a span where tracing is on; elsewhere the caller's context passes on, to logs and stores."""
+    name = method.path[1:]
+    attributes = {"rpc.system": "grpc", "rpc.service": method.service, "rpc.method": method.name}
+
+    async def serve(call: Call, data: bytes | None) -> bytes | None:
+        tracer, parent = telemetry.tracer(), call.metadata.get("traceparent", "")
+        if not parent and not tracer.on:
+            return await endpoint(call, data)
+        with tracer.span(name, parent, attributes=attributes, kind="server") as span:
+            try:
+                return await endpoint(call, data)
+            except RetinueError as error:
+                span.set("rpc.grpc.status_code", error.code)
+                raise
+
+    return serve
 
 
 def _handling(method: Method, codec: Codec) -> Endpoint:

@@ -51,9 +51,11 @@ class Process:
         health: HealthService,
         *,
         drain_seconds: float,
+        parts: Sequence[Part] = (),
         on_drain: Callable[[], None] = lambda: None,
     ) -> None:
         self._patterns = patterns
+        self._parts = [*parts, *(part for pattern in patterns for part in pattern.parts)]
         self._listeners = listeners
         self._health = health
         self._drain_seconds = drain_seconds
@@ -70,7 +72,7 @@ class Process:
     async def start(self) -> None:
         """Parts in order, then listeners, then health; what fails stops what started before it."""
         try:
-            for part in (part for pattern in self._patterns for part in pattern.parts):
+            for part in self._parts:
                 self._started.append(part)
                 await part.start()
             for listener in self._listeners:
@@ -116,7 +118,10 @@ async def _attempt(*actions: Callable[[], Awaitable[None]], within: float | None
 
 
 async def run(process: Process, on_ready: Callable[[], None]) -> None:
-    """Starts, calls `on_ready`, serves until SIGTERM or SIGINT, stops. A second signal ends the process at once."""
+    """Starts, calls `on_ready`, serves until SIGTERM or SIGINT, stops.
+
+    A second signal ends the process at once.
+    """
     stop = asyncio.Event()
     _on_signals(stop)
     starting = asyncio.create_task(process.start())

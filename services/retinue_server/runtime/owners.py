@@ -57,6 +57,13 @@ def _pids() -> list[int]:
 
 def _open_sockets(pid: int) -> list[str]:
     try:
-        return [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+        return [link for entry in Path(f"/proc/{pid}/fd").iterdir() if (link := _target(entry))]
     except OSError:  # gone, or another user's
         return []
+
+
+def _target(entry: Path) -> str:
+    try:
+        return str(entry.readlink())
+    except OSError:  # closed in between
+        return ""

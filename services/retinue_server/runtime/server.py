@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -13,7 +14,7 @@ from retinue_server.runtime.addresses import StartError, Tcp, Unix
 from retinue_server.runtime.codec import MAX_REQUEST_BYTES, Codec
 from retinue_server.runtime.dispatch import Role
 from retinue_server.runtime.errors import Code
-from retinue_server.runtime.status import Refusal
+from retinue_server.runtime.status import DETAILS_KEY, Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
     from retinue_server.runtime.dispatch import Method
     from retinue_server.runtime.interceptors import Endpoint
 
-DETAILS_KEY = "grpc-status-details-bin"
-
+_CANCELLATION_S = 1.0
+"""A write that fails is soon followed by the cancellation of its handler, which handlers know how to meet."""
 _STATUS = {code.value[0]: code for code in grpc.StatusCode}
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),  # finds callers that vanished without closing
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # lets callers do the same
     ("grpc.max_send_message_length", -1),  # the codec checks, and says more
 )
 
@@ -71,9 +75,10 @@ class GrpcCall:
         try:
             await self._context.write(data)
         except (aio.InternalError, aio.UsageError, grpc.RpcError) as error:
+            await asyncio.sleep(_CANCELLATION_S)
             raise Refusal(Code.CANCELLED, "cannot write: the caller has gone") from error
 
-    def set_trailing_metadata(self, key: str, value: str) -> None:
+    def set_trailing_metadata(self, key: str, value: str | bytes) -> None:
         self.trailing.append((key, value))
 
     def finish(self) -> None:

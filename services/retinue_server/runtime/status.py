@@ -16,6 +16,9 @@ from retinue_server.runtime.wire import to_duration
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
+DETAILS_KEY = "grpc-status-details-bin"
+"""The trailing metadata that carries a serialised google.rpc.Status."""
+
 log = logging.getLogger(__name__)
 
 DETAILS_BYTES = 4608

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from retinue.workqueue.v1 import task_pb2
 from retinue.workqueue.v1 import workqueue_service_pb2 as wq
-from retinue_server.runtime import wire
+from retinue_server.runtime import telemetry, wire
 from retinue_server.runtime.errors import Violation
 from retinue_server.workqueue import translate
 from retinue_server.workqueue.core.requests import Enqueue, LeaseAsk, Reschedule
@@ -37,7 +37,7 @@ class WorkQueueService:
 
     async def EnqueueTasks(self, request: wq.EnqueueTasksRequest, call: Call) -> wq.EnqueueTasksResponse:
         read = translate.Reader()
-        traceparent = call.metadata.get("traceparent", "")
+        traceparent = telemetry.current()
         asked = Enqueue(
             tuple(read.task(spec, f"tasks[{i}]", traceparent) for i, spec in enumerate(request.tasks)),
             request.atomic,
@@ -116,7 +116,7 @@ class WorkQueueService:
 
     async def CompleteTasks(self, request: wq.CompleteTasksRequest, call: Call) -> wq.CompleteTasksResponse:
         read = translate.Reader()
-        traceparent = call.metadata.get("traceparent", "")
+        traceparent = telemetry.current()
         asked = [read.completion(item, f"completions[{i}]", traceparent) for i, item in enumerate(request.completions)]
         settled = await self._queue.settle(asked, [*read.violations, *_required(asked, "completions")])
         self._tell_durability(call)

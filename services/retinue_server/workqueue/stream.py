@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from retinue.workqueue.v1 import task_pb2
 from retinue.workqueue.v1 import workqueue_service_pb2 as wq
-from retinue_server.runtime import wire
+from retinue_server.runtime import telemetry, wire
 from retinue_server.runtime.errors import RetinueError, Violation
 from retinue_server.workqueue import translate
 from retinue_server.workqueue.core import limits
@@ -93,7 +93,7 @@ class WorkerStream:
 
     def _settlements(self, request: wq.StreamTasksRequest) -> tuple[list[Settlement], list[Violation]]:
         read = translate.Reader()
-        traceparent = self._call.metadata.get("traceparent", "")
+        traceparent = telemetry.current()
         settlements: list[Settlement] = [
             *(read.completion(item, f"completions[{i}]", traceparent) for i, item in enumerate(request.completions)),
             *(read.failure(item, f"failures[{i}]") for i, item in enumerate(request.failures)),

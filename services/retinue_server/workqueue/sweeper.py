@@ -1,4 +1,7 @@
-"""The part of the work queue that lives by time: due tasks, lapsed leases, retention, idle blobs."""
+"""The part of the work queue that lives by time: due tasks, lapsed leases, retention, idle blobs.
+
+It touches the engine at least once a second, and so is the one to know whether the engine can serve.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from typing import TYPE_CHECKING
 from retinue_server.runtime.errors import RetinueError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from retinue_server.workqueue.core.queue import WorkQueue
 
 _log = logging.getLogger(__name__)
@@ -25,9 +30,18 @@ class Sweeper:
         self._queue, self._blob_idle_ms = queue, blob_idle_ms
         self._sweeping: asyncio.Task[None] | None = None
         self._next_blobs = time.monotonic() + _BLOB_INTERVAL_S
+        self._healthy = False
+        self._listeners: list[Callable[[bool], None]] = []
+
+    def subscribe(self, listener: Callable[[bool], None]) -> None:
+        """See dispatch.Health."""
+        self._listeners.append(listener)
+        listener(self._healthy)
 
     async def start(self) -> None:
         await self._queue.recover()
+        await self._queue.count()
+        self._tell(healthy=True)
         self._sweeping = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:
@@ -41,11 +55,20 @@ class Sweeper:
         while True:
             try:
                 await self._queue.sweep()
+                await self._queue.count()
                 await self._collect_blobs()
+                self._tell(healthy=True)
                 await self._queue.sweep_is_due()
             except RetinueError as error:
+                self._tell(healthy=False)
                 _log.warning("cannot sweep: %s; trying again", error.message)
                 await asyncio.sleep(_PAUSE_AFTER_ERROR_S)
+
+    def _tell(self, *, healthy: bool) -> None:
+        if healthy != self._healthy:
+            self._healthy = healthy
+            for listener in self._listeners:
+                listener(healthy)
 
     async def _collect_blobs(self) -> None:
         if time.monotonic() >= self._next_blobs:

@@ -2,54 +2,64 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from retinue_server.runtime.config import ConfigError
 from retinue_server.runtime.dispatch import Pattern, Service
 from retinue_server.runtime.lifecycle import fatal
-from retinue_server.workqueue import admin_service, blob_service, service
+from retinue_server.workqueue import admin_service, blob_service, metrics, service
 from retinue_server.workqueue.config import WorkQueueSettings
 from retinue_server.workqueue.core.queue import WorkQueue
 from retinue_server.workqueue.engines.local_blobs import LocalBlobs
 from retinue_server.workqueue.sweeper import Sweeper
 
 if TYPE_CHECKING:
-    from retinue_server.runtime.config import Settings
+    from retinue_server.runtime.config import Settings, Upstream
     from retinue_server.workqueue.engine import Engine
 
 SETTINGS = WorkQueueSettings
 NAME = "workqueue"
+_SURVIVES = {1: "nothing: it is lost with the process", 2: "a crash of the process", 3: "power loss"}
 
 
 async def wire(settings: Settings, section: WorkQueueSettings) -> Pattern:
-    """The work queue, as a coordinator over its engine or, with an upstream, as a relay."""
+    """The work queue: a coordinator over its engine or, with an upstream, a relay."""
+    if settings.upstream is not None:
+        return _relay(settings.upstream)
     engine = _engine(settings, section)
     blobs = LocalBlobs(settings.data_dir / NAME / "blobs", section.max_blob_bytes)
     queue = WorkQueue(engine, blobs, strict_queues=section.strict_queues, drain_ms=int(settings.drain_seconds * 1000))
-
+    sweeper = Sweeper(queue, section.blob_idle_seconds * 1000)
+    admin = admin_service.WorkQueueAdminService(queue, section.max_blob_bytes)
     can = engine.capabilities
-
-    async def quiesce() -> None:
-        queue.quiesce()
-
     return Pattern(
         name=NAME,
         services=(
             Service(service.DESCRIPTOR, service.WorkQueueService(queue)),
-            Service(
-                admin_service.DESCRIPTOR,
-                admin_service.WorkQueueAdminService(queue, section.max_blob_bytes),
-                admin_service.ROLES,
-            ),
+            Service(admin_service.DESCRIPTOR, admin, admin_service.ROLES),
             Service(blob_service.DESCRIPTOR, blob_service.BlobService(blobs)),
         ),
-        parts=(engine, blobs, Sweeper(queue, section.blob_idle_seconds * 1000)),
-        quiesce=quiesce,
-        notices=(f"engine {can.engine}, an OK survives {_SURVIVES[can.durability]}",),
+        parts=(engine, blobs, sweeper),
+        health=sweeper,
+        quiesce=queue.quiesce,
+        metrics=partial(metrics.families, queue),
+        notices=(f"engine {can.engine}: an OK survives {_SURVIVES[can.durability]}",),
     )
 
 
-_SURVIVES = {1: "nothing: it is lost with the process", 2: "a crash of the process", 3: "power loss"}
+def _relay(upstream: Upstream) -> Pattern:
+    from retinue_server.runtime.relay import RelayServicer, UpstreamChannel  # noqa: PLC0415 - relays only
+
+    channel = UpstreamChannel(upstream)
+    descriptors = (service.DESCRIPTOR, admin_service.DESCRIPTOR, blob_service.DESCRIPTOR)
+    return Pattern(
+        name=NAME,
+        services=[Service(descriptor, RelayServicer(descriptor, channel)) for descriptor in descriptors],
+        parts=(channel,),
+        health=channel,
+        notices=(f"relays to {upstream.address}: an OK is the coordinator's",),
+    )
 
 
 def _engine(settings: Settings, section: WorkQueueSettings) -> Engine:

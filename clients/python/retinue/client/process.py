@@ -65,11 +65,19 @@ class Guard:
 class Command:
     """A running command in a process group of its own."""
 
-    def __init__(self, process: asyncio.subprocess.Process, guard: Guard) -> None:
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        guard: Guard,
+        errors: int,
+        keep: int,
+        forward: Callable[[bytes], None] | None,
+    ) -> None:
         self._process = process
         self._guard = guard
         self.tail = bytearray()
         """The end of what it wrote to its standard error."""
+        self._reading = asyncio.create_task(self._read(errors, keep, forward))
 
     @classmethod
     async def start(
@@ -80,44 +88,58 @@ class Command:
         env: Mapping[str, str],
         stdin: IO[bytes] | int,
         stdout: IO[bytes] | int,
+        keep: int,
+        forward: Callable[[bytes], None] | None = None,
     ) -> Command:
-        """Raises OSError if the command can't be started. Call it on the main thread: the kernel ties us by thread."""
-        process = await asyncio.create_subprocess_exec(
-            *arguments,
-            env=env,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            process_group=0,
-            preexec_fn=_die_with_parent(),
-        )
-        guard.watch(process.pid)
-        return cls(process, guard)
+        """Keeps the last `keep` bytes of its standard error and forwards them all. Raises OSError if it can't be started.
 
-    async def wait(self, *, keep: int, forward: Callable[[bytes], None] | None = None) -> int:
-        """Its exit code, negative for a signal, once it ended; what is left of its group is killed.
-
-        Keeps the last `keep` bytes of its standard error and forwards them all.
+        Call it on the main thread: the kernel ties a child to the thread that made it.
         """
-        reading = asyncio.create_task(self._read(keep, forward))
+        # Our own pipe: asyncio's would keep wait() waiting for whatever the command leaves behind.
+        reader, writer = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *arguments,
+                env=env,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=writer,
+                process_group=0,
+                preexec_fn=_die_with_parent(),
+            )
+        except BaseException:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
+        guard.watch(process.pid)
+        return cls(process, guard, reader, keep, forward)
+
+    async def wait(self) -> int:
+        """Its exit code, negative for a signal, once it ended; what is left of its group is killed."""
         try:
             code = await self._process.wait()
-            self._kill(signal.SIGKILL)
-            await asyncio.wait([reading], timeout=_LINGER)
+            self.kill()
+            await asyncio.wait([self._reading], timeout=_LINGER)
             return code
         finally:
-            reading.cancel()
+            self._reading.cancel()
             if self._process.returncode is not None:
                 self._guard.forget(self._process.pid)
 
-    async def _read(self, keep: int, forward: Callable[[bytes], None] | None) -> None:
-        stream = self._process.stderr
-        assert stream is not None
-        while data := await stream.read(1 << 16):
-            self.tail += data
-            del self.tail[:-keep]
-            if forward is not None:
-                forward(data)
+    async def _read(self, errors: int, keep: int, forward: Callable[[bytes], None] | None) -> None:
+        stream = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(stream)
+        pipe = os.fdopen(errors, "rb", buffering=0)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, pipe)
+        try:
+            while data := await stream.read(1 << 16):
+                self.tail += data
+                del self.tail[:-keep]
+                if forward is not None:
+                    forward(data)
+        finally:
+            transport.close()
 
     async def end(self, grace: float) -> None:
         """SIGTERM to the group; SIGKILL to what is left of it after `grace` seconds."""

@@ -134,7 +134,13 @@ class Runner:
             stdout = stack.enter_context(files.output.open("wb")) if piped else _STDERR
             starting = asyncio.ensure_future(
                 Command.start(
-                    arguments, guard=self._guard, env=_environment(files, job), stdin=stdin, stdout=stdout
+                    arguments,
+                    guard=self._guard,
+                    env=_environment(files, job),
+                    stdin=stdin,
+                    stdout=stdout,
+                    keep=_TAIL,
+                    forward=self._options.forward,
                 )
             )
             command = await self._started(starting, arguments[0])
@@ -160,7 +166,7 @@ class Runner:
     async def _await_end(self, command: Command) -> int:
         self._commands.add(command)
         try:
-            return await command.wait(keep=_TAIL, forward=self._options.forward)
+            return await command.wait()
         except asyncio.CancelledError:
             await asyncio.shield(command.end(self._options.kill_grace))
             raise

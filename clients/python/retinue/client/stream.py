@@ -112,6 +112,7 @@ class TaskStream:
         self._credit = 0  # not granted yet
         self._granted = 0  # granted on this stream and not used up
         self._stream = 0
+        self._drained = -1
         self._sequence = 0
         self._renew_at = 0.0
         self._renew = False
@@ -270,7 +271,7 @@ class TaskStream:
             return self._request(opening or api.StreamTasksRequest(extend_all=self._renew))
 
     def _over(self, stream: int) -> bool:
-        return self._stream != stream or not self._leasing
+        return self._stream != stream or self._drained == stream or not self._leasing
 
     def _has_news(self) -> bool:
         return bool(self._outbox) or self._renew or self._credit > 0
@@ -300,7 +301,13 @@ class TaskStream:
             case "settled":
                 self._take_settled(response.settled)
             case "draining":
-                log.info("the server is stopping; going on elsewhere or when it is back")
+                self._leave()
+
+    def _leave(self) -> None:
+        """The server is stopping: ends this stream, so that it can, and goes on with the next."""
+        with self._to_send:
+            self._drained = self._stream
+            self._to_send.notify_all()
 
     def _take_leases(self, leases: Sequence[pb.Lease]) -> None:
         now = time.monotonic()
@@ -450,7 +457,7 @@ class TaskStream:
                 log.debug("cannot renew %d leases now: %s", len(orphans), error)
 
     def _covered(self, held: _Held) -> bool:
-        return held.stream == self._stream and self._call is not None and self._leasing
+        return held.stream == self._stream and self._call is not None and not self._over(self._stream)
 
     def _extend(self, held: list[_Held]) -> None:
         at = time.monotonic()

@@ -147,7 +147,9 @@ def retry(policy: RetryOverrides | None, at: str) -> Violations:
     yield from within(policy.max_attempts, 1, 1000, f"{at}.max_attempts")
     yield from duration(policy.initial_backoff_ms, 0, 7 * DAY_MS, f"{at}.initial_backoff_duration")
     yield from duration(policy.max_backoff_ms, 0, MAX_DELAY_MS, f"{at}.max_backoff_duration")
-    if policy.multiplier is not None and not (math.isfinite(policy.multiplier) and 1 <= policy.multiplier <= MAX_MULTIPLIER):
+    if policy.multiplier is not None and not (
+        math.isfinite(policy.multiplier) and 1 <= policy.multiplier <= MAX_MULTIPLIER
+    ):
         yield Violation(f"{at}.backoff_multiplier", "must be from 1 to 100")
 
 

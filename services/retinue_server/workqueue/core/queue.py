@@ -66,6 +66,9 @@ def make_ids(count: int, now_ms: int) -> list[str]:
     return [prefix + chance[i : i + 16] for i in range(0, 16 * count, 16)]
 
 
+COUNT_INTERVAL_S = 5.0
+
+
 @dataclass(frozen=True, slots=True)
 class Chance:
     """Where ids, token nonces and jitter come from; tests give their own."""
@@ -107,6 +110,11 @@ class WorkQueue:
         self._clock, self._chance = clock, chance
         self._ready: Waiters[str] = Waiters()
         self._ended: Waiters[str] = Waiters()
+        self.happened: Counter[tuple[str, EventType]] = Counter()
+        """Events by queue since the start, for metrics."""
+        self.counted: list[QueueReport] = []
+        """All queues as they were counted last, a few seconds ago at most, for metrics."""
+        self._count_again = 0.0
         self._alarm = Alarm()
         self._background: set[asyncio.Future[None]] = set()
 
@@ -324,6 +332,12 @@ class WorkQueue:
 
         return await self.engine.read(query)
 
+    async def count(self) -> None:
+        """Counts all queues for metrics, if the last time was not just now."""
+        if time.monotonic() >= self._count_again:
+            self.counted = await self.reports([])
+            self._count_again = time.monotonic() + COUNT_INTERVAL_S
+
     # Time
 
     async def recover(self) -> None:
@@ -352,7 +366,7 @@ class WorkQueue:
             await self.blobs.delete(blob_id, age_ms)
         return len(doomed)
 
-    def quiesce(self) -> None:
+    async def quiesce(self) -> None:
         """Ends every wait, so that the server can stop; nothing is leased any more."""
         self.stopped.set()
         self._ready.wake_all()
@@ -378,6 +392,7 @@ class WorkQueue:
         ready: Counter[str] = Counter()
         for event in events:
             self._alarm.note(event.row)
+            self.happened[event.row.queue_id, event.type] += 1
             if event.row.state == State.READY and event.type != EventType.DELETED:
                 ready[event.row.queue_id] += 1
             elif event.row.state in FINISHED:

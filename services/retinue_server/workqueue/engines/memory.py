@@ -102,8 +102,12 @@ class _Store:
         return counts
 
     def totals(self, queue_id: str) -> QueueTotals:
-        rows = list(self._of(queue_id))
-        oldest = min((row.ready_ms for row in rows if row.state == State.READY), default=None)
+        rows = sorted(self._of(queue_id), key=_seq)
+        first_in_line: dict[int, TaskRow] = {}
+        for row in rows:
+            if row.state == State.READY:
+                first_in_line.setdefault(row.priority, row)
+        oldest = min((row.ready_ms for row in first_in_line.values()), default=None)
         return QueueTotals(oldest, len({row.worker_id for row in rows if row.state == State.LEASED}))
 
     def by_id(self, task_ids: Sequence[str]) -> dict[str, TaskRow]:

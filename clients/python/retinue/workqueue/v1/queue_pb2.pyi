@@ -188,7 +188,7 @@ class QueueStats(_message.Message):
     """Whether the queue gives and takes."""
     @_builtins.property
     def oldest_ready_duration(self) -> _duration_pb2.Duration:
-        """How long the oldest ready task has been waiting since it became ready; 0 if none is."""
+        """How long a task that is first in line in its priority has been ready, the longest of them; 0 if none is."""
 
     def __init__(
         self,

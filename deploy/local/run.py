@@ -1,0 +1,52 @@
+"""`make run`: the whole suite on loopback with embedded defaults, and lines to try, until Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+BIN = Path(".venv/bin")
+
+
+def main() -> int:
+    """Starts the server, prints the guide when it is ready, and ends with it."""
+    server = subprocess.Popen([sys.executable, "-m", "retinue_server", *sys.argv[1:]], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        ready = server.stdout.readline()
+        if ready:
+            print(guide(json.loads(ready)), flush=True)
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0 if server.wait() in (0, 130) else 1
+
+
+def guide(ready: dict[str, object]) -> str:
+    """The lines of guide.txt with the addresses that are in force; without those whose program is not here."""
+    listen = ready["listen"]
+    assert isinstance(listen, list)
+    words = {
+        "{listen}": listen[0],
+        "{http}": str(ready["http"]),
+        "{control}": os.path.relpath(str(ready["control"]).removeprefix("unix:")),
+        "{grpcurl}": str(BIN / "grpcurl"),
+        "{retinue}": str(BIN / "retinue"),
+        "{curl}": "curl",
+    }
+    lines = (HERE / "guide.txt").read_text().splitlines()
+    if not shutil.which("curl"):
+        lines = [line for line in lines if not line.startswith("{curl}")]
+    text = "\n".join(lines)
+    for word, value in words.items():
+        text = text.replace(word, value)
+    state = os.path.relpath(Path(words["{control}"]).parent)
+    return f"\n{text}\n\nThe page is http://{words['{http}']}/ and all state is in {state}/. Ctrl-C stops it.\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""`make run` as a newcomer meets it: every line that it prints works as printed, and Ctrl-C ends it cleanly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+class Running:
+    """The suite as `make run` starts it, on free ports."""
+
+    def __init__(self, data_dir: Path) -> None:
+        command = [sys.executable, "deploy/local/run.py", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+        self.process = subprocess.Popen(
+            [*command, "--data-dir", str(data_dir)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        self.guide: list[str] = []
+        for line in self.process.stdout:
+            self.guide.append(line.strip())
+            if "Ctrl-C" in line:
+                break
+
+    def interrupt(self) -> int:
+        """Ctrl-C on a terminal: the signal goes to the whole foreground group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        with self.process:
+            self.errors = self.process.stderr.read() if self.process.stderr else ""
+        return self.process.returncode
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Iterator[Running]:
+    running = Running(tmp_path / "state")
+    yield running
+    if running.process.poll() is None:
+        running.interrupt()
+
+
+def environment(suite: Running) -> dict[str, str]:
+    """What a person on the default addresses does not have to set."""
+    listen = next(word for line in suite.guide for word in line.split() if word.startswith("127.0.0.1:"))
+    control = next(word for line in suite.guide for word in line.split() if word.endswith("control.sock"))
+    return {**os.environ, "RETINUE_ADDRESS": listen, "RETINUE_CONTROL_ADDRESS": f"unix:{(ROOT / control).resolve()}"}
+
+
+def test_every_printed_line_works_as_printed(suite: Running):
+    lines = [line for line in suite.guide if line and not line.startswith(("#", "The page"))]
+    assert len(lines) >= 8
+    script = "set -eo pipefail\n" + "\n".join(lines)
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=environment(suite), capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"status"' not in done.stdout, "the completion was accepted"
+    assert "ERROR" not in done.stderr
+
+
+def test_ctrl_c_ends_it_cleanly(suite: Running):
+    assert suite.interrupt() == 0
+    assert "Traceback" not in suite.errors
+
+
+def test_a_taken_port_is_answered_with_its_owner(suite: Running, tmp_path: Path):
+    listen = environment(suite)["RETINUE_ADDRESS"]
+    second = subprocess.run(
+        [sys.executable, "-m", "retinue_server", "--listen", listen, "--http", "none", "--data-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert second.returncode == 1
+    assert "pid" in second.stderr, second.stderr
+    assert "Traceback" not in second.stderr
