@@ -381,7 +381,7 @@ def test_a_bad_message_ends_the_stream_and_changes_nothing(line: Line, message: 
     ],
 )
 def test_a_first_message_that_is_wrong_is_refused(app: Client, first: Any, fields: set[str]) -> None:
-    with app.stream("StreamTasks") as stream:
+    with app.stream("StreamTasks", timeout=5) as stream:
         stream.send(**first)
         error = ended(stream)
     assert (error.code, error.reason, error.fields) == ("INVALID_ARGUMENT", "INVALID_FIELD", fields)
