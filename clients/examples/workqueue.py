@@ -24,9 +24,7 @@ WORKER = "example-python"
 
 
 def main(queue_id: str) -> None:
-    address = (
-        os.environ.get("RETINUE_WORKQUEUE_ADDRESS") or os.environ.get("RETINUE_ADDRESS") or "127.0.0.1:7070"
-    )
+    address = os.environ.get("RETINUE_WORKQUEUE_ADDRESS") or os.environ.get("RETINUE_ADDRESS") or "127.0.0.1:7070"
     with grpc.insecure_channel(address) as channel:
         tasks, admin = rpc.WorkQueueServiceStub(channel), admin_rpc.WorkQueueAdminServiceStub(channel)
         connect(admin)
@@ -43,9 +41,7 @@ def main(queue_id: str) -> None:
 
 def connect(admin: admin_rpc.WorkQueueAdminServiceStub) -> None:
     limits = admin.GetCapabilities(admin_pb.GetCapabilitiesRequest())
-    print(
-        f"connected: up to {limits.max_batch_items} items a batch, {limits.max_payload_bytes} bytes a payload"
-    )
+    print(f"connected: up to {limits.max_batch_items} items a batch, {limits.max_payload_bytes} bytes a payload")
 
 
 def enqueue(tasks: rpc.WorkQueueServiceStub, queue_id: str) -> None:
@@ -53,12 +49,8 @@ def enqueue(tasks: rpc.WorkQueueServiceStub, queue_id: str) -> None:
     report = task.TaskSpec(
         queue_id=queue_id, task_type="report", input=task.Payload(text="October"), idempotency_key="report-10"
     )
-    thumbnail = task.TaskSpec(
-        queue_id=queue_id, task_type="thumbnail", input=task.Payload(data=b"\x89PNG"), priority=5
-    )
-    invoice = task.TaskSpec(
-        queue_id=queue_id, task_type="invoice", input=task.Payload(json=number), priority=10
-    )
+    thumbnail = task.TaskSpec(queue_id=queue_id, task_type="thumbnail", input=task.Payload(data=b"\x89PNG"), priority=5)
+    invoice = task.TaskSpec(queue_id=queue_id, task_type="invoice", input=task.Payload(json=number), priority=10)
     first = tasks.EnqueueTasks(pb.EnqueueTasksRequest(tasks=[report, thumbnail, invoice])).results
     old = sum(result.existing for result in first)
     print(f"enqueued: {len(first) - old} new, {old} existing")
@@ -106,12 +98,8 @@ def lease(tasks: rpc.WorkQueueServiceStub, queue_id: str, count: int) -> list[ta
 
 
 def complete(tasks: rpc.WorkQueueServiceStub, queue_id: str, invoice: task.Lease) -> str:
-    receipt = task.TaskSpec(
-        queue_id=queue_id, task_type="receipt", input=task.Payload(text="invoice 7 is paid")
-    )
-    paid = pb.Completion(
-        lease_token=invoice.lease_token, result=task.Payload(text="paid"), follow_ups=[receipt]
-    )
+    receipt = task.TaskSpec(queue_id=queue_id, task_type="receipt", input=task.Payload(text="invoice 7 is paid"))
+    paid = pb.Completion(lease_token=invoice.lease_token, result=task.Payload(text="paid"), follow_ups=[receipt])
     result = tasks.CompleteTasks(pb.CompleteTasksRequest(completions=[paid])).results[0]
     print(f"completed invoice: {outcome(result)}")
     print(f"completed invoice again: {completed(tasks, paid)}")
@@ -129,9 +117,7 @@ def release_and_fail(tasks: rpc.WorkQueueServiceStub, queue_id: str, old: task.L
     print(f"released thumbnail: {told(released.status)}")
     [new] = lease(tasks, queue_id, 1)
     print(f"its epoch grew: {yes(new.lease_epoch > old.lease_epoch)}")
-    print(
-        f"completed thumbnail with the old lease: {completed(tasks, pb.Completion(lease_token=old.lease_token))}"
-    )
+    print(f"completed thumbnail with the old lease: {completed(tasks, pb.Completion(lease_token=old.lease_token))}")
     extensions = [pb.Extension(lease_token=new.lease_token, lease_duration=Duration(seconds=60))]
     extended = tasks.ExtendLeases(pb.ExtendLeasesRequest(extensions=extensions)).results[0]
     print(f"extended the new lease: {told(extended.status)}")
