@@ -24,8 +24,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from retinue.workqueue.v1 import task_pb2, workqueue_admin_service_pb2, workqueue_admin_service_pb2_grpc
-from retinue.workqueue.v1 import workqueue_service_pb2, workqueue_service_pb2_grpc
+from retinue.workqueue.v1 import (
+    task_pb2,
+    workqueue_admin_service_pb2,
+    workqueue_admin_service_pb2_grpc,
+    workqueue_service_pb2,
+    workqueue_service_pb2_grpc,
+)
 
 FILES = int(os.environ.get("DEMO_FILES", "1100"))
 LARGEST = 64 * 1024

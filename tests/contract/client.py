@@ -30,7 +30,7 @@ METHODS = {method.name: method for service in SERVICES for method in service.met
 
 
 @dataclass
-class Refused(Exception):  # noqa: N818 - named by what happened
+class Refused(Exception):
     """A call that did not end with OK; what the error details say is empty where there are none."""
 
     code: str

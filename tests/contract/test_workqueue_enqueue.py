@@ -6,12 +6,12 @@ import uuid
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from google.protobuf import struct_pb2
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from contract.client import Client, Refused, code
 from contract.conftest import new_line
 from contract.line import Line, seconds, text
+from google.protobuf import struct_pb2
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from retinue.workqueue.v1 import task_pb2
 
 INLINE = 256 * 1024

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
 from contract.client import METHODS, Client, Refused, code
 from contract.conftest import new_line
 from contract.line import Line, seconds, text
+
 from retinue.workqueue.v1 import queue_pb2, task_pb2
 
 FAR = 3600
@@ -257,7 +257,7 @@ def test_statistics_count_the_tasks_of_every_state(line: Line) -> None:
 
 
 def populate_names() -> list[str]:
-    return [name.removeprefix("TASK_STATE_") for name in task_pb2.TaskState.keys()[1:]]  # noqa: SIM118 - no dict
+    return [name.removeprefix("TASK_STATE_") for name in task_pb2.TaskState.keys()[1:]]
 
 
 def test_statistics_tell_how_long_the_oldest_ready_task_waits(line: Line) -> None:

@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 import pytest
-
 from contract.client import Client, Refused, Stream
 from contract.conftest import Serve, new_line
 from contract.line import WORKER, Line, seconds, text
+
 from retinue.workqueue.v1 import task_pb2
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 
 import pytest
-
 from contract.client import Client, Refused
 from contract.conftest import Serve, new_line
 from contract.line import WORKER, Line, Watch, seconds

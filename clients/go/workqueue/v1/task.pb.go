@@ -296,7 +296,7 @@ type BlobRef struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Required. The lower-case hexadecimal SHA-256 of the content.
 	BlobId string `protobuf:"bytes,1,opt,name=blob_id,json=blobId,proto3" json:"blob_id,omitempty"`
-	// Output only. The content's size in bytes.
+	// The content's size in bytes as the caller gave it, for information; 0 = not said.
 	SizeBytes     int64 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

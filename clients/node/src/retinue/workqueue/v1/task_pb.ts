@@ -88,7 +88,7 @@ export type BlobRef = Message<"retinue.workqueue.v1.BlobRef"> & {
   blobId: string;
 
   /**
-   * Output only. The content's size in bytes.
+   * The content's size in bytes as the caller gave it, for information; 0 = not said.
    *
    * @generated from field: int64 size_bytes = 2;
    */
