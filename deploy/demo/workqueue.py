@@ -1,7 +1,7 @@
 """`make demo`: over a thousand real files through three stages of ordinary tools, while server and workers are killed.
 
-Each stage is a queue with a runner; `--then` enqueues the next stage's task in the commit that completes this one. At the
-end the three output trees are compared with those of a serial run, and the queues' own bookkeeping is printed.
+Each stage is a queue with a runner; `--then` enqueues the next stage's task in the commit that completes this one. At
+the end the three output trees are compared with those of a serial run, and the queues' own bookkeeping is printed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> int:
     console.print("the same, serially ...")
     started = time.monotonic()
     serial(root / "input", root / "serial", sources)
-    return report(root, sources, suite, book, seconds, time.monotonic() - started)
+    return report(root, sources, suite, book, (seconds, time.monotonic() - started))
 
 
 def stage_in(target: Path) -> list[str]:
@@ -238,7 +238,7 @@ def serial(tree: Path, output: Path, sources: list[str]) -> None:
 
 
 def report(
-    root: Path, sources: list[str], suite: Suite, book: list[task_pb2.Task], seconds: float, serial_seconds: float
+    root: Path, sources: list[str], suite: Suite, book: list[task_pb2.Task], seconds: tuple[float, float]
 ) -> int:
     """What the queues remember, and whether the trees are the same."""
     table = Table(title="the queues' own bookkeeping")
@@ -260,7 +260,7 @@ def report(
     extra = [p for p in (root / "output").rglob("*") if p.is_file() and p not in set(trees)]
     exact = len(book) == len(sources) * len(STAGES) and all(t.state == task_pb2.TASK_STATE_SUCCEEDED for t in book)
     console.print(
-        f"{len(suite.kills)} SIGKILLs ({', '.join(suite.kills)}); {seconds:.0f} s, serial run {serial_seconds:.0f} s"
+        f"{len(suite.kills)} SIGKILLs ({', '.join(suite.kills)}); {seconds[0]:.0f} s, serial run {seconds[1]:.0f} s"
     )
     if wrong or extra or not exact:
         console.print(f"[red]NOT identical: {len(wrong)} differ, {len(extra)} too many, tasks exact: {exact}")

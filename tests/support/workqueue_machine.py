@@ -1,7 +1,7 @@
 """One hypothesis machine for the work queue: the same random story on one or more engines.
 
-The engines must answer alike, and what they answer must keep the guarantees: epochs only grow, at most one completion of a
-task is accepted, follow-ups come exactly once per accepted completion, and counts tell the truth.
+The engines must answer alike, and what they answer must keep the guarantees: epochs only grow, at most one completion
+of a task is accepted, a completed task is never leased again, and counts tell the truth.
 """
 
 from __future__ import annotations

@@ -742,7 +742,8 @@ type Task struct {
 	QueueId string `protobuf:"bytes,2,opt,name=queue_id,json=queueId,proto3" json:"queue_id,omitempty"`
 	// Output only. Where it stands.
 	State TaskState `protobuf:"varint,3,opt,name=state,proto3,enum=retinue.workqueue.v1.TaskState" json:"state,omitempty"`
-	// What the producer said of it. Output only here; ListTasks leaves `input` out.
+	// What the producer said of it. Output only here. Its start is told by ready_time, its expiry as an instant, and its
+	// conflict_policy is not kept; ListTasks leaves `input` out.
 	Spec *TaskSpec `protobuf:"bytes,4,opt,name=spec,proto3" json:"spec,omitempty"`
 	// Output only. How many leases were handed out, less those that were released, expired or cut short by a restart.
 	Attempt int32 `protobuf:"varint,5,opt,name=attempt,proto3" json:"attempt,omitempty"`

@@ -6,7 +6,7 @@ durable. Refusals of single items are values (RetinueError), not raised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from retinue_server.runtime.errors import (
     AlreadyExists,
+    Code,
     FailedPrecondition,
     NotFound,
     Reason,
@@ -96,6 +97,10 @@ class Selected(Struct, frozen=True):
     errors: dict[str, RetinueError]
 
 
+Lacking = Mapping[str, RetinueError]
+"""Blobs that were looked for and are not there, with what to say of each."""
+
+
 class Context(NamedTuple):
     """What a step needs beside the store."""
 
@@ -108,17 +113,16 @@ class Context(NamedTuple):
 # Producers
 
 
-def enqueue(tx: Transaction, asked: Enqueue, ids: Sequence[str], ctx: Context) -> list[Enqueued]:
-    """Takes a batch in; `ids` are for tasks without one of their own."""
+def enqueue(tx: Transaction, asked: Enqueue, ids: Sequence[str], lacking: Lacking, ctx: Context) -> list[Enqueued]:
+    """Takes a batch in; `ids` are for tasks without one of their own, `lacking` refuses blobs not there."""
     if asked.request_id and (known := tx.request(asked.request_id)):
         return _replayed(known, asked)
-    results = _insert(tx, asked.tasks, ids, ctx, parent=None)
+    results = _insert(tx, asked.tasks, ids, lacking, ctx, parent=None)
     if asked.atomic:
         _all_or_none(results)
     if asked.request_id:
-        reply = msgspec.json.encode([(r.task_id, r.existing) for r in results if r.error is None])
-        if all(r.error is None for r in results):
-            tx.save_request(asked.request_id, asked.fingerprint, reply, ctx.now.wall_ms + REQUEST_MEMORY_MS)
+        reply = msgspec.json.encode([(r.task_id, r.existing, r.error and _remembered(r.error)) for r in results])
+        tx.save_request(asked.request_id, asked.fingerprint, reply, ctx.now.wall_ms + REQUEST_MEMORY_MS)
     return results
 
 
@@ -129,9 +133,26 @@ def _replayed(known: tuple[bytes, bytes], asked: Enqueue) -> list[Enqueued]:
             f"cannot enqueue: request_id {asked.request_id!r} was used for another request",
             reason=Reason.REQUEST_CONFLICT,
         )
-    return [
-        Enqueued(task_id, existing) for task_id, existing in msgspec.json.decode(reply, type=list[tuple[str, bool]])
-    ]
+    items = msgspec.json.decode(reply, type=list[tuple[str, bool, _Refusal | None]])
+    return [Enqueued(task_id, existing, refusal.error() if refusal else None) for task_id, existing, refusal in items]
+
+
+class _Refusal(Struct, frozen=True, array_like=True):
+    """An error as it is remembered with its request."""
+
+    code: Code
+    message: str
+    reason: Reason
+    retry_ms: int
+    metadata: dict[str, str]
+
+    def error(self) -> RetinueError:
+        kinds = {kind.code: kind for kind in (NotFound, AlreadyExists, FailedPrecondition, ResourceExhausted)}
+        return kinds[self.code](self.message, reason=self.reason, retry_ms=self.retry_ms, **self.metadata)
+
+
+def _remembered(error: RetinueError) -> _Refusal:
+    return _Refusal(error.code, error.message, error.reason, error.retry_ms, error.metadata)
 
 
 def _all_or_none(results: list[Enqueued]) -> None:
@@ -142,13 +163,20 @@ def _all_or_none(results: list[Enqueued]) -> None:
 
 
 def _insert(
-    tx: Transaction, tasks: Sequence[NewTask], ids: Sequence[str], ctx: Context, parent: TaskRow | None
+    tx: Transaction,
+    tasks: Sequence[NewTask],
+    ids: Sequence[str],
+    lacking: Lacking,
+    ctx: Context,
+    *,
+    parent: TaskRow | None,
 ) -> list[Enqueued]:
     admission = _Admission(tx, tasks, ctx, parent)
     results: list[Enqueued] = []
     taken: list[Task] = []
     for task, made_id in zip(tasks, ids, strict=True):
-        result = admission.check(task, task.task_id or made_id)
+        lost = lacking.get(task.body.input_blob)
+        result = Enqueued(task.task_id, error=lost) if lost else admission.check(task, task.task_id or made_id)
         results.append(result)
         if result.error is None and not result.existing:
             new = _new_row(task, result.task_id, ctx.now, parent)
@@ -193,15 +221,15 @@ class _Admission:
     def check(self, task: NewTask, task_id: str) -> Enqueued:
         queue = self._queue(task.queue_id)
         if isinstance(queue, RetinueError):
-            return Enqueued(task_id, error=queue)
+            return Enqueued(task.task_id, error=queue)
         if error := limits.payload_error(task.inline_bytes):
-            return Enqueued(task_id, error=error)
+            return Enqueued(task.task_id, error=error)
         if task.idempotency_key and (known := self._by_key.get((task.queue_id, task.idempotency_key))):
             return self._same_key(task, *known)
         if task.task_id in self._taken_ids:
             return Enqueued(task_id, error=_task_exists(task_id))
         if self._room.get(task.queue_id, 1) <= 0:
-            return Enqueued(task_id, error=_queue_full(queue))
+            return Enqueued(task.task_id, error=_queue_full(queue))
         return Enqueued(task_id)
 
     def admit(self, new: Task) -> None:
@@ -333,10 +361,12 @@ def extend(tx: Transaction, asked: Sequence[Extend], ctx: Context) -> list[Exten
     return results
 
 
-def settle(tx: Transaction, asked: Sequence[Settlement], ids: Sequence[str], ctx: Context) -> list[Settled]:
-    """Ends leases, in order; `ids` are for follow-ups without one of their own."""
+def settle(
+    tx: Transaction, asked: Sequence[Settlement], ids: Sequence[str], lacking: Lacking, ctx: Context
+) -> list[Settled]:
+    """Ends leases, in order; `ids` are for follow-ups without one of their own, `lacking` refuses blobs not there."""
     rows = tx.by_seq([item.lease.seq for item in asked])
-    desk = _Desk(tx, rows, iter(ids), ctx)
+    desk = _Desk(tx, rows, iter(ids), lacking, ctx)
     results = [desk.settle(item) for item in asked]
     tx.save(list(desk.changed.values()))
     return results
@@ -345,8 +375,10 @@ def settle(tx: Transaction, asked: Sequence[Settlement], ids: Sequence[str], ctx
 class _Desk:
     """Settles one item after the other, so that a later one sees what an earlier one did."""
 
-    def __init__(self, tx: Transaction, rows: dict[int, TaskRow], ids: Iterable[str], ctx: Context) -> None:
-        self._tx, self._rows, self._ids, self._ctx = tx, rows, iter(ids), ctx
+    def __init__(
+        self, tx: Transaction, rows: dict[int, TaskRow], ids: Iterable[str], lacking: Lacking, ctx: Context
+    ) -> None:
+        self._tx, self._rows, self._ids, self._lacking, self._ctx = tx, rows, iter(ids), lacking, ctx
         self._queues: dict[str, QueueRow] = {}
         self.changed: dict[int, TaskRow] = {}
 
@@ -365,10 +397,10 @@ class _Desk:
 
     def _complete(self, item: Complete, row: TaskRow, ids: Sequence[str]) -> Settled:
         try:
-            if error := limits.payload_error(item.inline_bytes):
+            if error := limits.payload_error(item.inline_bytes) or self._lacking.get(item.result_blob):
                 raise error
             with self._tx.savepoint(), self._ctx.ledger.savepoint():
-                results = _insert(self._tx, item.follow_ups, ids, self._ctx, parent=row) if item.follow_ups else []
+                results = _insert(self._tx, item.follow_ups, ids, self._lacking, self._ctx, parent=row)
                 _all_or_none(results)
         except RetinueError as error:
             return Settled(row.state, error=error)

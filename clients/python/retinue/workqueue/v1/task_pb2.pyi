@@ -417,7 +417,9 @@ class Task(_message.Message):
     """Output only. The task whose completion enqueued it; empty if a producer did."""
     @_builtins.property
     def spec(self) -> Global___TaskSpec:
-        """What the producer said of it. Output only here; ListTasks leaves `input` out."""
+        """What the producer said of it. Output only here. Its start is told by ready_time, its expiry as an instant, and its
+        conflict_policy is not kept; ListTasks leaves `input` out.
+        """
 
     @_builtins.property
     def result(self) -> Global___Payload:

@@ -356,7 +356,8 @@ export type Task = Message<"retinue.workqueue.v1.Task"> & {
   state: TaskState;
 
   /**
-   * What the producer said of it. Output only here; ListTasks leaves `input` out.
+   * What the producer said of it. Output only here. Its start is told by ready_time, its expiry as an instant, and its
+   * conflict_policy is not kept; ListTasks leaves `input` out.
    *
    * @generated from field: retinue.workqueue.v1.TaskSpec spec = 4;
    */
