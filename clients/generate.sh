@@ -1,28 +1,77 @@
 #!/usr/bin/env bash
 # Regenerates the committed stubs from protos/, each language with its own local plugins; --check fails on any difference.
-# Python's are made with the oldest grpcio-tools we support, so that they import under every later runtime.
+# Python's are made with the oldest grpcio-tools we support, so that they import under every later runtime; its protoc
+# makes the others, too. A language whose toolchain is not on PATH is left out, which CI does not accept.
+# shellcheck disable=SC2086 # $protos is a list of files
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=clients
 if [ "${1:-}" = --check ]; then out=$(mktemp -d); trap 'rm -rf "$out"' EXIT; fi
 protos=$(cd protos && find retinue -name '*.proto' | sort)
+venv=.retinue/generate
+tools=.retinue/tools
+protoc_gen_go=google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.11
+protoc_gen_go_grpc=google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.1
 
-python_stubs() {
-  local tools=.retinue/generate target=$out/python
-  if ! cmp -s clients/python/requirements-generate.txt "$tools/requirements.txt"; then
-    rm -rf "$tools" && "${PYTHON:-python3}" -m venv "$tools"
-    "$tools/bin/python" -m pip install -q --require-hashes -r clients/python/requirements-generate.txt
-    cp clients/python/requirements-generate.txt "$tools/requirements.txt"
-  fi
-  mkdir -p "$target"
-  # shellcheck disable=SC2086 # a list of files
-  PATH="$tools/bin:$PATH" "$tools/bin/python" -m grpc_tools.protoc -Iprotos --python_out="$target" --grpc_python_out="$target" \
-    --mypy_out="quiet:$target" --mypy_grpc_out="quiet:$target" $protos
+protoc() {
+  PATH="$venv/bin:$PATH" "$venv/bin/python" -m grpc_tools.protoc -Iprotos "$@"
 }
 
-python_stubs
-if [ "$out" != clients ]; then
-  (cd "$out/python" && find . -type f) | while read -r f; do
-    cmp -s "$out/python/$f" "clients/python/$f" || { echo "clients/python/$f is not what protos/ gives: run make generate" >&2; exit 1; }
+python_stubs() {
+  if ! cmp -s clients/python/requirements-generate.txt "$venv/requirements.txt"; then
+    rm -rf "$venv" && "${PYTHON:-python3}" -m venv "$venv"
+    "$venv/bin/python" -m pip install -q --require-hashes -r clients/python/requirements-generate.txt
+    cp clients/python/requirements-generate.txt "$venv/requirements.txt"
+  fi
+  protoc --python_out="$1" --grpc_python_out="$1" --mypy_out="quiet:$1" --mypy_grpc_out="quiet:$1" $protos
+}
+
+go_stubs() {
+  local wanted="$protoc_gen_go $protoc_gen_go_grpc" options=module=retinue proto
+  if [ "$(cat "$tools/go-plugins" 2>/dev/null)" != "$wanted" ]; then
+    mkdir -p "$tools"
+    GOBIN=$PWD/$tools go install "$protoc_gen_go"
+    GOBIN=$PWD/$tools go install "$protoc_gen_go_grpc"
+    echo "$wanted" >"$tools/go-plugins"
+  fi
+  for proto in $protos; do # retinue/workqueue/v1/task.proto is package workqueuev1 in retinue/workqueue/v1
+    options+=",M$proto=$(dirname "$proto");$(basename "$(dirname "$(dirname "$proto")")")v1"
   done
-fi
+  protoc --plugin="$tools/protoc-gen-go" --plugin="$tools/protoc-gen-go-grpc" \
+    --go_out="$1" --go_opt="$options" --go-grpc_out="$1" --go-grpc_opt="$options" $protos
+}
+
+node_stubs() {
+  if ! cmp -s clients/node/package-lock.json "$tools/package-lock.json"; then
+    npm --prefix clients/node ci --no-audit --no-fund --loglevel=error >/dev/null
+    mkdir -p "$tools" && cp clients/node/package-lock.json "$tools/package-lock.json"
+  fi
+  mkdir -p "$1/src"
+  # No package of the registry has the error details for TypeScript, so they are generated like our own.
+  protoc --plugin=clients/node/node_modules/.bin/protoc-gen-es --es_out="$1/src" --es_opt=target=ts,import_extension=js \
+    -I"$(echo "$venv"/lib/python3*/site-packages)" $protos google/rpc/error_details.proto
+}
+
+check() { # LANGUAGE PATTERN-OF-GENERATED-FILES
+  local file
+  { (cd "$out/$1" && find . -name "$2"); (cd "clients/$1" && find . -name "$2" -not -path '*/node_modules/*'); } | sort -u |
+    while read -r file; do
+      cmp -s "$out/$1/$file" "clients/$1/$file" ||
+        { echo "clients/$1/${file#./} is not what protos/ gives: run make generate" >&2; exit 1; }
+    done
+}
+
+stubs() { # LANGUAGE COMMAND INSTALL-COMMAND PATTERN
+  if ! command -v "$2" >/dev/null; then
+    echo "leaving out clients/$1: $2 is not on PATH (install it with: $3)" >&2
+    [ "${CI:-}" != true ] || [ "$out" = clients ] || exit 1
+    return
+  fi
+  mkdir -p "$out/$1"
+  "$1_stubs" "$out/$1"
+  if [ "$out" != clients ]; then check "$1" "$4"; fi
+}
+
+stubs python "${PYTHON:-python3}" "apt-get install python3 python3-venv" '*_pb2*.py*'
+stubs go go "see go.dev/doc/install; 1.24 or later" '*.pb.go'
+stubs node npm "apt-get install nodejs npm; 20 or later" '*_pb.ts'

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.workqueue_core import SECOND, Bench
 
 from retinue_server.runtime.errors import FailedPrecondition, InvalidArgument, NotFound, OutOfRange, Reason
 from retinue_server.workqueue.core import rules
@@ -32,7 +33,6 @@ from retinue_server.workqueue.engine import (
     TaskRow,
 )
 from retinue_server.workqueue.engines.memory import MemoryEngine
-from support.workqueue_core import SECOND, Bench
 
 
 @pytest.fixture

@@ -1,0 +1,7 @@
+/** What the generated stubs leave to every program: where the server is, its errors, and the loop of a worker. */
+export { createClient, type Client } from "@connectrpc/connect";
+export { DEFAULT_ADDRESS, address, connect } from "./connection.js";
+export { RetinueError, type Field } from "./errors.js";
+export { bytes, json, jsonOf, text } from "./payload.js";
+export { Failure, LeaseLost, Release, Stopping, TaskCancelled, Worker } from "./worker.js";
+export type { Handler, Result, WorkerOptions } from "./worker.js";
