@@ -259,10 +259,11 @@ def test_wrong_usage_ends_with_2(server: RunningServer, args: tuple[str, ...]) -
     assert "Traceback" not in message
 
 
-def test_an_unreachable_server_ends_with_3_and_says_how_to_start_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("args", ["queue ls", "queue enqueue q x", "status", "call"])
+def test_an_unreachable_server_ends_with_3_at_once_and_says_how_to_start_one(tmp_path: Path, args: str) -> None:
     env = environment(RETINUE_ADDRESS=f"unix:{tmp_path}/none.sock")
-    command = [sys.executable, "-m", "retinue.cli", "queue", "ls"]
-    done = subprocess.run(command, capture_output=True, env=env, timeout=30, check=False)
+    command = [sys.executable, "-m", "retinue.cli", *args.split()]
+    done = subprocess.run(command, capture_output=True, env=env, timeout=8, check=False)
     assert done.returncode == 3
     assert b"retinue-server" in done.stderr
     assert b"Traceback" not in done.stderr

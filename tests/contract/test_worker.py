@@ -6,10 +6,19 @@ import asyncio
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from servers import RunningServer, start_server
+from workers import Work
 
 from retinue.client import errors, trace
 from retinue.client.queue import Queue, duration
@@ -22,6 +31,7 @@ from retinue.workqueue.v1 import workqueue_admin_service_pb2_grpc as rpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
@@ -306,3 +316,62 @@ def test_a_lost_lease_is_its_own_error(server: RunningServer) -> None:
         with pytest.raises(errors.LeaseLost):
             queue.complete(first, "late")
         queue.complete(second, "in time")
+
+
+class Collector(TraceServiceServicer):
+    """An OTLP collector that remembers the spans."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, Any]] = []
+
+    def Export(self, request: Any, context: Any) -> Any:  # noqa: N802 - the contract's name
+        for resource in request.resource_spans:
+            names = [pair.value.string_value for pair in resource.resource.attributes if pair.key == "service.name"]
+            self.spans += [(names[0], span) for scope in resource.scope_spans for span in scope.spans]
+        return ExportTraceServiceResponse()
+
+
+@pytest.fixture
+def collector() -> Iterator[tuple[Collector, str]]:
+    found, running = Collector(), grpc.server(ThreadPoolExecutor(2))
+    add_TraceServiceServicer_to_server(found, running)  # type: ignore[no-untyped-call] # generated without types
+    port = running.add_insecure_port("127.0.0.1:0")
+    running.start()
+    yield found, f"http://127.0.0.1:{port}"
+    running.stop(0).wait()
+
+
+def test_a_handler_is_a_consumer_span_in_the_producers_trace(
+    server: RunningServer, collector: tuple[Collector, str], tmp_path: Path
+) -> None:
+    found, endpoint = collector
+    with SyncQueue("traced", address=server.address) as queue:
+        task = queue.enqueue("x")
+        sent = trace.parse(queue.get(task.task_id).spec.traceparent)
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_SERVICE_NAME": "upper"}
+    work = Work(
+        server, tmp_path, "traced", "--max-tasks", "1", "--then", "traced-2", "--", "printenv", "TRACEPARENT", **env
+    )
+    assert work.ended() == 0, work.log
+    work.close()
+    [(service, span)] = found.spans
+    assert sent is not None
+    assert (service, span.name) == ("upper", "process traced")
+    assert span.kind == Span.SPAN_KIND_CONSUMER
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (sent.trace_id, sent.span_id)
+    assert [(link.trace_id.hex(), link.span_id.hex()) for link in span.links] == [(sent.trace_id, sent.span_id)]
+    with SyncQueue("traced-2", address=server.address) as queue:
+        [follow_up] = list(queue.list())
+        follow_up = queue.get(follow_up.task_id)
+    assert follow_up.spec.traceparent == f"00-{sent.trace_id}-{span.span_id.hex()}-01"
+    assert follow_up.spec.input.text.strip() == follow_up.spec.traceparent, "the command saw the same"
+
+
+def test_a_collector_that_is_away_costs_a_worker_nothing_but_a_warning(server: RunningServer, tmp_path: Path) -> None:
+    with SyncQueue("untraced", address=server.address) as queue:
+        task = queue.enqueue("x")
+        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
+        work = Work(server, tmp_path, "untraced", "--max-tasks", "1", "--", "cat", **env)
+        assert queue.wait(task.task_id, timeout=20).state == pb.TASK_STATE_SUCCEEDED
+        assert work.ended(25) == 0
+        work.close()

@@ -92,14 +92,14 @@ class Server:
     output: str | None
 
     def queue(self, queue_id: str = "") -> Queue:
-        return Queue(queue_id, address=self.address, timeout=self.timeout)
+        return Queue(queue_id, address=self.address, timeout=self.timeout, patient=False)
 
     def for_apps(self) -> Connection:
-        return Connection(self.address)
+        return Connection(self.address, patient=False)
 
     def for_operators(self) -> Connection:
         """To the address given, the control socket, or else the apps' address, which will say what is missing."""
-        return Connection(self.address or addresses.control_address())
+        return Connection(self.address or addresses.control_address(), patient=False)
 
     def show(self, rows: Iterable[Row], columns: Sequence[str]) -> None:
         show(rows, self.output, columns)

@@ -68,11 +68,12 @@ class Queue:
         address: str | None = None,
         connection: Connection | None = None,
         timeout: float = DEFAULT_TIMEOUT,
+        patient: bool = True,
     ) -> None:
         self.queue_id = queue_id
         self.timeout = timeout
         self._owned = connection is None
-        self.connection = connection or Connection(address)
+        self.connection = connection or Connection(address, patient=patient)
         self.blobs = Blobs(self.connection)
         self._outbox: Coalescer[pb.TaskSpec, Enqueued] = Coalescer(self._enqueue_block, pb.TaskSpec.ByteSize)
 

@@ -140,9 +140,10 @@ class TaskStream:
             self._credit += credit
             self._to_send.notify_all()
 
-    def settle(self, outcome: Outcome) -> None:
-        """Sends an outcome now, and again after every reconnection until it is answered."""
+    def settle(self, outcome: Outcome, credit: int = 0) -> None:
+        """Sends an outcome now, and again after every reconnection until it is answered; with it takes more leases."""
         with self._to_send:
+            self._credit += credit
             if held := self._held.get(outcome.lease_token):
                 held.ending = True
             self._outbox.append(outcome)

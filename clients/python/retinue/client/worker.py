@@ -196,6 +196,7 @@ class Worker:
         self._attempts: dict[bytes, _Attempt] = {}
         self._busy = 0
         self._stopping = False
+        self._connected: bool | None = None
         self._changed = asyncio.Event()
         self._fatal: errors.RetinueError | None = None
         self._stream: TaskStream | None = None
@@ -227,7 +228,7 @@ class Worker:
         self._stream = stream
         stream.start()
         try:
-            self._grant(self._credit)
+            self._grant(self._allowed(self._credit))
             if self._stopping:
                 stream.stop_leasing()
             await self._until(lambda: self._fatal is not None or (self._stopping and not self._working()))
@@ -282,11 +283,17 @@ class Worker:
         stream.close()
         await asyncio.to_thread(stream.join)
 
-    def _grant(self, credit: int) -> None:
+    def _allowed(self, credit: int) -> int:
+        """How much of a credit may be granted: none while stopping, no more than `max_tasks` in all."""
+        if self._stopping:
+            return 0
         if self._left is not None:
             credit = min(credit, self._left)
             self._left -= credit
-        if self._stream is not None and credit and not self._stopping:
+        return credit
+
+    def _grant(self, credit: int) -> None:
+        if self._stream is not None and credit:
             self._stream.grant(credit)
 
     # What the stream tells
@@ -320,9 +327,13 @@ class Worker:
         self._ended(attempt, status)
 
     def connected(self) -> None:
+        self._connected = True
         self._emit("connected")
 
     def disconnected(self, error: errors.RetinueError) -> None:
+        if self._connected is False:
+            return  # told already
+        self._connected = False
         self._emit("disconnected", reason=error.reason or error.code.name, message=error.message)
 
     def refused(self, error: errors.RetinueError) -> None:
@@ -370,11 +381,12 @@ class Worker:
                 attempt.stop = "shutdown"
         if attempt.timer is not None:
             attempt.timer.cancel()
-        self._conclude(attempt, outcome)
-        if thread is not None and not self._fatal:
+        free = thread is None or thread.done()
+        self._conclude(attempt, outcome, credit=self._allowed(1) if free else 0)
+        if thread is not None and not free:
             await asyncio.wait([thread], timeout=0 if attempt.stop == "shutdown" else None)
+            self._grant(self._allowed(1))
         self._busy -= 1
-        self._grant(1)
         self._fill()
         self._changed.set()
 
@@ -394,7 +406,7 @@ class Worker:
             log.exception("the handler failed on task %s, attempt %d", job.task_id, job.attempt)
             return failure(job.lease, type(error).__name__, str(error))
 
-    def _conclude(self, attempt: _Attempt, outcome: Outcome | None) -> None:
+    def _conclude(self, attempt: _Attempt, outcome: Outcome | None, credit: int = 0) -> None:
         lease = attempt.job.lease
         if attempt.stop == "deadline":
             limit = lease.attempt_duration.ToTimedelta().total_seconds()
@@ -404,9 +416,10 @@ class Worker:
         attempt.outcome = outcome
         self._changed.set()
         if attempt.stop == "lost":
+            self._grant(credit)
             self._ended(attempt, None)
         elif self._stream is not None:
-            self._stream.settle(outcome)
+            self._stream.settle(outcome, credit)
 
     def _refused_completion(self, attempt: _Attempt, status: pb.ItemStatus) -> None:
         """The lease is still held: try again while waiting helps (a full queue, a full disk), else it is a
@@ -430,7 +443,7 @@ class Worker:
         self._attempts.pop(attempt.job.lease.lease_token, None)
         self._report(attempt, status)
         if attempt.task is None:  # never begun: its place is free
-            self._grant(1)
+            self._grant(self._allowed(1))
         self._changed.set()
 
     def _report(self, attempt: _Attempt, status: pb.ItemStatus | None) -> None:
