@@ -138,8 +138,8 @@ class Stream:
 class Client:
     """One channel to one server. `client.GetTask(task_id="a")` is a call; it raises Refused."""
 
-    def __init__(self, address: str, token: str = "") -> None:
-        self.channel = grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
+    def __init__(self, address: str, token: str = "", options: Iterable[tuple[str, int]] = ()) -> None:
+        self.channel = grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1), *options])
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stubs = {s: getattr(module, f"{s.name}Stub")(self.channel) for s, module in SERVICES.items()}
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import signal
+from typing import TYPE_CHECKING
 
 import pytest
 from contract.client import Client, Refused
 from contract.conftest import Serve, new_line
 from contract.line import WORKER, Line, Watch, seconds
+
+if TYPE_CHECKING:
+    from conftest import Target
 
 
 def test_a_watch_tells_the_life_of_a_task(line: Line, operator: Client) -> None:
@@ -124,15 +128,26 @@ def test_an_event_comes_after_it_is_durable_and_visible(line: Line) -> None:
             call.result()
 
 
-def test_a_watcher_that_falls_behind_is_told_to_list_anew(line: Line) -> None:
-    """More events than are remembered come while it does not read: 17 times a thousand."""
-    with line.watch() as slow:
-        token = slow.token
-        for _ in range(17):
-            line.put_many(1_000)
+def more_events_than_are_remembered(line: Line, operator: Client) -> int:
+    for _ in range(9):
+        line.put_many(1_000)
+        operator.PurgeQueue(queue_id=line.id)
+    return 18_000
+
+
+def test_a_watcher_that_falls_behind_is_told_to_list_anew(line: Line, operator: Client, target: Target) -> None:
+    small_window = [("grpc.http2.lookahead_bytes", 4_096), ("grpc.http2.bdp_probe", 0)]
+    with Client(target.address, options=small_window) as reader, Line(reader, line.id).watch() as slow:
+        missed = more_events_than_are_remembered(line, operator)
         with pytest.raises(Refused) as error:
-            slow.names(17_001)
-        assert (error.value.code, error.value.reason) == ("OUT_OF_RANGE", "WATCH_TOKEN_EXPIRED")
+            slow.names(missed + 1)
+    assert (error.value.code, error.value.reason) == ("OUT_OF_RANGE", "WATCH_TOKEN_EXPIRED")
+
+
+def test_a_token_whose_events_are_forgotten_is_expired(line: Line, operator: Client) -> None:
+    with line.watch() as watch:
+        token = watch.token
+    more_events_than_are_remembered(line, operator)
     with pytest.raises(Refused) as error, line.watch(resume_token=token) as watch:
         watch.next()
     assert (error.value.code, error.value.reason) == ("OUT_OF_RANGE", "WATCH_TOKEN_EXPIRED")
