@@ -116,7 +116,7 @@ def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--output", type=click.Choice(["table", "json"]), help="Default: a table on a terminal, else JSON lines."
         ),
-        click.option("--timeout", type=DURATION, default=10.0, show_default="10s", help="How long a call may take."),
+        click.option("--timeout", type=DURATION, default="10s", show_default=True, help="How long a call may take."),
         click.option("--address", metavar="ADDRESS", help="The server: HOST:PORT, unix:PATH or a socket's path."),
     ):
         run = option(run)

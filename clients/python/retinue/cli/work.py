@@ -71,15 +71,15 @@ class ExitType(click.ParamType[tuple[int, Action]]):
 @click.option(
     "--kill-grace",
     type=DURATION,
-    default=5.0,
-    show_default="5s",
+    default="5s",
+    show_default=True,
     help="From SIGTERM to SIGKILL for a command that must end.",
 )
 @click.option(
     "--grace",
     type=DURATION,
-    default=30.0,
-    show_default="30s",
+    default="30s",
+    show_default=True,
     help="How long commands may go on after SIGTERM or Ctrl-C.",
 )
 @click.option("--exit-when-empty", is_flag=True, help="Leave when the queue has no unfinished tasks.")

@@ -158,12 +158,6 @@ class TaskStream:
             self._to_send.notify_all()
             self._clock.notify_all()
 
-    @property
-    def settled(self) -> bool:
-        """Whether every outcome is answered."""
-        with self._to_send:
-            return not self._outbox and not any(sent.outcomes for sent in self._sent.values())
-
     def close(self) -> None:
         """Ends the threads; what is not settled is left to the server. Safe to repeat."""
         with self._to_send:

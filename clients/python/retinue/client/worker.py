@@ -203,11 +203,6 @@ class Worker:
         self._grace: asyncio.TimerHandle | None = None
 
     @property
-    def running(self) -> list[Job]:
-        """The jobs whose handlers run now."""
-        return [attempt.job for attempt in self._attempts.values() if attempt.work is not None]
-
-    @property
     def idle(self) -> bool:
         """Whether there is nothing in hand and nothing left to settle."""
         return not self._attempts and not self._busy
