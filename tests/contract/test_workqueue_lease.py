@@ -169,8 +169,8 @@ def test_a_worker_that_waited_in_vain_takes_no_ones_task(line: Line) -> None:
 def test_a_cancelled_wait_leaves_no_task_leased(line: Line) -> None:
     for _ in range(20):
         waiting = begin(line)
-        task_id = line.app.begin("EnqueueTasks", tasks=[line.spec()])
         waiting.cancel()
+        task_id = line.app.begin("EnqueueTasks", tasks=[line.spec()])
         task_id = task_id.result().results[0].task_id
         lease = line.take_one(wait=5, lease_duration=seconds(60))
         assert (lease.task_id, lease.attempt) == (task_id, 1)

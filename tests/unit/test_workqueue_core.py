@@ -376,7 +376,7 @@ async def test_every_violation_is_named_and_nothing_is_changed(bench: Bench):
         await bench.queue.enqueue(Enqueue((NewTask("q"), bad)))
     fields = {v.field for v in refused.value.violations}
     assert fields == {f"tasks[1].{name}" for name in ("queue_id", "priority", "delay_duration", "idempotency_key")}
-    assert await bench.queue.queues("", 10) == []
+    assert await bench.queue.queues("", 10) == ([], False)
 
 
 # Operators

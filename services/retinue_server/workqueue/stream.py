@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from retinue.workqueue.v1 import task_pb2
 from retinue.workqueue.v1 import workqueue_service_pb2 as wq
 from retinue_server.runtime import telemetry, wire
-from retinue_server.runtime.errors import RetinueError, Violation
+from retinue_server.runtime.errors import Reason, RetinueError, Violation
 from retinue_server.workqueue import translate
 from retinue_server.workqueue.core import limits
 from retinue_server.workqueue.core.requests import Extend, LeaseAsk, LeaseRef
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _BLOCK = 256
 """How many leases one message and one commit hold at most."""
 _BLOCK_BYTES = 1024 * 1024
+_ENDED = (Reason.LEASE_LOST, Reason.ALREADY_FINALIZED)
 _IN_FLIGHT = 64
 """How many requests of one stream may wait for their commit; then reading waits."""
 
@@ -39,13 +40,11 @@ class WorkerStream:
         self._answers: asyncio.Queue[asyncio.Task[wq.StreamSettled] | None] = asyncio.Queue(_IN_FLIGHT)
         self._held: dict[bytes, LeaseRef] = {}
         self._open: wq.StreamOpen
-        self._lease_ms = 0
+        self._lease_ms: int | None = None
 
     async def run(self) -> None:
         """Serves until the worker half-closes; what a bad request raises ends it."""
-        first = await self._call.read()
-        if first is None:
-            return
+        first = await self._call.read() or wq.StreamTasksRequest()
         self._begin(first)
         try:
             async with asyncio.TaskGroup() as group:
@@ -64,8 +63,9 @@ class WorkerStream:
         if not first.HasField("open"):
             limits.refuse("stream", [Violation("open", "is required in the first message")])
         self._open = first.open
-        self._lease_ms = read.duration(first.open, "lease_duration", "open.") or 0
-        limits.refuse("stream", [*read.violations, *limits.lease(self._ask(1), "open.")])
+        self._lease_ms = read.duration(first.open, "lease_duration", "open.")
+        _, found = self._found(first)
+        limits.refuse("stream", [*read.violations, *limits.lease(self._ask(1), "open."), *found])
 
     def _ask(self, count: int) -> LeaseAsk:
         return LeaseAsk(self._open.queue_id, self._open.worker_id, count, self._lease_ms, max_bytes=_BLOCK_BYTES)
@@ -79,17 +79,22 @@ class WorkerStream:
             await self._take(request, group)
 
     async def _take(self, request: wq.StreamTasksRequest, group: asyncio.TaskGroup) -> None:
-        settlements, found = self._settlements(request)
-        found += limits.within(request.credit, 0, limits.MAX_CREDIT, "credit")
-        if self._credit + request.credit > limits.MAX_OUTSTANDING:
-            found.append(Violation("credit", f"must not come to more than {limits.MAX_OUTSTANDING} outstanding"))
-        limits.refuse("stream", [*found, *limits.settle(settlements, self._queue.now().wall_ms)])
+        settlements, found = self._found(request)
+        limits.refuse("stream", found)
         if settlements or request.extend_all:
             settling = self._settle(request.sequence, settlements, extend_all=request.extend_all)
             await self._answers.put(group.create_task(settling))
         if request.credit:
             self._credit += request.credit
             self._has_credit.set()
+
+    def _found(self, request: wq.StreamTasksRequest) -> tuple[list[Settlement], list[Violation]]:
+        """The outcomes of a request, and all that is wrong with it."""
+        settlements, found = self._settlements(request)
+        found += limits.within(request.credit, 0, limits.MAX_CREDIT, "credit")
+        if self._credit + request.credit > limits.MAX_OUTSTANDING:
+            found.append(Violation("credit", f"must not come to more than {limits.MAX_OUTSTANDING} outstanding"))
+        return settlements, [*found, *limits.settle(settlements, self._queue.now().wall_ms)]
 
     def _settlements(self, request: wq.StreamTasksRequest) -> tuple[list[Settlement], list[Violation]]:
         read = translate.Reader()
@@ -108,7 +113,8 @@ class WorkerStream:
         if settlements:
             for item, settled in zip(settlements, await self._queue.settle(settlements), strict=True):
                 token = item.lease.token()
-                self._held.pop(token, None)
+                if settled.error is None or settled.error.reason in _ENDED:
+                    self._held.pop(token, None)
                 if settled.error is not None:
                     answer.errors.append(wq.SettledError(lease_token=token, status=translate.status(settled.error)))
         if extend_all:
@@ -119,7 +125,7 @@ class WorkerStream:
         held = list(self._held.items())
         for start in range(0, len(held), limits.MAX_BATCH):
             block = held[start : start + limits.MAX_BATCH]
-            extended = await self._queue.extend([Extend(ref) for _, ref in block])
+            extended = await self._queue.extend([Extend(ref, self._lease_ms) for _, ref in block])
             for (token, _), result in zip(block, extended, strict=True):
                 if result.error is not None:
                     self._held.pop(token, None)

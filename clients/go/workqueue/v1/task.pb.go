@@ -161,7 +161,8 @@ func (ConflictPolicy) EnumDescriptor() ([]byte, []int) {
 	return file_retinue_workqueue_v1_task_proto_rawDescGZIP(), []int{1}
 }
 
-// Payload is what a task takes in or gives back. Inline kinds hold up to 256 KiB; more goes to a blob.
+// Payload is what a task takes in or gives back. Inline kinds hold up to 256 KiB (bytes of data,
+// of text in UTF-8, of the serialised Value of json); more goes to a blob.
 type Payload struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The content.

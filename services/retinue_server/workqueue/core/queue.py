@@ -148,11 +148,14 @@ class WorkQueue:
             raise steps.task_not_found(task_id)
         return task
 
-    async def page(self, wanted: TaskFilter, before_seq: int | None, page_size: int, found: Found = ()) -> list[Task]:
-        """Matching tasks below `before_seq`, newest first."""
+    async def page(
+        self, wanted: TaskFilter, before_seq: int | None, page_size: int, found: Found = ()
+    ) -> tuple[list[Task], bool]:
+        """Matching tasks below `before_seq`, newest first, and whether there are more."""
         limits.refuse("list tasks", [*found, *limits.task_filter(wanted), *limits.page_size(page_size)])
         size = page_size or limits.DEFAULT_PAGE
-        return await self.engine.read(lambda view: view.page(wanted, before_seq, size))
+        tasks = await self.engine.read(lambda view: view.page(wanted, before_seq, size + 1))
+        return tasks[:size], len(tasks) > size
 
     async def wait(self, task_id: str, wait_ms: int, time_left_ms: int | None = None, found: Found = ()) -> Task:
         """The task once it has ended, or as it stands after the wait."""
@@ -290,11 +293,12 @@ class WorkQueue:
             raise steps.queue_not_found(queue_id)
         return queue
 
-    async def queues(self, after: str, page_size: int) -> list[QueueRow]:
-        """Queues by name."""
-        limits.refuse("list queues", list(limits.page_size(page_size)))
+    async def queues(self, after: str, page_size: int, found: Found = ()) -> tuple[list[QueueRow], bool]:
+        """Queues by name, and whether there are more."""
+        limits.refuse("list queues", [*found, *limits.page_size(page_size)])
         size = page_size or limits.DEFAULT_PAGE
-        return await self.engine.read(lambda view: view.queues(after, size))
+        queues = await self.engine.read(lambda view: view.queues(after, size + 1))
+        return queues[:size], len(queues) > size
 
     async def reports(self, queue_ids: Sequence[str]) -> list[QueueReport]:
         """Statistics of these queues, or of all (500 at most)."""
@@ -371,7 +375,7 @@ class WorkQueue:
             self.happened[event.row.queue_id, event.type] += 1
             if event.row.state == State.READY and event.type != EventType.DELETED:
                 ready[event.row.queue_id] += 1
-            elif event.row.state in FINISHED:
+            elif event.row.state in FINISHED or event.type == EventType.DELETED:
                 self._ended.wake(event.row.task_id, 1 << 30)
         for queue_id, count in ready.items():
             self._ready.wake(queue_id, count)

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 REQUEST_MEMORY_MS = 3_600_000
 _SWEEP = 500
+_ROW_BYTES = 1_024
+"""More than a lease takes on the wire beside input and labels."""
 
 
 class Enqueued(NamedTuple):
@@ -291,10 +293,12 @@ class _Admission:
 def lease(tx: Transaction, asked: LeaseAsk, nonce: int, ctx: Context) -> list[Granted]:
     """Hands out ready tasks."""
     queue = tx.queue(asked.queue_id)
-    if queue is None or queue.state == QueueState.PAUSED:
+    if queue is None:
         return []
     if asked.request_id and (again := _live_leases(tx, asked, ctx.now)):
         return [_granted(task, queue, ctx.now) for task in again]
+    if queue.state == QueueState.PAUSED:
+        return []
     ready = _fitting(_startable(tx.ready(asked.queue_id, asked.max_tasks), ctx.now), asked.max_bytes)
     leased = [Task(_leased(row, queue, asked, nonce, ctx.now), body) for row, body in ready]
     tx.save([task.row for task in leased])
@@ -338,7 +342,7 @@ def _fitting(tasks: Iterable[Task], max_bytes: int) -> Iterable[Task]:
     room = max_bytes or None
     for index, task in enumerate(tasks):
         if room is not None:
-            room -= len(task.body.input) + sum(len(k) + len(v) for k, v in task.body.labels.items()) + 512
+            room -= len(task.body.input) + _ROW_BYTES + sum(len(k) + 4 * len(v) for k, v in task.body.labels.items())
             if room < 0 and index:
                 return
         yield task
@@ -387,8 +391,7 @@ class _Desk:
         row = self._rows.get(item.lease.seq)
         live = row is not None and rules.holds(row, *item.lease[1:]) and rules.is_live(row, self._ctx.now)
         if row is None or not live:
-            refused = rules.refusal(row, item)
-            return Settled(row.state if row else None, error=refused)
+            return _repeated(item, row)
         if isinstance(item, Complete):
             return self._complete(item, row, own_ids)
         after = self._fail(item, row) if isinstance(item, Fail) else self._release(item, row)
@@ -434,6 +437,15 @@ class _Desk:
         if queue_id not in self._queues:
             self._queues[queue_id] = require_queue(self._tx, queue_id)
         return self._queues[queue_id]
+
+
+def _repeated(item: Settlement, row: TaskRow | None) -> Settled:
+    """What a settlement of a lease that is not live is told; a failure that is repeated, what came of it then."""
+    refused = rules.refusal(row, item)
+    if row is None or refused is not None:
+        return Settled(error=refused)
+    came_of_it = row.state if row.state in (State.DEAD, State.CANCELLED) else State.RETRYING
+    return Settled(came_of_it if isinstance(item, Fail) else row.state)
 
 
 # Time
@@ -585,7 +597,8 @@ def reschedule(tx: Transaction, asked: Reschedule, ctx: Context) -> TaskRow:
     start_ms = ctx.now.wall_ms + asked.delay_ms if asked.delay_ms is not None else asked.start_ms
     after = rules.rescheduled(row, start_ms, asked.priority, ctx.now)
     tx.save([after])
-    ctx.ledger.add(_EVENT_OF[after.state], after)
+    if (after.state, after.ready_ms) != (row.state, row.ready_ms):
+        ctx.ledger.add(_EVENT_OF[after.state], after)
     return after
 
 
@@ -618,7 +631,7 @@ def _selected(
     tx: Transaction, asked: Selection, states: tuple[State, ...]
 ) -> tuple[list[TaskRow], dict[str, RetinueError]]:
     if asked.wanted is None:
-        rows = tx.by_id(asked.task_ids)
+        rows = tx.by_id(list(dict.fromkeys(asked.task_ids)))
         missing = {task_id: task_not_found(task_id) for task_id in asked.task_ids if task_id not in rows}
         return list(rows.values()), dict(missing)
     within = tuple(s for s in states if s in asked.wanted.states) if asked.wanted.states else states

@@ -104,7 +104,9 @@ Global___ConflictPolicy: _TypeAlias = ConflictPolicy  # noqa: Y015
 
 @_typing.final
 class Payload(_message.Message):
-    """Payload is what a task takes in or gives back. Inline kinds hold up to 256 KiB; more goes to a blob."""
+    """Payload is what a task takes in or gives back. Inline kinds hold up to 256 KiB (bytes of data,
+    of text in UTF-8, of the serialised Value of json); more goes to a blob.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
