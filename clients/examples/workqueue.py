@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import queue
+import asyncio
 import sys
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct, Value
-from google.rpc.code_pb2 import Code
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
-from google.rpc.status_pb2 import Status
 
+from retinue.client import Job, Queue, RetinueError, Worker
+from retinue.client.address import app_address
+from retinue.client.errors import from_item_status, from_rpc_error
 from retinue.workqueue.v1 import task_pb2 as task
 from retinue.workqueue.v1 import workqueue_admin_service_pb2 as admin_pb
 from retinue.workqueue.v1 import workqueue_admin_service_pb2_grpc as admin_rpc
 from retinue.workqueue.v1 import workqueue_service_pb2 as pb
 from retinue.workqueue.v1 import workqueue_service_pb2_grpc as rpc
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 WORKER = "example-python"
 
 
 def main(queue_id: str) -> None:
-    address = os.environ.get("RETINUE_WORKQUEUE_ADDRESS") or os.environ.get("RETINUE_ADDRESS") or "127.0.0.1:7070"
-    with grpc.insecure_channel(address) as channel:
+    with grpc.insecure_channel(app_address("workqueue")) as channel:
         tasks, admin = rpc.WorkQueueServiceStub(channel), admin_rpc.WorkQueueAdminServiceStub(channel)
         connect(admin)
         enqueue(tasks, queue_id)
@@ -35,7 +36,7 @@ def main(queue_id: str) -> None:
         receipt_id = complete(tasks, queue_id, invoice)
         release_and_fail(tasks, queue_id, thumbnail)
         print(f"completed report: {completed(tasks, pb.Completion(lease_token=report.lease_token))}")
-        work(tasks, queue_id)
+        asyncio.run(work(queue_id))
         count(tasks, admin, queue_id, receipt_id, invoice.task_id)
 
 
@@ -69,15 +70,12 @@ def refuse(tasks: rpc.WorkQueueServiceStub, queue_id: str) -> None:
         task.TaskSpec(queue_id=queue_id, priority=9999),
         task.TaskSpec(queue_id="no spaces, please"),
     ]
-    try:
-        tasks.EnqueueTasks(pb.EnqueueTasksRequest(tasks=nonsense))
-    except grpc.RpcError as error:
-        print(f"enqueued nonsense: {reason(error)}")
-        print(*(f"  {field}" for field in violated(error)), sep="\n")
-    try:
-        tasks.GetTask(pb.GetTaskRequest(task_id="nobody-knows"))
-    except grpc.RpcError as error:
-        print(f"asked for a task that nobody knows: {reason(error)}")
+    refusal = refused(lambda: tasks.EnqueueTasks(pb.EnqueueTasksRequest(tasks=nonsense)))
+    print(f"enqueued nonsense: {refusal.code.name} {refusal.reason}")
+    for field in sorted(violation.field for violation in refusal.violations):
+        print(f"  {field}")
+    missing = refused(lambda: tasks.GetTask(pb.GetTaskRequest(task_id="nobody-knows")))
+    print(f"asked for a task that nobody knows: {missing.code.name} {missing.reason}")
 
 
 def cancel(tasks: rpc.WorkQueueServiceStub, queue_id: str) -> None:
@@ -129,18 +127,17 @@ def release_and_fail(tasks: rpc.WorkQueueServiceStub, queue_id: str, old: task.L
     print(f"thumbnail is {state(dead)}: {dead.last_failure.reason} in attempt {dead.last_failure.attempt}")
 
 
-def work(tasks: rpc.WorkQueueServiceStub, queue_id: str) -> None:
-    """One task by stream; `retinue.client.Worker` does this with renewal, reconnection and a graceful stop."""
-    requests: queue.SimpleQueue[pb.StreamTasksRequest | None] = queue.SimpleQueue()
-    requests.put(pb.StreamTasksRequest(open=pb.StreamOpen(queue_id=queue_id, worker_id=WORKER), credit=1))
-    for response in tasks.StreamTasks(iter(requests.get, None)):
-        if response.WhichOneof("event") == "leases":
-            one = response.leases.leases[0]
-            print(f"worked on {one.task_type}: {shown(one.input)}")
-            mailed = pb.Completion(lease_token=one.lease_token, result=task.Payload(text="mailed"))
-            requests.put(pb.StreamTasksRequest(sequence=1, completions=[mailed]))
-        elif response.WhichOneof("event") == "settled":
-            requests.put(None)
+async def work(queue_id: str) -> None:
+    """One task by stream; the worker renews leases, reconnects, and stops gracefully."""
+
+    async def handle(job: Job) -> str:
+        print(f"worked on {job.lease.task_type}: {shown(job.lease.input)}")
+        worker.stop()
+        return "mailed"
+
+    async with Queue(queue_id) as queue:
+        worker = Worker(queue, handle, worker_id=WORKER)
+        await worker.run()
 
 
 def count(
@@ -167,6 +164,14 @@ def get(tasks: rpc.WorkQueueServiceStub, task_id: str) -> task.Task:
     return tasks.GetTask(pb.GetTaskRequest(task_id=task_id)).task
 
 
+def refused(call: Callable[[], object]) -> RetinueError:
+    try:
+        call()
+    except grpc.RpcError as error:
+        return from_rpc_error(error)
+    raise AssertionError("it was not refused")
+
+
 def completed(tasks: rpc.WorkQueueServiceStub, completion: pb.Completion) -> str:
     return outcome(tasks.CompleteTasks(pb.CompleteTasksRequest(completions=[completion])).results[0])
 
@@ -178,24 +183,10 @@ def outcome(result: pb.CompleteResult) -> str:
 
 
 def told(status: task.ItemStatus) -> str:
-    return f"{Code.Name(status.code)} {status.reason}".rstrip()
-
-
-def reason(error: grpc.RpcError) -> str:
-    info = ErrorInfo()
-    any(detail.Unpack(info) for detail in details(error))
-    return f"{error.code().name} {info.reason}"
-
-
-def violated(error: grpc.RpcError) -> list[str]:
-    request = BadRequest()
-    any(detail.Unpack(request) for detail in details(error))
-    return sorted(violation.field for violation in request.field_violations)
-
-
-def details(error: grpc.RpcError) -> Iterator[object]:
-    trailers = dict(error.trailing_metadata())
-    yield from Status.FromString(trailers["grpc-status-details-bin"]).details
+    if not status.code:
+        return "OK"
+    refusal = from_item_status(status)
+    return f"{refusal.code.name} {refusal.reason}"
 
 
 def shown(payload: task.Payload) -> str:
@@ -215,7 +206,7 @@ def short(name: str) -> str:
     return name.removeprefix("TASK_STATE_")
 
 
-def yes(value: bool) -> str:
+def yes(value: object) -> str:
     return "true" if value else "false"
 
 

@@ -30,6 +30,8 @@ type session struct {
 
 	mu       sync.Mutex
 	sequence int64
+	interval time.Duration // between renewals: a third of the shortest lease
+	renewal  *time.Ticker
 	waiting  map[int64]chan *workqueuev1.StreamSettled
 	held     map[string]*held // by lease token
 }
@@ -54,9 +56,13 @@ func (w *Worker) open() (*session, error) {
 	}
 	s := &session{
 		worker: w, stream: stream, breakOff: breakOff, draining: make(chan struct{}), dead: make(chan struct{}),
+		interval: longestRenewal, renewal: time.NewTicker(longestRenewal),
 		waiting: map[int64]chan *workqueuev1.StreamSettled{}, held: map[string]*held{},
 	}
-	open := &workqueuev1.StreamOpen{QueueId: w.Queue, WorkerId: w.ID, LeaseDuration: durationpb.New(w.LeaseDuration)}
+	open := &workqueuev1.StreamOpen{QueueId: w.Queue, WorkerId: w.ID}
+	if w.LeaseDuration != 0 {
+		open.LeaseDuration = durationpb.New(w.LeaseDuration)
+	}
 	_ = s.send(&workqueuev1.StreamTasksRequest{Open: open}) // a broken stream shows in receive
 	return s, nil
 }
@@ -144,10 +150,15 @@ func (s *session) hold(lease *workqueuev1.Lease) *held {
 		deadline := time.AfterFunc(limit.AsDuration(), func() { stop(context.DeadlineExceeded) })
 		h.forget = func() { unlink(); deadline.Stop() }
 	}
-	h.expiry = time.AfterFunc(lease.LeaseDuration.AsDuration(), func() { lose(ErrLeaseLost) })
+	duration := lease.LeaseDuration.AsDuration()
+	h.expiry = time.AfterFunc(duration, func() { lose(ErrLeaseLost) })
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.held[string(lease.LeaseToken)] = h
-	s.mu.Unlock()
+	if third := max(duration/3, time.Millisecond); third < s.interval {
+		s.interval = third
+		s.renewal.Reset(third)
+	}
 	return h
 }
 
@@ -168,6 +179,12 @@ func (s *session) heldNow() []*held {
 		all = append(all, h)
 	}
 	return all
+}
+
+func (s *session) intervalNow() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.interval
 }
 
 // ask sends a request that is answered by `settled`; false if the stream is dead.
@@ -214,17 +231,15 @@ func (s *session) settle(ctx context.Context, o outcome) *Error {
 
 // renew extends the leases at a third of their duration. Asking also shows a server that no longer answers.
 func (s *session) renew() {
-	interval := min(s.worker.LeaseDuration/3, longestRenewal)
-	tick := time.NewTicker(interval)
-	defer tick.Stop()
+	defer s.renewal.Stop()
 	for {
 		select {
 		case <-s.worker.soft.Done():
 			return
-		case <-tick.C:
+		case <-s.renewal.C:
 		}
+		sent, held, interval := time.Now(), s.heldNow(), s.intervalNow()
 		late := time.AfterFunc(interval, s.breakOff)
-		sent, held := time.Now(), s.heldNow()
 		settled, ok := s.ask(&workqueuev1.StreamTasksRequest{ExtendAll: true})
 		late.Stop()
 		switch {
@@ -244,7 +259,7 @@ func (s *session) prolong(held []*held, sent time.Time, settled *workqueuev1.Str
 			h.lose(ErrLeaseLost)
 			continue
 		}
-		h.expiry.Reset(time.Until(sent.Add(s.worker.LeaseDuration)))
+		h.expiry.Reset(time.Until(sent.Add(h.lease.LeaseDuration.AsDuration())))
 		if slices.Contains(settled.CancelRequestedTaskIds, h.lease.TaskId) {
 			h.stop(ErrCancelled)
 		}

@@ -67,9 +67,9 @@ type Worker struct {
 	ID string
 	// Concurrency is how many tasks are worked on at a time, up to 10,000, by default 1.
 	Concurrency int
-	// LeaseDuration is how long leases last, 1 s to 12 h, by default 30 s.
+	// LeaseDuration is how long leases last, 1 s to 12 h, by default what the queue says.
 	LeaseDuration time.Duration
-	// Grace is how long handlers may go on after the worker was told to stop, by default 20 s.
+	// Grace is how long handlers may go on after the worker was told to stop, by default 30 s.
 	Grace time.Duration
 	// Log gets lost leases, refused outcomes and broken streams; by default slog.Default().
 	Log *slog.Logger
@@ -110,11 +110,8 @@ func (w *Worker) setDefaults() {
 	if w.Log == nil {
 		w.Log = slog.Default()
 	}
-	if w.LeaseDuration == 0 {
-		w.LeaseDuration = 30 * time.Second
-	}
 	if w.Grace == 0 {
-		w.Grace = 20 * time.Second
+		w.Grace = 30 * time.Second
 	}
 	w.Concurrency = min(max(w.Concurrency, 1), 10_000)
 }

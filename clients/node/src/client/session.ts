@@ -32,7 +32,7 @@ export interface Host {
   readonly client: Client<typeof WorkQueueService>;
   readonly queueId: string;
   readonly workerId: string;
-  readonly leaseDurationMs: number;
+  readonly leaseDurationMs: number | undefined;
   readonly life: AbortSignal;
   readonly soft: AbortSignal;
   readonly log: (message: string, error?: unknown) => void;
@@ -46,6 +46,7 @@ export class Held {
   readonly alive = new AbortController();
   /** Ends with `alive`, when the task is cancelled, at the attempt's deadline, or with the grace. */
   readonly handler = new AbortController();
+  readonly durationMs: number;
   readonly #attempt: NodeJS.Timeout | undefined;
   readonly #unlink: () => void;
   #expiry: NodeJS.Timeout;
@@ -62,7 +63,8 @@ export class Held {
       host.soft.removeEventListener("abort", soften);
       host.life.removeEventListener("abort", end);
     };
-    this.#expiry = this.#expireIn(lease.leaseDuration ? durationMs(lease.leaseDuration) : host.leaseDurationMs);
+    this.durationMs = lease.leaseDuration ? durationMs(lease.leaseDuration) : 0;
+    this.#expiry = this.#expireIn(this.durationMs);
     const limit = lease.attemptDuration ? durationMs(lease.attemptDuration) : Infinity;
     const late = () => this.handler.abort(new Error("cannot go on: the attempt took longer than it may"));
     if (limit <= LONGEST_TIMER_MS) this.#attempt = setTimeout(late, limit);
@@ -105,6 +107,8 @@ export class Session {
   readonly #breaker = new AbortController();
   readonly #held = new Map<Held, Promise<void>>();
   readonly #waiting = new Map<bigint, (settled: StreamSettled | undefined) => void>();
+  #intervalMs = LONGEST_RENEWAL_MS; // between renewals: a third of the shortest lease
+  #renewal: NodeJS.Timeout | undefined;
   #drain = () => {};
   #isDead = false;
   #sequence = 0n;
@@ -116,11 +120,11 @@ export class Session {
       open: {
         queueId: host.queueId,
         workerId: host.workerId,
-        leaseDuration: durationFromMs(host.leaseDurationMs),
+        leaseDuration: host.leaseDurationMs === undefined ? undefined : durationFromMs(host.leaseDurationMs),
       },
     });
     this.dead = this.#receive();
-    void this.#renew();
+    this.#renewLater();
   }
 
   send(request: MessageInitShape<typeof StreamTasksRequestSchema>): void {
@@ -139,6 +143,10 @@ export class Session {
       this.#held.delete(held);
     });
     this.#held.set(held, done);
+    const third = Math.ceil(held.durationMs / 3);
+    if (third >= this.#intervalMs) return;
+    this.#intervalMs = third;
+    this.#renewLater();
   }
 
   async #receive(): Promise<void> {
@@ -204,20 +212,23 @@ export class Session {
     return byCall(outcome, this.#host.client, { signal, timeoutMs: CALL_TIMEOUT_MS });
   }
 
+  #renewLater(): void {
+    clearTimeout(this.#renewal);
+    this.#renewal = setTimeout(() => void this.#renew(), this.#intervalMs).unref();
+  }
+
   /** Extends the leases at a third of their duration. Asking also shows a server that no longer answers. */
   async #renew(): Promise<void> {
-    const interval = Math.round(Math.min(this.#host.leaseDurationMs / 3, LONGEST_RENEWAL_MS));
-    while (!(this.#isDead && this.#held.size === 0)) {
-      await pause(interval, this.#host.soft, this.#held.size === 0 ? this.dead : undefined);
-      if (this.#host.soft.aborted) return;
-      const held = [...this.#held.keys()];
-      const sent = performance.now();
-      const late = setTimeout(() => this.breakOff(), interval);
-      const settled = await this.#ask({ extendAll: true });
-      clearTimeout(late);
-      if (settled) this.#prolong(held, sent, settled);
-      else await this.#extendByCall(held, sent, interval);
-    }
+    if (this.#host.soft.aborted || (this.#isDead && this.#held.size === 0)) return;
+    const interval = this.#intervalMs;
+    const held = [...this.#held.keys()];
+    const sent = performance.now();
+    const late = setTimeout(() => this.breakOff(), interval);
+    const settled = await this.#ask({ extendAll: true });
+    clearTimeout(late);
+    if (settled) this.#prolong(held, sent, settled);
+    else await this.#extendByCall(held, sent, interval);
+    this.#renewLater();
   }
 
   #prolong(held: Held[], sent: number, settled: StreamSettled): void {
@@ -228,7 +239,7 @@ export class Session {
         one.lose(new LeaseLost("cannot go on: the lease was lost"));
         continue;
       }
-      one.prolong(sent + this.#host.leaseDurationMs);
+      one.prolong(sent + one.durationMs);
       if (settled.cancelRequestedTaskIds.includes(one.lease.taskId)) one.cancel();
     }
   }
@@ -295,14 +306,13 @@ function key(token: Uint8Array): string {
   return Buffer.from(token).toString("base64");
 }
 
-/** Waits; less if the signal is aborted or `sooner` comes first. */
-export async function pause(ms: number, signal: AbortSignal, sooner?: Promise<void>): Promise<void> {
+/** Waits; less if the signal is aborted. */
+export async function pause(ms: number, signal: AbortSignal): Promise<void> {
   if (signal.aborted) return;
   let end = () => {};
   const over = new Promise<void>((resolve) => (end = resolve));
   const timer = setTimeout(end, ms);
   signal.addEventListener("abort", end);
-  void sooner?.then(end);
   await over;
   clearTimeout(timer);
   signal.removeEventListener("abort", end);

@@ -39,9 +39,9 @@ export interface WorkerOptions {
   workerId?: string;
   /** How many tasks are worked on at a time, up to 10,000, by default 1. */
   concurrency?: number;
-  /** How long leases last, 1 s to 12 h in milliseconds, by default 30 s. */
+  /** How long leases last, 1 s to 12 h in milliseconds, by default what the queue says. */
   leaseDurationMs?: number;
-  /** How long handlers may go on after the worker was told to stop, in milliseconds, by default 20 s. */
+  /** How long handlers may go on after the worker was told to stop, in milliseconds, by default 30 s. */
   graceMs?: number;
   /** Gets lost leases, refused outcomes and broken streams; by default console.warn. */
   log?: (message: string, error?: unknown) => void;
@@ -58,7 +58,7 @@ export class Worker implements Host {
   readonly client: Client<typeof WorkQueueService>;
   readonly queueId: string;
   readonly workerId: string;
-  readonly leaseDurationMs: number;
+  readonly leaseDurationMs: number | undefined;
   readonly log: (message: string, error?: unknown) => void;
   readonly #handle: Handler;
   readonly #concurrency: number;
@@ -77,8 +77,8 @@ export class Worker implements Host {
     const random = randomBytes(4).toString("hex");
     this.workerId = options.workerId ?? `${hostname().slice(0, 64)}-${process.pid}-${random}`;
     this.#concurrency = Math.min(Math.max(options.concurrency ?? 1, 1), 10_000);
-    this.leaseDurationMs = options.leaseDurationMs ?? 30_000;
-    this.#graceMs = options.graceMs ?? 20_000;
+    this.leaseDurationMs = options.leaseDurationMs;
+    this.#graceMs = options.graceMs ?? 30_000;
     this.log = options.log ?? ((message, error) => console.warn(`retinue: ${message}`, error ?? ""));
   }
 
