@@ -1,8 +1,8 @@
 """Which server the black-box tests speak to: one that is named, or real processes of our own, one per engine.
 
-    pytest tests/contract                                     starts a server with engine sqlite and one with memory
-    pytest tests/contract --target HOST:PORT                  any server; tests for operators are skipped and say so
-    pytest tests/contract --target HOST:PORT --control unix:PATH
+pytest tests/contract                                     starts a server with engine sqlite and one with memory
+pytest tests/contract --target HOST:PORT                  any server; tests for operators are skipped and say so
+pytest tests/contract --target HOST:PORT --control unix:PATH
 """
 
 from __future__ import annotations

@@ -130,7 +130,11 @@ def invalid(call: Callable[[], Any]) -> set[str]:
     """The fields that INVALID_ARGUMENT names, each with an explanation."""
     with pytest.raises(Refused) as error:
         call()
-    assert (error.value.code, error.value.reason, error.value.domain) == ("INVALID_ARGUMENT", "INVALID_FIELD", "retinue")
+    assert (error.value.code, error.value.reason, error.value.domain) == (
+        "INVALID_ARGUMENT",
+        "INVALID_FIELD",
+        "retinue",
+    )
     assert error.value.message
     assert all(why for _, why in error.value.violations)
     return error.value.fields
@@ -213,7 +217,11 @@ BAD_APP: list[tuple[str, dict[str, Any], set[str]]] = [
     ("LeaseTasks", {"queue_id": "{queue}", "worker_id": "w", "wait_duration": seconds(60.001)}, {"wait_duration"}),
     ("LeaseTasks", {"queue_id": "{queue}", "worker_id": "w", "wait_duration": seconds(-0.1)}, {"wait_duration"}),
     ("LeaseTasks", {"queue_id": "{queue}", "worker_id": "w", "lease_duration": seconds(0.999)}, {"lease_duration"}),
-    ("LeaseTasks", {"queue_id": "{queue}", "worker_id": "w", "lease_duration": seconds(43_200.001)}, {"lease_duration"}),
+    (
+        "LeaseTasks",
+        {"queue_id": "{queue}", "worker_id": "w", "lease_duration": seconds(43_200.001)},
+        {"lease_duration"},
+    ),
     ("LeaseTasks", {"queue_id": "{queue}", "worker_id": "w", "request_id": "r" * 129}, {"request_id"}),
     ("ExtendLeases", {}, {"extensions"}),
     ("ExtendLeases", {"extensions": items(2)}, {"extensions[0].lease_token", "extensions[1].lease_token"}),
@@ -254,7 +262,12 @@ def test_a_request_over_a_limit_is_refused(line: Line, rpc: str, fields: dict[st
 BAD_ITEMS: list[tuple[str, str, dict[str, Any], set[str]]] = [
     ("ExtendLeases", "extensions", {"lease_duration": seconds(0.999)}, {"lease_duration"}),
     ("ExtendLeases", "extensions", {"lease_duration": seconds(43_201)}, {"lease_duration"}),
-    ("ExtendLeases", "extensions", {"lease_duration": seconds(-1), "lease_token": b""}, {"lease_duration", "lease_token"}),
+    (
+        "ExtendLeases",
+        "extensions",
+        {"lease_duration": seconds(-1), "lease_token": b""},
+        {"lease_duration", "lease_token"},
+    ),
     ("CompleteTasks", "completions", {"result": {"content_type": "x" * 129}}, {"result.content_type"}),
     ("CompleteTasks", "completions", {"result": {"blob": {}}}, {"result.blob.blob_id"}),
     ("FailTasks", "failures", {"failure": {"reason": "r" * 129}}, {"failure.reason"}),

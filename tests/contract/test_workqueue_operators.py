@@ -137,7 +137,9 @@ def test_waiting_tasks_follow_new_settings_and_leases_keep_theirs(operator: Clie
     line = made(lease_duration=seconds(20))
     line.put_many(2)
     old = line.take_one()
-    operator.UpdateQueue(queue_id=line.id, settings={"lease_duration": seconds(40), "retry_policy": {"max_attempts": 1}})
+    operator.UpdateQueue(
+        queue_id=line.id, settings={"lease_duration": seconds(40), "retry_policy": {"max_attempts": 1}}
+    )
     new = line.take_one()
     assert (new.lease_duration, new.max_attempts) == (seconds(40), 1)
     assert line.extend(old).lease_duration == seconds(20)

@@ -188,5 +188,3 @@ def test_a_stopping_server_ends_its_watches_with_unavailable(serve: Serve) -> No
         assert (error.value.code, error.value.reason) == ("UNAVAILABLE", "SHUTTING_DOWN")
         assert error.value.retry_s
         assert server.process.wait(10) == 0
-
-
