@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
 from servers import start_server
-
 
 ENGINES = ("sqlite", "memory")
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
 from contract.client import Client
 from contract.line import Line
 from servers import RunningServer, start_server

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-
 from contract.client import METHODS, Client, Pending, Refused
 from contract.conftest import Serve, new_line
 from contract.line import Line, seconds, text
+
 from retinue.error.v1 import error_reason_pb2
 
 if TYPE_CHECKING:
@@ -149,21 +149,21 @@ def test_a_reason_comes_with_the_metadata_that_its_comment_promises(line: Line, 
 
 
 def test_a_request_that_is_no_message_is_refused(app: Client) -> None:
-    call = app.channel.unary_unary("/retinue.workqueue.v1.WorkQueueService/GetTask")
+    call: Any = app.channel.unary_unary("/retinue.workqueue.v1.WorkQueueService/GetTask")
     with pytest.raises(grpc.RpcError) as error:
         call(b"\xff\xff", timeout=5)
     assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_an_unknown_method_is_unimplemented(app: Client) -> None:
-    call = app.channel.unary_unary("/retinue.workqueue.v1.WorkQueueService/Nothing")
+    call: Any = app.channel.unary_unary("/retinue.workqueue.v1.WorkQueueService/Nothing")
     with pytest.raises(grpc.RpcError) as error:
         call(b"", timeout=5)
     assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_fields_that_the_server_does_not_know_are_ignored(line: Line) -> None:
-    call = line.app.channel.unary_unary("/retinue.workqueue.v1.WorkQueueService/EnqueueTasks")
+    call: Any = line.app.channel.unary_unary("/retinue.workqueue.v1.WorkQueueService/EnqueueTasks")
     request = line.app.request("EnqueueTasks", tasks=[line.spec()]).SerializeToString() + b"\xfa\x3f\x02hi"
     assert call(request, timeout=5)
     assert len(line.tasks()) == 1
@@ -196,7 +196,7 @@ def test_a_call_without_a_known_token_is_unauthenticated_where_one_is_required(
     tokens = tmp_path / "tokens"
     tokens.write_text("app secret\noperator root\n")
     tokens.chmod(0o600)
-    server = serve("--token-file", str(tokens), RETINUE_REQUIRE_TOKEN="true")  # noqa: S106 - a switch
+    server = serve("--token-file", str(tokens), RETINUE_REQUIRE_TOKEN="true")
     with Client(server.address, token=token) as app, pytest.raises(Refused) as error:
         app.GetCapabilities()
     assert (error.value.code, error.value.reason) == ("UNAUTHENTICATED", "UNAUTHENTICATED")

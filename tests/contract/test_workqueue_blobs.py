@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
 from contract.client import Client, Refused
 from contract.conftest import Serve, new_line
 from contract.line import Line, seconds
+
 from retinue.workqueue.v1 import task_pb2
 from retinue.workqueue.v1.blob_service_pb2 import UploadBlobRequest
 

@@ -7,14 +7,17 @@ import signal
 import time
 import uuid
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-
 from contract.client import Client, Refused
 from contract.conftest import Serve, new_line
 from contract.line import Line, seconds, text
+
 from retinue.workqueue.v1 import queue_pb2, task_pb2
-from servers import RunningServer
+
+if TYPE_CHECKING:
+    from servers import RunningServer
 
 
 class Crash:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from contract.client import METHODS, Client, Refused
 from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from contract.client import METHODS, Client, Refused
 
 ALLOWED = {
     "INVALID_ARGUMENT",
@@ -82,8 +81,8 @@ def test_any_well_typed_request_is_answered_by_the_contract(app: Client, operato
         try:
             getattr(operator, rpc)(**_spared(rpc, fields))
         except Refused as error:
-            assert error.code in ALLOWED, error
-            assert error.reason != ""
+            assert error.code in ALLOWED, error  # noqa: PT017 - one of many answers
+            assert error.reason != ""  # noqa: PT017 - one of many answers
 
     ask()
     assert app.GetCapabilities().engine

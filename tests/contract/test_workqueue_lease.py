@@ -8,10 +8,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-
 from contract.client import Client, Pending, Refused, code
 from contract.conftest import new_line
 from contract.line import WORKER, Line, seconds, text
+
 from retinue.workqueue.v1 import task_pb2
 
 LIMIT = 3 * 1024 * 1024

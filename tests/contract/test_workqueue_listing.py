@@ -6,11 +6,11 @@ import uuid
 from typing import Any
 
 import pytest
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from contract.client import Client, Refused
 from contract.conftest import new_line
 from contract.line import Line, seconds, text
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from retinue.workqueue.v1 import task_pb2
 
 LIMIT = 3 * 1024 * 1024

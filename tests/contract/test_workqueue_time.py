@@ -7,11 +7,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from contract.client import Client, Refused
 from contract.conftest import new_line
 from contract.line import Line, seconds, text
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from retinue.workqueue.v1 import task_pb2
 
 FAR = 3600

@@ -6,7 +6,6 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
-
 from contract.client import Client, Refused
 from contract.conftest import Serve, new_line
 from contract.line import WORKER, Line, Watch, seconds
