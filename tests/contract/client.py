@@ -5,9 +5,10 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import grpc
+from google.protobuf.message_factory import GetMessageClass
 from google.rpc import code_pb2, error_details_pb2
 from google.rpc.status_pb2 import Status
 
@@ -104,7 +105,7 @@ class Stream:
         sent = iter(self._requests.get, None) if client_streams else request
         self._call = rpc(sent, timeout=timeout)
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -143,7 +144,7 @@ class Client:
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stubs = {s: getattr(module, f"{s.name}Stub")(self.channel) for s, module in SERVICES.items()}
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,15 +153,13 @@ class Client:
     def __getattr__(self, name: str) -> Any:
         return lambda timeout=TIMEOUT, **fields: self.begin(name, timeout=timeout, **fields).result()
 
-    def begin(
-        self, name: str, timeout: float | None = TIMEOUT, metadata: Iterable[tuple[str, str]] = (), **fields: Any
-    ) -> Pending:
+    def begin(self, name: str, timeout: Any = TIMEOUT, metadata: Any = (), **fields: Any) -> Pending:
         """Starts a unary call; those to a server that restarts wait for it."""
         rpc, request = self._rpc(name), self.request(name, **fields)
         all_metadata = (*self._metadata, *metadata)
         return Pending(rpc.future(request, timeout=timeout, metadata=all_metadata, wait_for_ready=True))
 
-    def stream(self, name: str, timeout: float = TIMEOUT, **fields: Any) -> Stream:
+    def stream(self, name: str, timeout: Any = TIMEOUT, **fields: Any) -> Stream:
         """Opens a stream whose server side streams."""
         method = METHODS[name]
         request = None if method.client_streaming else self.request(name, **fields)
@@ -175,7 +174,7 @@ class Client:
 
     def request(self, name: str, **fields: Any) -> Any:
         """The request message of an RPC."""
-        return METHODS[name].input_type._concrete_class(**fields)
+        return GetMessageClass(METHODS[name].input_type)(**fields)
 
     def _rpc(self, name: str) -> Any:
         return getattr(self._stubs[METHODS[name].containing_service], name)
@@ -183,4 +182,4 @@ class Client:
 
 def code(status: Any) -> str:
     """The canonical code of an item, by name."""
-    return code_pb2.Code.Name(status.code)
+    return str(code_pb2.Code.Name(status.code))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from contract.client import Client, Refused, code
@@ -33,7 +34,7 @@ def test_a_queue_springs_into_being_with_its_first_task(app: Client, line: Line)
 
 
 def test_a_task_is_ready_at_once_and_knows_what_the_producer_said(line: Line) -> None:
-    said = {
+    said: dict[str, Any] = {
         "input": text("in"),
         "priority": 7,
         "labels": {"env": "test", "a/b": ""},
@@ -153,7 +154,7 @@ def test_an_atomic_batch_without_refusals_is_taken_whole(line: Line) -> None:
 
 
 @pytest.mark.parametrize("atomic", [False, True])
-def test_a_repeated_request_id_gives_the_same_answer_and_takes_nothing_more(line: Line, atomic: bool) -> None:
+def test_a_repeated_request_id_gives_the_same_answer_and_takes_nothing_more(line: Line, *, atomic: bool) -> None:
     asked = {"tasks": [line.spec(), line.spec()], "request_id": uuid.uuid4().hex, "atomic": atomic}
     first, second = (line.app.EnqueueTasks(**asked) for _ in range(2))
     assert first == second
@@ -267,7 +268,7 @@ def test_an_existing_task_does_not_fail_an_atomic_batch(line: Line) -> None:
 @pytest.mark.parametrize("kind", ["data", "text"])
 def test_an_inline_payload_of_256_kib_is_taken(line: Line, kind: str) -> None:
     content = b"x" * INLINE if kind == "data" else "x" * INLINE
-    line.put(input=task_pb2.Payload(**{kind: content}, content_type="text/plain"))
+    line.put(input={kind: content, "content_type": "text/plain"})
 
 
 @pytest.mark.parametrize("kind", ["data", "text", "json"])
@@ -275,7 +276,7 @@ def test_an_inline_payload_over_256_kib_is_refused_for_good(line: Line, kind: st
     content = "x" * (INLINE + 1)
     value = {"data": content.encode(), "text": content, "json": struct_pb2.Value(string_value=content)}[kind]
     with pytest.raises(Refused) as error:
-        line.app.EnqueueTasks(atomic=True, tasks=[line.spec(input=task_pb2.Payload(**{kind: value}))])
+        line.app.EnqueueTasks(atomic=True, tasks=[line.spec(input={kind: value})])
     assert (error.value.code, error.value.reason) == ("RESOURCE_EXHAUSTED", "PAYLOAD_TOO_LARGE")
     assert error.value.retry_s is None
 

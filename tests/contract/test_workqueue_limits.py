@@ -8,11 +8,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from contract.client import Client, Refused
+from contract.line import Line, seconds, text
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from contract.client import Client, Refused
-from contract.line import Line, seconds, text
 from retinue.workqueue.v1 import task_pb2
 
 DAY = 86_400
@@ -80,13 +80,13 @@ BAD_SPECS: list[tuple[dict[str, Any], set[str]]] = [
     ({"delay_duration": Duration(seconds=1, nanos=-1)}, {"delay_duration"}),
     ({"delay_duration": Duration(seconds=-(1 << 62))}, {"delay_duration"}),
     ({"expire_time": from_now(-1)}, {"expire_time"}),
-    ({"expire_time": from_now(5), "delay_duration": seconds(10)}, {"expire_time"}),
-    ({"expire_time": from_now(3500), "schedule_time": from_now(3600)}, {"expire_time"}),
+    ({"expire_time": from_now(5_000), "delay_duration": seconds(10_000)}, {"expire_time"}),
+    ({"expire_time": from_now(5_000), "schedule_time": from_now(10_000)}, {"expire_time"}),
     ({"expire_time": Timestamp(nanos=-1)}, {"expire_time"}),
     ({"expire_duration": seconds(0)}, {"expire_duration"}),
     ({"expire_duration": seconds(-1)}, {"expire_duration"}),
-    ({"expire_duration": seconds(5), "delay_duration": seconds(10)}, {"expire_duration"}),
-    ({"expire_duration": seconds(5), "schedule_time": from_now(3600)}, {"expire_duration"}),
+    ({"expire_duration": seconds(5_000), "delay_duration": seconds(10_000)}, {"expire_duration"}),
+    ({"expire_duration": seconds(5_000), "schedule_time": from_now(10_000)}, {"expire_duration"}),
     ({"labels": label_count(17)}, {"labels"}),
     ({"labels": {"": "v"}}, {"labels[]"}),
     ({"labels": {"a b": "v"}}, {"labels[a b]"}),

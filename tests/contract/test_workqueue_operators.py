@@ -19,7 +19,7 @@ BULK = ("CancelTasks", "RedriveTasks", "DeleteTasks")
 
 
 def stats(line: Line) -> queue_pb2.QueueStats:
-    [found] = line.app.GetQueueStats(queue_ids=[line.id]).stats
+    found: queue_pb2.QueueStats = line.app.GetQueueStats(queue_ids=[line.id]).stats[0]
     return found
 
 
@@ -88,11 +88,16 @@ def test_an_operator_may_do_an_apps_work(operator: Client, line: Line) -> None:
 def test_a_queue_has_the_settings_it_was_made_with_and_the_defaults(made: Callable[..., Line]) -> None:
     line = made(lease_duration=seconds(5), retry_policy={"max_attempts": 2})
     queue = line.app.GetQueue(queue_id=line.id).queue
-    policy = {"max_attempts": 2, "initial_backoff_duration": seconds(1), "max_backoff_duration": seconds(300)}
+    policy = task_pb2.RetryPolicy(
+        max_attempts=2,
+        initial_backoff_duration=seconds(1),
+        max_backoff_duration=seconds(300),
+        backoff_multiplier=2,
+    )
     assert queue.settings == queue_pb2.QueueSettings(
         lease_duration=seconds(5),
         attempt_duration=seconds(0),
-        retry_policy={**policy, "backoff_multiplier": 2},
+        retry_policy=policy,
         max_lease_expirations=3,
         retention_duration=seconds(24 * 3600),
         dead_retention_duration=seconds(14 * 24 * 3600),
@@ -439,7 +444,7 @@ def test_capabilities_tell_the_limits_in_force(app: Client) -> None:
     assert can.HasField("drain_duration")
 
 
-CHANGES = {
+CHANGES: dict[str, Callable[[Line, task_pb2.Lease], dict[str, Any]]] = {
     "EnqueueTasks": lambda line, lease: {"tasks": [line.spec()]},
     "CancelTasks": lambda line, lease: {"task_ids": ["a"]},
     "RescheduleTask": lambda line, lease: {"task_id": line.put(), "priority": 1},

@@ -270,7 +270,7 @@ def test_a_refused_follow_up_does_not_hold_up_the_other_completions(line: Line) 
     taken = line.put(task_id=f"{line.id}.taken", priority=-1)
     leases = line.take(3)
     completions = [{"lease_token": x.lease_token, "follow_ups": [line.spec(priority=-2)]} for x in leases]
-    completions[1]["follow_ups"].append(line.spec(task_id=taken))
+    completions[1] |= {"follow_ups": [line.spec(priority=-2), line.spec(task_id=taken)]}
     results = line.app.CompleteTasks(completions=completions).results
     assert [r.status.reason for r in results] == ["", "TASK_EXISTS", ""]
     assert [len(r.follow_up_task_ids) for r in results] == [1, 0, 1]

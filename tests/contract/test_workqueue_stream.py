@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from contract.line import WORKER, Line, seconds, text
 from retinue.workqueue.v1 import task_pb2
 
 
-def opened(line: Line, credit: int = 0, app: Client | None = None, **fields: Any) -> Stream:
-    stream = (app or line.app).stream("StreamTasks")
+def opened(line: Line, credit: int = 0, timeout: float = 20, **fields: Any) -> Stream:
+    stream = line.app.stream("StreamTasks", timeout=timeout)
     stream.send(open={"queue_id": line.id, "worker_id": WORKER, **fields}, credit=credit)
     return stream
 
@@ -365,6 +366,19 @@ def test_a_bad_message_ends_the_stream_and_changes_nothing(line: Line, message: 
     assert (error.code, error.reason, error.fields) == ("INVALID_ARGUMENT", "INVALID_FIELD", fields)
     assert line.state(lease.task_id) == "LEASED"
     assert len(line.tasks(states=[task_pb2.TASK_STATE_READY])) == 1
+
+
+def test_a_bad_message_right_after_a_lease_ends_the_stream_and_the_lease_goes_on(line: Line) -> None:
+    """The answer to the lease overtakes the end of the server's own write of it."""
+    line.put_many(300)
+    codes: Counter[str] = Counter()
+    for _ in range(300):
+        with opened(line, credit=1, timeout=2) as stream:
+            granted(stream, 1)
+            stream.send(credit=-1)
+            codes[ended(stream).code] += 1
+    assert codes == {"INVALID_ARGUMENT": 300}
+    assert line.take() == []
 
 
 @pytest.mark.parametrize(
