@@ -53,11 +53,9 @@ def test_a_task_is_ready_at_once_and_knows_what_the_producer_said(line: Line) ->
     assert task.spec == line.spec(task_id=f"{line.id}/1", **said)
 
 
-def test_a_task_tells_its_schedule_time_and_conflict_policy_as_the_producer_said_them(line: Line) -> None:
+def test_a_task_tells_its_start_by_its_ready_time(line: Line) -> None:
     stamp = Timestamp(seconds=int(datetime.now(UTC).timestamp()) + 3600)
-    spec = line.get(line.put(schedule_time=stamp, idempotency_key="k", conflict_policy=REJECT)).spec
-    assert spec.schedule_time == stamp
-    assert spec.conflict_policy == REJECT
+    assert line.get(line.put(schedule_time=stamp)).ready_time == stamp
 
 
 def test_every_kind_of_payload_comes_out_as_it_went_in(line: Line) -> None:

@@ -163,7 +163,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), verb=st.sampled_from(["cancel", "redrive", "redrive", "delete"]), dry=st.booleans())
     def operate(self, data: st.DataObject, verb: str, dry: bool) -> None:  # noqa: FBT001 - hypothesis passes by name
-        if self.known and data.draw(st.booleans()):
+        by_id: bool = data.draw(st.booleans())
+        if self.known and by_id:
             asked = Selection((data.draw(st.sampled_from(self.known)), "none"), dry_run=dry)
         else:
             wanted = TaskFilter(queue_id=data.draw(QUEUES), labels=data.draw(st.sampled_from([{}, {"a": "1"}])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 from retinue.workqueue.v1 import task_pb2
@@ -170,15 +171,25 @@ class WorkerStream:
         leases: list[task_pb2.Lease] = [translate.lease(item) for item in granted]
         for item, lease in zip(granted, leases, strict=True):
             self._held[lease.lease_token] = LeaseRef.of(item.task.row)
+        written = asyncio.Event()
         try:
-            await self._write(wq.StreamTasksResponse(leases=wq.StreamLeases(leases=leases)))
-        except BaseException:
-            await asyncio.shield(self._queue.give_back(granted))
-            raise
+            await self._write(wq.StreamTasksResponse(leases=wq.StreamLeases(leases=leases)), written)
+        finally:
+            if not written.is_set():
+                await asyncio.shield(self._queue.give_back(granted))
 
-    async def _write(self, response: wq.StreamTasksResponse) -> None:
+    async def _write(self, response: wq.StreamTasksResponse, written: asyncio.Event | None = None) -> None:
+        """Sends one message. A write that has begun is seen through: leaving it would jam the end of the stream."""
         async with self._writing:
-            await self._call.write(response)
+            writing = asyncio.ensure_future(self._call.write(response))
+            try:
+                await asyncio.shield(writing)
+            finally:
+                while not writing.done():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait([writing])
+                if written is not None and not writing.cancelled() and writing.exception() is None:
+                    written.set()
 
 
 def _first(errors: BaseExceptionGroup[RetinueError]) -> RetinueError:
