@@ -6,16 +6,10 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
-    TraceServiceServicer,
-    add_TraceServiceServicer_to_server,
-)
+from collector import Collector, collecting
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from servers import RunningServer, start_server
 from workers import Work
@@ -318,27 +312,10 @@ def test_a_lost_lease_is_its_own_error(server: RunningServer) -> None:
         queue.complete(second, "in time")
 
 
-class Collector(TraceServiceServicer):
-    """An OTLP collector that remembers the spans."""
-
-    def __init__(self) -> None:
-        self.spans: list[tuple[str, Any]] = []
-
-    def Export(self, request: Any, context: Any) -> Any:  # noqa: N802 - the contract's name
-        for resource in request.resource_spans:
-            names = [pair.value.string_value for pair in resource.resource.attributes if pair.key == "service.name"]
-            self.spans += [(names[0], span) for scope in resource.scope_spans for span in scope.spans]
-        return ExportTraceServiceResponse()
-
-
 @pytest.fixture
 def collector() -> Iterator[tuple[Collector, str]]:
-    found, running = Collector(), grpc.server(ThreadPoolExecutor(2))
-    add_TraceServiceServicer_to_server(found, running)  # type: ignore[no-untyped-call] # generated without types
-    port = running.add_insecure_port("127.0.0.1:0")
-    running.start()
-    yield found, f"http://127.0.0.1:{port}"
-    running.stop(0).wait()
+    with collecting() as found:
+        yield found
 
 
 def test_a_handler_is_a_consumer_span_in_the_producers_trace(

@@ -194,7 +194,7 @@ async def test_an_old_token_is_lost_once_the_task_is_leased_again(bench: Bench) 
     await bench.release(old)
     new = await bench.take_one()
     for end in (bench.complete, bench.fail, bench.release):
-        error = (await end(old)).error  # type: ignore[operator] # each takes the lease first
+        error = (await end(old)).error
         assert error is not None
         assert error.reason == Reason.LEASE_LOST
     assert (await bench.complete(new)).error is None
