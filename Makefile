@@ -75,4 +75,4 @@ lock: $(VENV)/.dev ## Compiles the pinned requirements anew, with hashes and wit
 	  $(BIN)/uv pip compile --python-version 3.11 --universal -q --generate-hashes --no-header $$f.in -o $$f.txt; done
 
 clean: ## Removes what was set up and all local state
-	@rm -rf $(VENV) .retinue clients/node/node_modules
+	@rm -rf $(VENV) .retinue clients/node/node_modules clients/node/dist

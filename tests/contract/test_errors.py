@@ -108,7 +108,6 @@ UNREACHABLE = {
     "ENGINE_CAPABILITY": "the engines of this release can do everything",
     "DISK_FULL": "needs a disk that can be filled: tests/faults",
     "UPSTREAM_UNAVAILABLE": "needs a relay",
-    "BATCH_ABORTED": "an atomic batch fails as a whole call, with the error of the item that was in the way",
 }
 
 

@@ -367,6 +367,13 @@ async def test_a_task_that_nobody_starts_in_time_expires(bench: Bench) -> None:
     assert (await bench.get(task_id)).row.state == State.EXPIRED
 
 
+async def test_a_task_past_its_expiry_does_not_hide_the_one_behind_it(bench: Bench) -> None:
+    await bench.put(NewTask("q", expire_delay_ms=5 * SECOND), NewTask("q", expire_delay_ms=5 * SECOND))
+    [behind] = await bench.put()
+    bench.clock.advance(5 * SECOND)
+    assert [granted.task.row.task_id for granted in await bench.take()] == [behind]
+
+
 async def test_an_expiry_does_not_end_a_lease(bench: Bench) -> None:
     await bench.put(NewTask("q", expire_delay_ms=5 * SECOND))
     lease = await bench.take_one()

@@ -86,8 +86,6 @@ const (
 	ErrorReason_ERROR_REASON_ALREADY_FINALIZED ErrorReason = 36
 	// RESOURCE_EXHAUSTED. An inline payload is over 256 KiB: upload it as a blob. Trying again won't help.
 	ErrorReason_ERROR_REASON_PAYLOAD_TOO_LARGE ErrorReason = 37
-	// ABORTED. The item itself was fine, but another item of an atomic batch was not, and so nothing was done.
-	ErrorReason_ERROR_REASON_BATCH_ABORTED ErrorReason = 38
 	// NOT_FOUND. No blob of that id (`metadata.blob_id`).
 	ErrorReason_ERROR_REASON_BLOB_NOT_FOUND ErrorReason = 40
 	// INVALID_ARGUMENT. The bytes that came are not those that `blob_id` or `size_bytes` announced; nothing was kept.
@@ -125,7 +123,6 @@ var (
 		35: "ERROR_REASON_LEASE_LOST",
 		36: "ERROR_REASON_ALREADY_FINALIZED",
 		37: "ERROR_REASON_PAYLOAD_TOO_LARGE",
-		38: "ERROR_REASON_BATCH_ABORTED",
 		40: "ERROR_REASON_BLOB_NOT_FOUND",
 		41: "ERROR_REASON_BLOB_MISMATCH",
 		50: "ERROR_REASON_WATCH_TOKEN_EXPIRED",
@@ -157,7 +154,6 @@ var (
 		"ERROR_REASON_LEASE_LOST":           35,
 		"ERROR_REASON_ALREADY_FINALIZED":    36,
 		"ERROR_REASON_PAYLOAD_TOO_LARGE":    37,
-		"ERROR_REASON_BATCH_ABORTED":        38,
 		"ERROR_REASON_BLOB_NOT_FOUND":       40,
 		"ERROR_REASON_BLOB_MISMATCH":        41,
 		"ERROR_REASON_WATCH_TOKEN_EXPIRED":  50,
@@ -195,7 +191,7 @@ var File_retinue_error_v1_error_reason_proto protoreflect.FileDescriptor
 
 const file_retinue_error_v1_error_reason_proto_rawDesc = "" +
 	"\n" +
-	"#retinue/error/v1/error_reason.proto\x12\x10retinue.error.v1*\xfc\a\n" +
+	"#retinue/error/v1/error_reason.proto\x12\x10retinue.error.v1*\xdc\a\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12#\n" +
@@ -223,8 +219,7 @@ const file_retinue_error_v1_error_reason_proto_rawDesc = "" +
 	"\x1fERROR_REASON_ILLEGAL_TRANSITION\x10\"\x12\x1b\n" +
 	"\x17ERROR_REASON_LEASE_LOST\x10#\x12\"\n" +
 	"\x1eERROR_REASON_ALREADY_FINALIZED\x10$\x12\"\n" +
-	"\x1eERROR_REASON_PAYLOAD_TOO_LARGE\x10%\x12\x1e\n" +
-	"\x1aERROR_REASON_BATCH_ABORTED\x10&\x12\x1f\n" +
+	"\x1eERROR_REASON_PAYLOAD_TOO_LARGE\x10%\x12\x1f\n" +
 	"\x1bERROR_REASON_BLOB_NOT_FOUND\x10(\x12\x1e\n" +
 	"\x1aERROR_REASON_BLOB_MISMATCH\x10)\x12$\n" +
 	" ERROR_REASON_WATCH_TOKEN_EXPIRED\x102b\x06proto3"

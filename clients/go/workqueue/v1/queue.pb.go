@@ -33,7 +33,7 @@ const (
 	QueueState_QUEUE_STATE_ACTIVE QueueState = 1
 	// Takes tasks, gives no leases; leases that are out go on.
 	QueueState_QUEUE_STATE_PAUSED QueueState = 2
-	// Takes no tasks, gives leases until it is empty. Follow-ups of its own tasks are taken.
+	// Takes no tasks but follow-ups, and gives leases until it is empty.
 	QueueState_QUEUE_STATE_DRAINING QueueState = 3
 )
 

@@ -3,8 +3,8 @@ removes its files.
 
     python guard.py DIRECTORY...
 
-Reads `+PGID` and `-PGID` lines; at the end of its input, however the runner died, it kills the process groups
-that are left and removes the directories. It imports little and ignores the signals of the terminal.
+Reads `+PGID` and `-PGID` lines, and `!` to forget the groups that are no more. At the end of its input, however
+the runner died, it kills the process groups that are left and removes the directories. It imports little and ignores the signals of the terminal.
 """
 
 import os
@@ -18,8 +18,10 @@ def main(directories: list[str]) -> None:
         signal.signal(number, signal.SIG_IGN)
     groups: set[int] = set()
     for line in sys.stdin:
-        change, group = line[0], int(line[1:])
-        (groups.add if change == "+" else groups.discard)(group)
+        if line[0] == "!":
+            groups = {group for group in groups if _exists(group)}
+        else:
+            (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
     for group in groups:
         _kill(group)
     for directory in directories:
@@ -31,6 +33,16 @@ def _kill(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         return  # gone already, or no longer what we knew
+
+
+def _exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _remove(directory: str) -> None:

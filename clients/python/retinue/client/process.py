@@ -37,6 +37,16 @@ class Guard:
         command = [sys.executable, "-I", "-S", str(script), *self._directories]
         return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # noqa: S603 - our own file
 
+    @property
+    def inlet(self) -> int:
+        """The descriptor to which a new process tells its own group, before anything else can happen to us."""
+        assert self._process.stdin is not None
+        return self._process.stdin.fileno()
+
+    def prune(self) -> None:
+        """Forgets the groups of processes that could not be started: their numbers will be others' one day."""
+        self._tell("!\n")
+
     def watch(self, group: int) -> None:
         self._groups.add(group)
         self._tell(f"+{group}\n")
@@ -110,10 +120,11 @@ class Command:
                 stdout=stdout,
                 stderr=writer,
                 process_group=0,
-                preexec_fn=_die_with_parent(),
+                preexec_fn=_bind(guard.inlet),
             )
         except BaseException:
             os.close(reader)
+            guard.prune()
             raise
         finally:
             os.close(writer)
@@ -164,9 +175,9 @@ class Command:
             os.killpg(self._process.pid, number)
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """What the new process runs before its command, so that the kernel kills it with us; None where there
-    is no such.
+def _bind(guard: int) -> Callable[[], None] | None:
+    """What the new process runs before its command, so that the kernel kills it with us and the guard knows its
+    group from the first; None where there is no such.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -177,5 +188,7 @@ def _die_with_parent() -> Callable[[], None] | None:
         prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != parent:  # it died in between
             os._exit(1)
+        with contextlib.suppress(OSError):  # it was killed; the next word to it starts another
+            os.write(guard, b"+%d\n" % os.getpid())
 
     return bind

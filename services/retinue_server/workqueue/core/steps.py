@@ -299,7 +299,7 @@ def lease(tx: Transaction, asked: LeaseAsk, nonce: int, ctx: Context) -> list[Gr
         return [_granted(task, queue, ctx.now) for task in again]
     if queue.state == QueueState.PAUSED:
         return []
-    ready = _fitting(_startable(tx.ready(asked.queue_id, asked.max_tasks), ctx.now), asked.max_bytes)
+    ready = _fitting(_startable(tx, asked, queue, ctx), asked.max_bytes)
     leased = [Task(_leased(row, queue, asked, nonce, ctx.now), body) for row, body in ready]
     tx.save([task.row for task in leased])
     ctx.ledger.add_all(EventType.LEASED, (task.row for task in leased))
@@ -333,8 +333,14 @@ def _live_leases(tx: Transaction, asked: LeaseAsk, now: Instant) -> list[Task]:
     return [t for t in known if t.row.worker_id == asked.worker_id and rules.is_live(t.row, now)]
 
 
-def _startable(tasks: Iterable[Task], now: Instant) -> Iterable[Task]:
-    return (t for t in tasks if t.row.expire_ms is None or t.row.expire_ms > now.wall_ms)
+def _startable(tx: Transaction, asked: LeaseAsk, queue: QueueRow, ctx: Context) -> list[Task]:
+    """What is ready; tasks past their expiry end on the way, so that none of them hides one behind it."""
+    while True:
+        found = tx.ready(asked.queue_id, asked.max_tasks)
+        late = [row for row, _ in found if row.expire_ms is not None and row.expire_ms <= ctx.now.wall_ms]
+        if not late:
+            return found
+        _expire(tx, [rules.expired(row, queue.settings, ctx.now) for row in late], ctx)
 
 
 def _fitting(tasks: Iterable[Task], max_bytes: int) -> Iterable[Task]:
@@ -498,9 +504,13 @@ def _sweep_expired(tx: Transaction, ctx: Context) -> int:
         rules.expired(row, require_queue(tx, row.queue_id).settings, ctx.now)
         for row in tx.expired(ctx.now.wall_ms, _SWEEP)
     ]
+    _expire(tx, rows, ctx)
+    return len(rows)
+
+
+def _expire(tx: Transaction, rows: Sequence[TaskRow], ctx: Context) -> None:
     tx.save(rows)
     ctx.ledger.add_all(EventType.EXPIRED, rows)
-    return len(rows)
 
 
 def _delete(tx: Transaction, rows: Sequence[TaskRow], ctx: Context) -> int:

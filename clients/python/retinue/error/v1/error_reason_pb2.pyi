@@ -82,8 +82,6 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION. The lease already ended with another outcome (`metadata.state`)."""
     ERROR_REASON_PAYLOAD_TOO_LARGE: _ErrorReason.ValueType  # 37
     """RESOURCE_EXHAUSTED. An inline payload is over 256 KiB: upload it as a blob. Trying again won't help."""
-    ERROR_REASON_BATCH_ABORTED: _ErrorReason.ValueType  # 38
-    """ABORTED. The item itself was fine, but another item of an atomic batch was not, and so nothing was done."""
     ERROR_REASON_BLOB_NOT_FOUND: _ErrorReason.ValueType  # 40
     """NOT_FOUND. No blob of that id (`metadata.blob_id`)."""
     ERROR_REASON_BLOB_MISMATCH: _ErrorReason.ValueType  # 41
@@ -158,8 +156,6 @@ ERROR_REASON_ALREADY_FINALIZED: ErrorReason.ValueType  # 36
 """FAILED_PRECONDITION. The lease already ended with another outcome (`metadata.state`)."""
 ERROR_REASON_PAYLOAD_TOO_LARGE: ErrorReason.ValueType  # 37
 """RESOURCE_EXHAUSTED. An inline payload is over 256 KiB: upload it as a blob. Trying again won't help."""
-ERROR_REASON_BATCH_ABORTED: ErrorReason.ValueType  # 38
-"""ABORTED. The item itself was fine, but another item of an atomic batch was not, and so nothing was done."""
 ERROR_REASON_BLOB_NOT_FOUND: ErrorReason.ValueType  # 40
 """NOT_FOUND. No blob of that id (`metadata.blob_id`)."""
 ERROR_REASON_BLOB_MISMATCH: ErrorReason.ValueType  # 41

@@ -33,7 +33,7 @@ class _QueueStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_QueueState
     QUEUE_STATE_PAUSED: _QueueState.ValueType  # 2
     """Takes tasks, gives no leases; leases that are out go on."""
     QUEUE_STATE_DRAINING: _QueueState.ValueType  # 3
-    """Takes no tasks, gives leases until it is empty. Follow-ups of its own tasks are taken."""
+    """Takes no tasks but follow-ups, and gives leases until it is empty."""
 
 class QueueState(_QueueState, metaclass=_QueueStateEnumTypeWrapper):
     """QueueState is whether a queue gives and takes."""
@@ -45,7 +45,7 @@ QUEUE_STATE_ACTIVE: QueueState.ValueType  # 1
 QUEUE_STATE_PAUSED: QueueState.ValueType  # 2
 """Takes tasks, gives no leases; leases that are out go on."""
 QUEUE_STATE_DRAINING: QueueState.ValueType  # 3
-"""Takes no tasks, gives leases until it is empty. Follow-ups of its own tasks are taken."""
+"""Takes no tasks but follow-ups, and gives leases until it is empty."""
 Global___QueueState: _TypeAlias = QueueState  # noqa: Y015
 
 @_typing.final

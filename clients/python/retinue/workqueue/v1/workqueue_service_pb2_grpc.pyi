@@ -88,7 +88,7 @@ class WorkQueueServiceStub:
     200 ms before the caller's deadline. A queue that does not exist yet is waited for as an empty one. Repeating it with
     the same `request_id` gives the leases of the first call again that are still live. Leases whose caller is gone
     before the server answers go back at once; an answer that is lost on its way leaves them to expire, or to be asked for
-    again by `request_id`. A paused queue gives none. Errors: none of its own.
+    again by `request_id`. A paused queue gives no new ones. Errors: none of its own.
     """
     StreamTasks: _grpc.StreamStreamMultiCallable[_workqueue_service_pb2.StreamTasksRequest, _workqueue_service_pb2.StreamTasksResponse]
     """StreamTasks is LeaseTasks, ExtendLeases, CompleteTasks, FailTasks and ReleaseTasks on one stream: the fast path.
@@ -187,7 +187,7 @@ class WorkQueueServiceAsyncStub(WorkQueueServiceStub):
     200 ms before the caller's deadline. A queue that does not exist yet is waited for as an empty one. Repeating it with
     the same `request_id` gives the leases of the first call again that are still live. Leases whose caller is gone
     before the server answers go back at once; an answer that is lost on its way leaves them to expire, or to be asked for
-    again by `request_id`. A paused queue gives none. Errors: none of its own.
+    again by `request_id`. A paused queue gives no new ones. Errors: none of its own.
     """
     StreamTasks: _aio.StreamStreamMultiCallable[_workqueue_service_pb2.StreamTasksRequest, _workqueue_service_pb2.StreamTasksResponse]  # type: ignore[assignment]
     """StreamTasks is LeaseTasks, ExtendLeases, CompleteTasks, FailTasks and ReleaseTasks on one stream: the fast path.
@@ -325,7 +325,7 @@ class WorkQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         200 ms before the caller's deadline. A queue that does not exist yet is waited for as an empty one. Repeating it with
         the same `request_id` gives the leases of the first call again that are still live. Leases whose caller is gone
         before the server answers go back at once; an answer that is lost on its way leaves them to expire, or to be asked for
-        again by `request_id`. A paused queue gives none. Errors: none of its own.
+        again by `request_id`. A paused queue gives no new ones. Errors: none of its own.
         """
 
     @_abc_1.abstractmethod

@@ -248,7 +248,7 @@ export enum QueueState {
   PAUSED = 2,
 
   /**
-   * Takes no tasks, gives leases until it is empty. Follow-ups of its own tasks are taken.
+   * Takes no tasks but follow-ups, and gives leases until it is empty.
    *
    * @generated from enum value: QUEUE_STATE_DRAINING = 3;
    */

@@ -1280,7 +1280,7 @@ export const WorkQueueService: GenService<{
    * 200 ms before the caller's deadline. A queue that does not exist yet is waited for as an empty one. Repeating it with
    * the same `request_id` gives the leases of the first call again that are still live. Leases whose caller is gone
    * before the server answers go back at once; an answer that is lost on its way leaves them to expire, or to be asked for
-   * again by `request_id`. A paused queue gives none. Errors: none of its own.
+   * again by `request_id`. A paused queue gives no new ones. Errors: none of its own.
    *
    * @generated from rpc retinue.workqueue.v1.WorkQueueService.LeaseTasks
    */
