@@ -11,7 +11,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ROOT = Path(__file__).parent.parent
 _START, _STOP = 30.0, 20.0
@@ -27,31 +30,26 @@ class RunningServer:
     process: subprocess.Popen[str]
     data_dir: Path
     ready: dict[str, Any]
+    args: tuple[str, ...] = ()
+    env: Mapping[str, str] | None = None
 
     def kill(self) -> None:
         """SIGKILL, as a crash."""
         self.process.kill()
         self.process.wait(_STOP)
-        self._close()
-
-    def _close(self) -> None:
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
     def stop(self) -> int:
         """SIGTERM, and its exit code. Safe to repeat."""
         if self.process.poll() is None:
             self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self.process.wait(_STOP)
-            self._close()
-            return code
+            return self.process.wait(_STOP)
         self.kill()
         raise AssertionError("the server did not stop on SIGTERM")
 
     def restart(self, *args: str) -> RunningServer:
-        """A new process on the same port and data."""
-        return start_server(self.data_dir.parent, *args, listen=self.address)
+        """A new process on the same port and data, with the arguments of the first one unless others are given."""
+        return start_server(self.data_dir.parent, *(args or self.args), listen=self.address, env=self.env)
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -60,31 +58,39 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": os.pathsep.join([str(ROOT / "services"), str(ROOT / "clients/python")])} | extra
 
 
-def start_server(tmp_path: Path, *args: str, listen: str = "127.0.0.1:0") -> RunningServer:
-    """Starts `retinue_server` with its data under tmp_path and waits until it is ready.
+def start_server(
+    where: Path, *args: str, listen: str = "127.0.0.1:0", env: Mapping[str, str] | None = None
+) -> RunningServer:
+    """Starts `retinue_server` with its data under `where` and waits until it is ready.
 
-    Its log is tmp_path/server.log. The caller ends it with stop() or kill().
+    Its log is where/server.log, its control socket where/control.sock: keep `where` short. The caller ends it with
+    stop() or kill().
     """
-    control = tmp_path / "control.sock"
+    where = where.resolve()
+    control = where / "control.sock"
     command = [sys.executable, "-m", "retinue_server", "--listen", listen, "--control", f"unix:{control}"]
-    command += ["--http", "127.0.0.1:0", "--data-dir", str(tmp_path / "data"), *args]
-    with (tmp_path / "server.log").open("a") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment(), cwd=tmp_path)
-    ready = _await_ready(process, tmp_path / "server.log")
+    command += ["--http", "127.0.0.1:0", "--data-dir", str(where / "data"), *args]
+    environ = environment(**(env or {}))
+    with (where / "server.log").open("a") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environ, cwd=where)
+    ready = _await_ready(process, where / "server.log")
     address = next(item for item in ready["listen"] if not item.startswith("unix:"))
-    return RunningServer(address, f"unix:{control}", str(ready.get("http") or ""), process, tmp_path / "data", ready)
+    http = str(ready.get("http") or "")
+    return RunningServer(address, f"unix:{control}", http, process, where / "data", ready, args, env)
 
 
 def _await_ready(process: subprocess.Popen[str], log: Path) -> dict[str, Any]:
     assert process.stdout is not None
     end = time.monotonic() + _START
-    while time.monotonic() < end and select.select([process.stdout], [], [], end - time.monotonic())[0]:
-        line = process.stdout.readline()
-        if not line:
-            break
-        with contextlib.suppress(ValueError):
-            found = json.loads(line)
-            if isinstance(found, dict) and found.get("event") == "ready":
-                return found
+    with process.stdout as lines:  # nothing is said there after that line
+        while time.monotonic() < end and select.select([lines], [], [], end - time.monotonic())[0]:
+            line = lines.readline()
+            if not line:
+                break
+            with contextlib.suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict) and found.get("event") == "ready":
+                    return found
     process.kill()
+    process.wait(_STOP)
     raise AssertionError(f"the server is not ready; its log ends with:\n{log.read_text()[-4000:]}")

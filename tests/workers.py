@@ -41,7 +41,9 @@ class Work:
         command = [sys.executable, "-m", "retinue.cli", "work", queue_id, "--work-dir", str(self.work_dir), *args]
         self._log = tmp_path / "work.log"
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=_env(server, env), cwd=tmp_path)
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, env=_env(server, env), cwd=tmp_path
+            )
         self.events: list[dict[str, Any]] = []
         self._incoming: threadsafe.Queue[dict[str, Any]] = threadsafe.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -116,5 +118,3 @@ def alive(pid: int) -> bool:
 def pids_in(path: Path) -> list[int]:
     """The process ids that commands under test have written to a file, one a line."""
     return [int(line) for line in path.read_text().split()] if path.exists() else []
-
-

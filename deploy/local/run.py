@@ -15,7 +15,9 @@ BIN = Path(".venv/bin")
 
 def main() -> int:
     """Starts the server, prints the guide when it is ready, and ends with it."""
-    server = subprocess.Popen([sys.executable, "-m", "retinue_server", *sys.argv[1:]], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "retinue_server", *sys.argv[1:]], stdout=subprocess.PIPE, text=True
+    )
     assert server.stdout is not None
     try:
         ready = server.stdout.readline()

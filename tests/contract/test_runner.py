@@ -16,6 +16,7 @@ import pytest
 from servers import RunningServer, start_server
 from workers import Work, alive, eventually, pids_in
 
+from retinue.client.queue import duration
 from retinue.client.sync import Queue
 from retinue.workqueue.v1 import task_pb2 as pb
 
@@ -157,7 +158,7 @@ def test_a_5_mb_output_goes_through_the_blob_store(queue: Queue, work: Any) -> N
 def test_an_exit_code_says_what_becomes_of_the_task(
     queue: Queue, work: Any, code: int, state: int, reason: str
 ) -> None:
-    task = queue.enqueue("x", retry=pb.RetryPolicy(max_attempts=5, initial_backoff_duration={"seconds": 600}))
+    task = queue.enqueue("x", retry=pb.RetryPolicy(max_attempts=5, initial_backoff_duration=duration(600)))
     running = work("--", "sh", "-c", f"echo why >&2; exit {code}")
     running.until("dead" if state == pb.TASK_STATE_DEAD else "retrying")
     found = queue.get(task.task_id)
@@ -262,9 +263,9 @@ def test_outputs_are_published_under_their_path(queue: Queue, work: Any, tmp_pat
     running = work("--output-dir", str(tmp_path / "out"), "--exit-when-empty", "--", "tr", "a-z", "A-Z")
     assert finished(queue, task.task_id).state == pb.TASK_STATE_SUCCEEDED
     assert running.ended() == 0
-    assert [path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()] == [
-        "deep/er/a.txt"
-    ]
+    assert [
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    ] == ["deep/er/a.txt"]
     assert (tmp_path / "out/deep/er/a.txt").read_text() == "ABC"
 
 
@@ -284,9 +285,7 @@ def test_an_output_that_is_a_link_is_not_followed(queue: Queue, work: Any) -> No
     assert finished(queue, task.task_id).last_failure.reason == "OUTPUT_NOT_A_FILE"
 
 
-def test_attempt_directories_are_gone_after_the_work_and_failed_ones_are_kept_if_asked(
-    queue: Queue, work: Any
-) -> None:
+def test_attempt_directories_are_gone_after_the_work_and_failed_ones_are_kept_if_asked(queue: Queue, work: Any) -> None:
     good, bad = queue.enqueue("good"), queue.enqueue("bad")
     running = work("--keep-failed", "--exit-when-empty", "--", "sh", "-c", "grep -q good || exit 65")
     assert running.ended() == 0
@@ -309,7 +308,14 @@ def test_max_tasks_takes_that_many_and_leaves(queue: Queue, work: Any) -> None:
 
 def test_sigterm_lets_running_commands_finish_and_takes_no_more(queue: Queue, work: Any, tmp_path: Path) -> None:
     first, second = queue.enqueue("1"), queue.enqueue("2")
-    running = work("--concurrency", "1", "--", "sh", "-c", f"touch {tmp_path}/began; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done")
+    running = work(
+        "--concurrency",
+        "1",
+        "--",
+        "sh",
+        "-c",
+        f"touch {tmp_path}/began; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done",
+    )
     eventually((tmp_path / "began").exists, "the command runs")
     running.signal(signal.SIGTERM)
     time.sleep(0.3)  # whatever it does wrong, it does now
@@ -323,7 +329,7 @@ def test_after_the_grace_running_commands_are_killed_and_given_back(queue: Queue
     program = script(tmp_path, "note(os.getpid())\ntime.sleep(600)\n")
     task = queue.enqueue("x")
     running = work("--grace", "0.5", "--", sys.executable, program)
-    eventually(lambda: pids_in(tmp_path / "notes"), "the command runs")
+    eventually(lambda: bool(pids_in(tmp_path / "notes")), "the command runs")
     running.signal(signal.SIGTERM)
     assert running.ended() == 0
     found = queue.get(task.task_id)
@@ -337,7 +343,7 @@ def test_a_second_signal_ends_at_once_even_a_command_that_ignores_sigterm(
     program = script(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nnote(os.getpid())\ntime.sleep(600)\n")
     task = queue.enqueue("x")
     running = work("--kill-grace", "300", "--", sys.executable, program)
-    eventually(lambda: pids_in(tmp_path / "notes"), "the command runs")
+    eventually(lambda: bool(pids_in(tmp_path / "notes")), "the command runs")
     running.signal(signal.SIGINT)
     time.sleep(0.2)  # two signals at once are one
     running.signal(signal.SIGINT)
@@ -368,7 +374,9 @@ def test_a_killed_runner_leaves_no_process_no_directory_and_no_output(queue: Que
 def test_a_guard_that_is_killed_is_replaced(queue: Queue, work: Any, tmp_path: Path) -> None:
     running = work("--", "cat")
     running.until("connected")
-    [guard] = [pid for pid in _children(running.process.pid) if b"guard.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    [guard] = [
+        pid for pid in _children(running.process.pid) if b"guard.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     os.kill(guard, signal.SIGKILL)
     tasks = [queue.enqueue(str(number)) for number in range(3)]
     assert [queue.load(finished(queue, task.task_id).result) for task in tasks] == ["0", "1", "2"]
@@ -392,12 +400,19 @@ def test_a_worker_survives_a_killed_server_and_completes_exactly_once(
     own_server: list[RunningServer], tmp_path: Path
 ) -> None:
     server = own_server[0]
-    program = script(tmp_path, f"note(os.environ['RETINUE_TASK_ID'])\nwhile not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.05)\nprint('done')\n")
+    program = script(
+        tmp_path,
+        "note(os.environ['RETINUE_TASK_ID'])\n"
+        f"while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.05)\n"
+        "print('done')\n",
+    )
     with Queue("survivor", address=server.address) as queue:
         task, later = queue.enqueue("x"), queue.enqueue("y")
-        running = Work(server, tmp_path, "survivor", "--concurrency", "1", "--lease", "5s", "--", sys.executable, program)
+        running = Work(
+            server, tmp_path, "survivor", "--concurrency", "1", "--lease", "5s", "--", sys.executable, program
+        )
         try:
-            eventually(lambda: (tmp_path / "notes").exists(), "the command runs")
+            eventually((tmp_path / "notes").exists, "the command runs")
             server.kill()
             running.until("disconnected")
             (tmp_path / "go").touch()  # it finishes while nobody can take its result
@@ -421,7 +436,7 @@ def test_a_command_outlives_a_restart_of_the_server_as_long_as_its_lease_may(
         task = queue.enqueue("x")
         running = Work(server, tmp_path, "restart", "--lease", "3s", "--", sys.executable, program)
         try:
-            eventually(lambda: (tmp_path / "notes").exists(), "the command runs")
+            eventually((tmp_path / "notes").exists, "the command runs")
             assert server.stop() == 0
             own_server.append(server.restart())
             running.until("connected")
@@ -434,16 +449,14 @@ def test_a_command_outlives_a_restart_of_the_server_as_long_as_its_lease_may(
             running.close()
 
 
-def test_a_command_ends_when_its_lease_can_no_longer_be_valid(
-    own_server: list[RunningServer], tmp_path: Path
-) -> None:
+def test_a_command_ends_when_its_lease_can_no_longer_be_valid(own_server: list[RunningServer], tmp_path: Path) -> None:
     server = own_server[0]
     program = script(tmp_path, "note(os.getpid())\ntime.sleep(600)\n")
     with Queue("gone", address=server.address) as queue:
         queue.enqueue("x")
         running = Work(server, tmp_path, "gone", "--lease", "2s", "--", sys.executable, program)
         try:
-            eventually(lambda: pids_in(tmp_path / "notes"), "the command runs")
+            eventually(lambda: bool(pids_in(tmp_path / "notes")), "the command runs")
             os.kill(server.process.pid, signal.SIGSTOP)
             eventually(lambda: not any(map(alive, pids_in(tmp_path / "notes"))), "the command ends", 10)
             assert running.process.poll() is None, "the runner stays"

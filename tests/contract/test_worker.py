@@ -9,16 +9,23 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from collector import Collector, collecting
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from servers import RunningServer, start_server
+from workers import Work
 
 from retinue.client import errors, trace
-from retinue.client.queue import Queue
+from retinue.client.queue import Queue, duration
 from retinue.client.sync import Queue as SyncQueue
 from retinue.client.worker import Done, Failed, Job, Released, Worker, WorkerEvent
+from retinue.workqueue.v1 import queue_pb2
 from retinue.workqueue.v1 import task_pb2 as pb
+from retinue.workqueue.v1 import workqueue_admin_service_pb2 as api
+from retinue.workqueue.v1 import workqueue_admin_service_pb2_grpc as rpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +138,7 @@ async def test_an_exception_is_a_failure_that_is_retried(queue: Queue, start: An
             raise KeyError("gone")
         return "second"
 
-    task = await queue.enqueue("x", retry=pb.RetryPolicy(max_backoff_duration={"nanos": 10_000_000}))
+    task = await queue.enqueue("x", retry=pb.RetryPolicy(max_backoff_duration=duration(0.01)))
     start(once)
     done = await finished(queue, task.task_id)
     assert (done.state, done.attempt) == (pb.TASK_STATE_SUCCEEDED, 2)
@@ -163,7 +170,9 @@ async def test_follow_ups_are_committed_with_the_result_and_continue_the_trace(q
     done = await finished(queue, child.task_id)
     sent = trace.parse((await queue.get(task.task_id)).spec.traceparent)
     first, second = (trace.parse(text) for text in seen)
-    assert sent and first and second
+    assert sent
+    assert first
+    assert second
     assert sent.trace_id == first.trace_id == second.trace_id
     assert done.spec.traceparent == seen[0], "the follow-up's parent is the handler's span"
 
@@ -236,25 +245,23 @@ async def test_a_cancelled_run_gives_its_tasks_back(queue: Queue) -> None:
 
 
 async def test_a_result_for_a_full_queue_waits_for_room(queue: Queue, start: Any, server: RunningServer) -> None:
-    from retinue.workqueue.v1 import workqueue_admin_service_pb2 as api
-    from retinue.workqueue.v1 import workqueue_admin_service_pb2_grpc as rpc
-
     full = f"{queue.queue_id}-full"
     async with Queue(full, address=server.control) as operator:
         stub = rpc.WorkQueueAdminServiceStub(operator.connection.channel)
-        await stub.CreateQueue(api.CreateQueueRequest(queue_id=full, settings={"max_tasks": 1}))
+        await stub.CreateQueue(api.CreateQueueRequest(queue_id=full, settings=queue_pb2.QueueSettings(max_tasks=1)))
         blocking = await operator.enqueue("in the way")
         calls = []
+        finishing = asyncio.Event()
 
         async def chain(job: Job) -> Done:
             calls.append(job.task_id)
+            finishing.set()
             return Done("ok", [await operator.spec("next")])
 
         task = await queue.enqueue("x")
         start(chain)
-        while not calls:
-            await asyncio.sleep(0.02)
-        await asyncio.sleep(0.3)
+        await asyncio.wait_for(finishing.wait(), 10)
+        await asyncio.sleep(0.3)  # so that it is refused a few times
         await operator.cancel(blocking.task_id)
         done = await finished(queue, task.task_id)
         assert (done.state, done.attempt, calls) == (pb.TASK_STATE_SUCCEEDED, 1, [task.task_id])
@@ -303,3 +310,45 @@ def test_a_lost_lease_is_its_own_error(server: RunningServer) -> None:
         with pytest.raises(errors.LeaseLost):
             queue.complete(first, "late")
         queue.complete(second, "in time")
+
+
+@pytest.fixture
+def collector() -> Iterator[tuple[Collector, str]]:
+    with collecting() as found:
+        yield found
+
+
+def test_a_handler_is_a_consumer_span_in_the_producers_trace(
+    server: RunningServer, collector: tuple[Collector, str], tmp_path: Path
+) -> None:
+    found, endpoint = collector
+    with SyncQueue("traced", address=server.address) as queue:
+        task = queue.enqueue("x")
+        sent = trace.parse(queue.get(task.task_id).spec.traceparent)
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_SERVICE_NAME": "upper"}
+    work = Work(
+        server, tmp_path, "traced", "--max-tasks", "1", "--then", "traced-2", "--", "printenv", "TRACEPARENT", **env
+    )
+    assert work.ended() == 0, work.log
+    work.close()
+    [(service, span)] = found.spans
+    assert sent is not None
+    assert (service, span.name) == ("upper", "process traced")
+    assert span.kind == Span.SPAN_KIND_CONSUMER
+    assert (span.trace_id.hex(), span.parent_span_id.hex()) == (sent.trace_id, sent.span_id)
+    assert [(link.trace_id.hex(), link.span_id.hex()) for link in span.links] == [(sent.trace_id, sent.span_id)]
+    with SyncQueue("traced-2", address=server.address) as queue:
+        [follow_up] = list(queue.list())
+        follow_up = queue.get(follow_up.task_id)
+    assert follow_up.spec.traceparent == f"00-{sent.trace_id}-{span.span_id.hex()}-01"
+    assert follow_up.spec.input.text.strip() == follow_up.spec.traceparent, "the command saw the same"
+
+
+def test_a_collector_that_is_away_costs_a_worker_nothing_but_a_warning(server: RunningServer, tmp_path: Path) -> None:
+    with SyncQueue("untraced", address=server.address) as queue:
+        task = queue.enqueue("x")
+        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
+        work = Work(server, tmp_path, "untraced", "--max-tasks", "1", "--", "cat", **env)
+        assert queue.wait(task.task_id, timeout=20).state == pb.TASK_STATE_SUCCEEDED
+        assert work.ended(25) == 0
+        work.close()

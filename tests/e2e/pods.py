@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -192,7 +193,7 @@ class Cluster:
         self.pods: list[Pod] = []
         self._volumes: list[str] = []
         self.network = f"retinue-{self.suffix}"
-        podman("network", "create", self.network)
+        podman("network", "create", "--disable-dns", self.network)
         subnet = podman("network", "inspect", "--format", "{{(index .Subnets 0).Subnet}}", self.network)
         services = [m["metadata"]["name"] for m in self.manifests if m["kind"] == "Service"]
         self._services = dict(zip(services, islice(ip_network(subnet).hosts(), 100, None), strict=False))
@@ -249,7 +250,10 @@ class Cluster:
         manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod.spec}
         options = ["--start=false", "--network", self.network]
         for service in self._services_of(labels):
-            options += ["--ip", str(self._services[service])]
+            address = self._services[service]
+            # One hardware address, too, or the other pods' neighbour tables would point to the pod before.
+            mac = f"02:00:{int(address):08x}"
+            options += ["--ip", str(address), "--mac-address", ":".join(re.findall("[0-9a-f]{2}", mac))]
         podman("kube", "play", *options, "-", stdin=json.dumps(manifest))
 
     def _volume(self, pod: str, volume: Manifest) -> Manifest:

@@ -57,30 +57,37 @@ def environment(suite: Running) -> dict[str, str]:
     return {**os.environ, "RETINUE_ADDRESS": listen, "RETINUE_CONTROL_ADDRESS": f"unix:{(ROOT / control).resolve()}"}
 
 
-def test_every_printed_line_works_as_printed(suite: Running):
+def test_every_printed_line_works_as_printed(suite: Running) -> None:
     lines = [line for line in suite.guide if line and not line.startswith(("#", "The page"))]
     assert len(lines) >= 8
     script = "set -eo pipefail\n" + "\n".join(lines)
     done = subprocess.run(
-        ["bash", "-c", script], cwd=ROOT, env=environment(suite), capture_output=True, text=True, timeout=50
+        ["bash", "-c", script],
+        cwd=ROOT,
+        env=environment(suite),
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"status"' not in done.stdout, "the completion was accepted"
     assert "ERROR" not in done.stderr
 
 
-def test_ctrl_c_ends_it_cleanly(suite: Running):
+def test_ctrl_c_ends_it_cleanly(suite: Running) -> None:
     assert suite.interrupt() == 0
     assert "Traceback" not in suite.errors
 
 
-def test_a_taken_port_is_answered_with_its_owner(suite: Running, tmp_path: Path):
+def test_a_taken_port_is_answered_with_its_owner(suite: Running, tmp_path: Path) -> None:
     listen = environment(suite)["RETINUE_ADDRESS"]
     second = subprocess.run(
         [sys.executable, "-m", "retinue_server", "--listen", listen, "--http", "none", "--data-dir", str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=30,
+        check=False,
     )
     assert second.returncode == 1
     assert "pid" in second.stderr, second.stderr

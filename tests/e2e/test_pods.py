@@ -6,6 +6,7 @@ The pods come from deploy/overlays/podman-ci. What podman cannot show is listed 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +92,16 @@ def test_metrics_answer_from_another_pod(producer: Pod, coordinator: Pod) -> Non
     script = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=5).read().decode())"
     for pod in (coordinator, producer):
         metrics = producer.run("app", "python", "-c", script, f"http://{pod.address}:7276/metrics")
-        assert "\n# TYPE retinue_" in metrics
+        assert "\n# TYPE retinue_server_handled_total " in metrics
         producer.run("app", "python", "-c", script, f"http://{pod.address}:7276/healthz")
+
+
+def test_the_queries_of_the_guide_use_metrics_that_the_coordinator_has(coordinator: Pod) -> None:
+    script = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:7276/metrics').read().decode())"
+    metrics = coordinator.run("coordinator", "python", "-c", script)
+    named = set(re.findall(r"\bretinue_[a-z_]+", (ROOT / "deploy/workqueue/README.md").read_text()))
+    assert len(named) >= 4
+    assert {name for name in named if f"# TYPE {name} " not in metrics} == set()
 
 
 def test_the_app_has_no_credentials_and_cannot_write_to_its_root(producer: Pod) -> None:

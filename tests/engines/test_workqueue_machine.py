@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 
 from hypothesis import settings
+from support.workqueue_machine import QueueMachine
 
 from retinue_server.workqueue.engine import Engine
 from retinue_server.workqueue.engines.memory import MemoryEngine
 from retinue_server.workqueue.engines.sqlite import SqliteEngine
-from support.workqueue_machine import QueueMachine
 
 
 def no_fatal(error: BaseException) -> None:

@@ -86,11 +86,11 @@ class Bench:
         assert all(r.error is None for r in results), results
         return [r.task_id for r in results]
 
-    async def take(self, count: int = 1, queue_id: str = "q", lease_ms: int = 0) -> list[steps.Granted]:
+    async def take(self, count: int = 1, queue_id: str = "q", lease_ms: int | None = None) -> list[steps.Granted]:
         """Leases what is ready."""
         return await self.queue.lease(LeaseAsk(queue_id, "w", count, lease_ms))
 
-    async def take_one(self, lease_ms: int = 0) -> LeaseRef:
+    async def take_one(self, lease_ms: int | None = None) -> LeaseRef:
         """Leases the next task."""
         return LeaseRef.of((await self.take(1, lease_ms=lease_ms))[0].task.row)
 

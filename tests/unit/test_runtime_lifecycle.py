@@ -232,6 +232,30 @@ async def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
                     await waiting
 
 
+async def test_a_signal_while_it_starts_stops_what_has_started(tmp_path: Path) -> None:
+    code = """
+import asyncio, sys
+from retinue_server import __main__ as command
+from support import echo, echo_wiring
+class Slow:
+    async def start(self):
+        print("starting", flush=True)
+        await asyncio.Event().wait()
+    async def stop(self):
+        print("stopped", flush=True)
+async def wire(*_):
+    return echo.pattern(echo.EchoServicer(), parts=[Slow()])
+echo_wiring.wire = wire
+command.PATTERNS = {"workqueue": "support.echo_wiring"}
+sys.exit(command.main())
+"""
+    async with command(tmp_path, "workqueue", "--listen", "127.0.0.1:0", code=code) as server:
+        assert await server.line() == "starting\n"
+        server.process.send_signal(signal.SIGTERM)
+        assert await server.line() == "stopped\n"
+        assert await asyncio.wait_for(server.process.wait(), 5) == 0
+
+
 async def test_a_taken_port_is_one_message_and_exit_code_1(tmp_path: Path) -> None:
     async with running(settings(tmp_path), echo.EchoServicer()) as process:
         taken = process.addresses["listen"][0]

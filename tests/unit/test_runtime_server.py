@@ -360,6 +360,7 @@ async def test_a_unix_socket_for_apps_is_for_its_group(tmp_path: Path, servicer:
     path = tmp_path / "deep" / "app.sock"
     async with running(settings(tmp_path, listen=(f"unix:{path}",)), servicer):
         assert path.stat().st_mode & 0o777 == 0o660
+        assert path.parent.stat().st_mode & 0o070 == 0o050
         assert await health_of(f"unix:{path}") == SERVING
         assert not path.with_name("app.sock~").exists()
     assert not path.exists()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from hypothesis import settings
+from support.workqueue_machine import QueueMachine
 
 from retinue_server.workqueue.engine import Engine
 from retinue_server.workqueue.engines.memory import MemoryEngine
-from support.workqueue_machine import QueueMachine
 
 
 class MemoryMachine(QueueMachine):

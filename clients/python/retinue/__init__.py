@@ -1,1 +1,4 @@
-"""Retinue's clients: the generated stubs (`retinue.<pattern>.v1`), hand-written helpers (`retinue.client`), the command."""
+"""Retinue's clients.
+
+The generated stubs (`retinue.<pattern>.v1`), hand-written helpers (`retinue.client`), the command.
+"""

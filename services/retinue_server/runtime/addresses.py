@@ -103,11 +103,16 @@ def _exists_here(address: Tcp) -> bool:
 
 def listen_tcp(address: Tcp, option: str) -> socket.socket:
     """A listening socket; raises StartError that names the owner of a taken port and the option to change."""
+    sock = _bound(address, option)
+    sock.listen(512)
+    return sock
+
+
+def _bound(address: Tcp, option: str) -> socket.socket:
     sock = socket.socket(_family(address))
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections in TIME_WAIT don't matter
         sock.bind((address.host, address.port))
-        sock.listen(512)
         sock.settimeout(0)
     except OSError as error:
         sock.close()
@@ -139,7 +144,7 @@ def of_socket(sock: socket.socket) -> Tcp:
 def check_free(address: Tcp, option: str) -> None:
     """Raises StartError when another process holds the port."""
     if address.port:
-        listen_tcp(address, option).close()
+        _bound(address, option).close()
 
 
 def refused(address: Tcp, option: str, error: OSError) -> StartError:
@@ -181,7 +186,7 @@ def claim_unix(address: Unix, mode: int, option: str, bind: Callable[[str], None
     """
     path = address.path
     making = path.with_name(path.name + "~")
-    _make_parent(path.parent)
+    _make_parent(path.parent, 0o750 if mode & 0o060 else 0o700)
     with _directory_lock(path.parent):
         _check_unowned(path, option)
         making.unlink(missing_ok=True)
@@ -192,9 +197,9 @@ def claim_unix(address: Unix, mode: int, option: str, bind: Callable[[str], None
         return OwnedSocket(path, _inode(path))
 
 
-def _make_parent(directory: Path) -> None:
+def _make_parent(directory: Path, mode: int) -> None:
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=mode, parents=True, exist_ok=True)
     except OSError as error:
         raise StartError(f"cannot make the directory {directory}: {error.strerror}") from None
 

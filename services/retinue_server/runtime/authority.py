@@ -90,7 +90,8 @@ def check_role(role: Role, needed: Role, path: str) -> None:
             f"cannot call {path}: it needs the role {needed.name.lower()}; "
             "dial the control socket or send a token that has it",
             reason=Reason.ROLE_REQUIRED,
-            role=needed.name.lower(),
+            required=needed.name.lower(),
+            role=role.name.lower(),
         )
 
 

@@ -32,7 +32,7 @@ Kind = Literal["internal", "server", "client", "producer", "consumer"]
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 SAMPLED = 0x01
 """The flag of a traceparent."""
-_FLUSH_S = 2.0
+_FLUSH_S = 4.0
 _current: ContextVar[str] = ContextVar("traceparent", default="")
 
 

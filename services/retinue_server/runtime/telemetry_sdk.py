@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from retinue_server.runtime.metrics import Family, Metrics, Sample
 
-_FLUSH_MS = 1500
-_READ_S = 1.0
+_FLUSH_MS = 3000
+_READ_S = 2.0
 _SCOPE = "retinue_server"
 
 

@@ -115,22 +115,27 @@ class PageTokens(Generic[Position]):
     def decode(self, token: str, field: str = "page_token") -> Position | None:
         """The position in a token, None for the empty one.
 
-        Raises InvalidArgument when no list of this kind gave it, OutOfRange when its version is not ours.
+        Raises InvalidArgument when no list gave it, OutOfRange when it is of another list or version.
         """
         if not token:
             return None
         kind, version, position = _parse(token, field)
         if kind != self._kind:
-            raise _malformed(field)
+            raise page_token_expired("it belongs to another list")
         if version != self._version:
-            raise OutOfRange(
-                "cannot go on with the list: the page token is of another version; start again without one",
-                reason=Reason.PAGE_TOKEN_EXPIRED,
-            )
+            raise page_token_expired("it is of another version")
         try:
             return msgspec.convert(position, self._type)
         except msgspec.ValidationError:
             raise _malformed(field) from None
+
+
+def page_token_expired(why: str) -> OutOfRange:
+    """PAGE_TOKEN_EXPIRED."""
+    return OutOfRange(
+        f"cannot go on with the list by this page token: {why}; start again without one",
+        reason=Reason.PAGE_TOKEN_EXPIRED,
+    )
 
 
 def _parse(token: str, field: str) -> tuple[str, int, object]:

@@ -43,44 +43,51 @@ class WorkQueueAdminService:
         read = translate.Reader()
         patch = read.settings(request.settings)
         queue = await self._queue.create_queue(request.queue_id, patch, read.violations)
+        self._tell_durability(call)
         return admin.CreateQueueResponse(queue=translate.queue(queue))
 
     async def UpdateQueue(self, request: admin.UpdateQueueRequest, call: Call) -> admin.UpdateQueueResponse:
         read = translate.Reader()
         patch = read.settings(request.settings)
         queue = await self._queue.update_queue(request.queue_id, patch, read.violations)
+        self._tell_durability(call)
         return admin.UpdateQueueResponse(queue=translate.queue(queue))
 
     async def GetQueue(self, request: admin.GetQueueRequest, call: Call) -> admin.GetQueueResponse:
         return admin.GetQueueResponse(queue=translate.queue(await self._queue.queue(request.queue_id)))
 
     async def ListQueues(self, request: admin.ListQueuesRequest, call: Call) -> admin.ListQueuesResponse:
-        after = _PAGES.decode(request.page_token) or ""
-        found = await self._queue.queues(after, request.page_size)
-        full = len(found) >= (request.page_size or limits.DEFAULT_PAGE)
+        read = translate.Reader()
+        after = read.page(_PAGES, request.page_token) or ""
+        found, more = await self._queue.queues(after, request.page_size, read.violations)
         return admin.ListQueuesResponse(
             queues=[translate.queue(queue) for queue in found],
-            next_page_token=_PAGES.encode(found[-1].queue_id) if full else "",
+            next_page_token=_PAGES.encode(found[-1].queue_id) if more else "",
         )
 
     async def DeleteQueue(self, request: admin.DeleteQueueRequest, call: Call) -> admin.DeleteQueueResponse:
         count = await self._queue.delete_queue(request.queue_id, force=request.force)
+        self._tell_durability(call)
         return admin.DeleteQueueResponse(deleted_tasks=count)
 
     async def PauseQueue(self, request: admin.PauseQueueRequest, call: Call) -> admin.PauseQueueResponse:
         queue = await self._queue.set_queue_state(request.queue_id, QueueState.PAUSED)
+        self._tell_durability(call)
         return admin.PauseQueueResponse(queue=translate.queue(queue))
 
     async def ResumeQueue(self, request: admin.ResumeQueueRequest, call: Call) -> admin.ResumeQueueResponse:
         queue = await self._queue.set_queue_state(request.queue_id, QueueState.ACTIVE)
+        self._tell_durability(call)
         return admin.ResumeQueueResponse(queue=translate.queue(queue))
 
     async def DrainQueue(self, request: admin.DrainQueueRequest, call: Call) -> admin.DrainQueueResponse:
         queue = await self._queue.set_queue_state(request.queue_id, QueueState.DRAINING)
+        self._tell_durability(call)
         return admin.DrainQueueResponse(queue=translate.queue(queue))
 
     async def PurgeQueue(self, request: admin.PurgeQueueRequest, call: Call) -> admin.PurgeQueueResponse:
         count = await self._queue.purge(request.queue_id, include_finished=request.include_finished)
+        self._tell_durability(call)
         return admin.PurgeQueueResponse(deleted_tasks=count)
 
     async def GetQueueStats(self, request: admin.GetQueueStatsRequest, call: Call) -> admin.GetQueueStatsResponse:
@@ -91,6 +98,7 @@ class WorkQueueAdminService:
     async def RedriveTasks(self, request: admin.RedriveTasksRequest, call: Call) -> admin.RedriveTasksResponse:
         read = translate.Reader()
         selected = await self._queue.redrive(read.selection(request), read.violations)
+        self._tell_durability(call)
         return admin.RedriveTasksResponse(
             count=selected.count, results=translate.task_results(request.task_ids, selected)
         )
@@ -98,14 +106,16 @@ class WorkQueueAdminService:
     async def DeleteTasks(self, request: admin.DeleteTasksRequest, call: Call) -> admin.DeleteTasksResponse:
         read = translate.Reader()
         selected = await self._queue.delete(read.selection(request), read.violations)
+        self._tell_durability(call)
         return admin.DeleteTasksResponse(
             count=selected.count, results=translate.task_results(request.task_ids, selected)
         )
 
     async def WatchEvents(self, request: admin.WatchEventsRequest, call: Call) -> None:
-        if request.queue_id:
-            limits.refuse("watch", list(limits.queue_id(request.queue_id)))
-        number = self._resume(request.resume_token)
+        read = translate.Reader()
+        position = read.page(_RESUME, request.resume_token, "resume_token")
+        limits.refuse("watch", [*read.violations, *(limits.queue_id(request.queue_id) if request.queue_id else ())])
+        number = self._resume(position)
         await call.write(self._message(number, opened=admin.WatchOpened()))
         while True:
             try:
@@ -133,8 +143,10 @@ class WorkQueueAdminService:
             drain_duration=wire.to_duration(self._queue.drain_ms),
         )
 
-    def _resume(self, token: str) -> int:
-        position = _RESUME.decode(token, "resume_token")
+    def _tell_durability(self, call: Call) -> None:
+        call.set_trailing_metadata("retinue-durability", self._queue.engine.capabilities.durability.name.lower())
+
+    def _resume(self, position: tuple[str, int] | None) -> int:
         if position is None:
             return self._queue.events.last
         if position[0] != self._process:

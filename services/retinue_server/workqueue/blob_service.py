@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DESCRIPTOR = blobs.DESCRIPTOR.services_by_name["BlobService"]
 PIECE = 256 * 1024
+MAX_PIECE = 1024 * 1024
 
 
 class BlobService:
@@ -31,6 +32,7 @@ class BlobService:
         try:
             await upload.write(first.data)
             while (piece := await call.read()) is not None:
+                _check_piece(piece)
                 await upload.write(piece.data)
             stat = await upload.commit(first.blob_id, first.size_bytes)
         finally:
@@ -64,4 +66,15 @@ def _check_first(first: blobs.UploadBlobRequest) -> None:
     violations = [*limits.blob_id(first.blob_id)] if first.blob_id else []
     if first.size_bytes < 0:
         violations.append(Violation("size_bytes", "must not be negative"))
-    limits.refuse("upload", violations)
+    limits.refuse("upload", [*violations, *_too_large(first)])
+
+
+def _check_piece(piece: blobs.UploadBlobRequest) -> None:
+    late = [name for name in ("blob_id", "size_bytes") if getattr(piece, name)]
+    limits.refuse("upload", [*(Violation(n, "belongs in the first message") for n in late), *_too_large(piece)])
+
+
+def _too_large(piece: blobs.UploadBlobRequest) -> list[Violation]:
+    if len(piece.data) <= MAX_PIECE:
+        return []
+    return [Violation("data", f"must be at most {MAX_PIECE} bytes; it has {len(piece.data)}")]

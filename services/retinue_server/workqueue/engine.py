@@ -214,7 +214,7 @@ class View(Protocol):
         """Tasks by state; states without tasks may be absent."""
 
     def totals(self, queue_id: str) -> QueueTotals:
-        """The earliest `ready_ms` of the tasks that are first in line in their priority, and how many workers have leases."""
+        """The earliest `ready_ms` of those that are first in line in their priority; how many workers have leases."""
 
     def by_id(self, task_ids: Sequence[str]) -> dict[str, TaskRow]:
         """The tasks that exist, by task_id. In a transaction they are locked until its end."""

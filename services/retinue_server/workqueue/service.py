@@ -25,7 +25,8 @@ DESCRIPTOR = wq.DESCRIPTOR.services_by_name["WorkQueueService"]
 REPLY_BYTES = 5 * 512 * 1024
 """Replies are cut here, well under the 3 MiB that no message exceeds."""
 
-_PAGES: wire.PageTokens[int] = wire.PageTokens("tasks", 1, int)
+_PAGES: wire.PageTokens[tuple[str, int]] = wire.PageTokens("tasks", 1, tuple[str, int])
+"""Which filter, and below which task to go on."""
 
 
 class WorkQueueService:
@@ -59,9 +60,13 @@ class WorkQueueService:
     async def ListTasks(self, request: wq.ListTasksRequest, call: Call) -> wq.ListTasksResponse:
         read = translate.Reader()
         wanted = read.filter(request.filter)
-        before = _PAGES.decode(request.page_token)
-        found = await self._queue.page(wanted, before, request.page_size, read.violations)
-        return _page(found, request.page_size)
+        before = read.page(_PAGES, request.page_token)
+        mark = hashlib.sha256(request.filter.SerializeToString(deterministic=True)).hexdigest()[:16]
+        if before is not None and before[0] != mark:
+            raise wire.page_token_expired("it belongs to another filter")
+        below = before[1] if before else None
+        found, more = await self._queue.page(wanted, below, request.page_size, read.violations)
+        return _page(found, mark, more=more)
 
     async def WaitTask(self, request: wq.WaitTaskRequest, call: Call) -> wq.WaitTaskResponse:
         read = translate.Reader()
@@ -96,7 +101,7 @@ class WorkQueueService:
             request.queue_id,
             request.worker_id,
             request.max_tasks or 1,
-            read.duration(request, "lease_duration") or 0,
+            read.duration(request, "lease_duration"),
             request.request_id,
             REPLY_BYTES,
         )
@@ -112,6 +117,7 @@ class WorkQueueService:
         read = translate.Reader()
         asked = [read.extension(item, f"extensions[{i}]") for i, item in enumerate(request.extensions)]
         extended = await self._queue.extend(asked, read.violations)
+        self._tell_durability(call)
         return wq.ExtendLeasesResponse(results=[_extend_result(item) for item in extended])
 
     async def CompleteTasks(self, request: wq.CompleteTasksRequest, call: Call) -> wq.CompleteTasksResponse:
@@ -155,7 +161,7 @@ def _time_left_ms(call: Call) -> int | None:
     return None if left is None else int(left * 1000)
 
 
-def _page(found: Sequence[Task], page_size: int) -> wq.ListTasksResponse:
+def _page(found: Sequence[Task], mark: str, *, more: bool) -> wq.ListTasksResponse:
     """One page, cut where the reply would grow too large."""
     response = wq.ListTasksResponse()
     room = REPLY_BYTES
@@ -165,8 +171,8 @@ def _page(found: Sequence[Task], page_size: int) -> wq.ListTasksResponse:
         if room < 0:
             break
         response.tasks.append(message)
-    if response.tasks and (room < 0 or len(found) >= (page_size or 50)):
-        response.next_page_token = _PAGES.encode(found[len(response.tasks) - 1].row.seq)
+    if more or room < 0:
+        response.next_page_token = _PAGES.encode((mark, found[len(response.tasks) - 1].row.seq))
     return response
 
 

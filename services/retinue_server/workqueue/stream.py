@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 from retinue.workqueue.v1 import task_pb2
 from retinue.workqueue.v1 import workqueue_service_pb2 as wq
 from retinue_server.runtime import telemetry, wire
-from retinue_server.runtime.errors import RetinueError, Violation
+from retinue_server.runtime.errors import Reason, RetinueError, Violation
 from retinue_server.workqueue import translate
 from retinue_server.workqueue.core import limits
 from retinue_server.workqueue.core.requests import Extend, LeaseAsk, LeaseRef
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _BLOCK = 256
 """How many leases one message and one commit hold at most."""
 _BLOCK_BYTES = 1024 * 1024
+_ENDED = (Reason.LEASE_LOST, Reason.ALREADY_FINALIZED)
 _IN_FLIGHT = 64
 """How many requests of one stream may wait for their commit; then reading waits."""
 
@@ -39,13 +41,11 @@ class WorkerStream:
         self._answers: asyncio.Queue[asyncio.Task[wq.StreamSettled] | None] = asyncio.Queue(_IN_FLIGHT)
         self._held: dict[bytes, LeaseRef] = {}
         self._open: wq.StreamOpen
-        self._lease_ms = 0
+        self._lease_ms: int | None = None
 
     async def run(self) -> None:
         """Serves until the worker half-closes; what a bad request raises ends it."""
-        first = await self._call.read()
-        if first is None:
-            return
+        first = await self._call.read() or wq.StreamTasksRequest()
         self._begin(first)
         try:
             async with asyncio.TaskGroup() as group:
@@ -64,8 +64,9 @@ class WorkerStream:
         if not first.HasField("open"):
             limits.refuse("stream", [Violation("open", "is required in the first message")])
         self._open = first.open
-        self._lease_ms = read.duration(first.open, "lease_duration", "open.") or 0
-        limits.refuse("stream", [*read.violations, *limits.lease(self._ask(1), "open.")])
+        self._lease_ms = read.duration(first.open, "lease_duration", "open.")
+        _, found = self._found(first)
+        limits.refuse("stream", [*read.violations, *limits.lease(self._ask(1), "open."), *found])
 
     def _ask(self, count: int) -> LeaseAsk:
         return LeaseAsk(self._open.queue_id, self._open.worker_id, count, self._lease_ms, max_bytes=_BLOCK_BYTES)
@@ -79,17 +80,22 @@ class WorkerStream:
             await self._take(request, group)
 
     async def _take(self, request: wq.StreamTasksRequest, group: asyncio.TaskGroup) -> None:
-        settlements, found = self._settlements(request)
-        found += limits.within(request.credit, 0, limits.MAX_CREDIT, "credit")
-        if self._credit + request.credit > limits.MAX_OUTSTANDING:
-            found.append(Violation("credit", f"must not come to more than {limits.MAX_OUTSTANDING} outstanding"))
-        limits.refuse("stream", [*found, *limits.settle(settlements, self._queue.now().wall_ms)])
+        settlements, found = self._found(request)
+        limits.refuse("stream", found)
         if settlements or request.extend_all:
             settling = self._settle(request.sequence, settlements, extend_all=request.extend_all)
             await self._answers.put(group.create_task(settling))
         if request.credit:
             self._credit += request.credit
             self._has_credit.set()
+
+    def _found(self, request: wq.StreamTasksRequest) -> tuple[list[Settlement], list[Violation]]:
+        """The outcomes of a request, and all that is wrong with it."""
+        settlements, found = self._settlements(request)
+        found += limits.within(request.credit, 0, limits.MAX_CREDIT, "credit")
+        if self._credit + request.credit > limits.MAX_OUTSTANDING:
+            found.append(Violation("credit", f"must not come to more than {limits.MAX_OUTSTANDING} outstanding"))
+        return settlements, [*found, *limits.settle(settlements, self._queue.now().wall_ms)]
 
     def _settlements(self, request: wq.StreamTasksRequest) -> tuple[list[Settlement], list[Violation]]:
         read = translate.Reader()
@@ -108,7 +114,8 @@ class WorkerStream:
         if settlements:
             for item, settled in zip(settlements, await self._queue.settle(settlements), strict=True):
                 token = item.lease.token()
-                self._held.pop(token, None)
+                if settled.error is None or settled.error.reason in _ENDED:
+                    self._held.pop(token, None)
                 if settled.error is not None:
                     answer.errors.append(wq.SettledError(lease_token=token, status=translate.status(settled.error)))
         if extend_all:
@@ -119,7 +126,7 @@ class WorkerStream:
         held = list(self._held.items())
         for start in range(0, len(held), limits.MAX_BATCH):
             block = held[start : start + limits.MAX_BATCH]
-            extended = await self._queue.extend([Extend(ref) for _, ref in block])
+            extended = await self._queue.extend([Extend(ref, self._lease_ms) for _, ref in block])
             for (token, _), result in zip(block, extended, strict=True):
                 if result.error is not None:
                     self._held.pop(token, None)
@@ -164,15 +171,25 @@ class WorkerStream:
         leases: list[task_pb2.Lease] = [translate.lease(item) for item in granted]
         for item, lease in zip(granted, leases, strict=True):
             self._held[lease.lease_token] = LeaseRef.of(item.task.row)
+        written = asyncio.Event()
         try:
-            await self._write(wq.StreamTasksResponse(leases=wq.StreamLeases(leases=leases)))
-        except BaseException:
-            await asyncio.shield(self._queue.give_back(granted))
-            raise
+            await self._write(wq.StreamTasksResponse(leases=wq.StreamLeases(leases=leases)), written)
+        finally:
+            if not written.is_set():
+                await asyncio.shield(self._queue.give_back(granted))
 
-    async def _write(self, response: wq.StreamTasksResponse) -> None:
+    async def _write(self, response: wq.StreamTasksResponse, written: asyncio.Event | None = None) -> None:
+        """Sends one message. A write that has begun is seen through: leaving it would jam the end of the stream."""
         async with self._writing:
-            await self._call.write(response)
+            writing = asyncio.ensure_future(self._call.write(response))
+            try:
+                await asyncio.shield(writing)
+            finally:
+                while not writing.done():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait([writing])
+                if written is not None and not writing.cancelled() and writing.exception() is None:
+                    written.set()
 
 
 def _first(errors: BaseExceptionGroup[RetinueError]) -> RetinueError:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from retinue.workqueue.v1 import queue_pb2, task_pb2
 from retinue.workqueue.v1 import workqueue_service_pb2 as wq
 from retinue_server.runtime import wire
-from retinue_server.runtime.errors import RetinueError, Violation
+from retinue_server.runtime.errors import InvalidArgument, RetinueError, Violation
 from retinue_server.workqueue.core.requests import (
     Complete,
     Extend,
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from retinue_server.workqueue.core import steps
 
+T = TypeVar("T")
+
 _NO_LEASE = LeaseRef(0, 0, 0)
 
 
@@ -60,6 +62,14 @@ class Reader:
         """Refuses a number that the enum does not know."""
         if value not in known.values():  # type: ignore[attr-defined] # generated enum wrappers share no public type
             self.violations.append(Violation(field, f"{value} is not a value of this enum"))
+
+    def page(self, tokens: wire.PageTokens[T], token: str, field: str = "page_token") -> T | None:
+        """The position in a token; None for the first page."""
+        try:
+            return tokens.decode(token, field)
+        except InvalidArgument as error:
+            self.violations += error.violations
+            return None
 
     def lease(self, token: bytes, at: str) -> LeaseRef:
         """The lease behind a token."""
@@ -100,7 +110,9 @@ class Reader:
         kind = payload.WhichOneof("content")
         if kind == "blob" and not payload.blob.blob_id:
             self.violations.append(Violation(f"{at}.blob.blob_id", "is required"))
-        return 0 if kind in (None, "blob") else payload.ByteSize()
+        if kind == "json":
+            return payload.json.ByteSize()
+        return len(payload.data) or len(payload.text.encode())
 
     def retry(self, policy: task_pb2.RetryPolicy, at: str) -> RetryOverrides:
         """A policy; 0 and unset mean the queue's."""
@@ -143,7 +155,7 @@ class Reader:
     def selection(self, request: Any) -> Selection:
         """Tasks by id or by filter; the three bulk requests have the same fields."""
         wanted = self.filter(request.filter) if request.HasField("filter") else None
-        return Selection(tuple(dict.fromkeys(request.task_ids)), wanted, request.max_count or 1_000, request.dry_run)
+        return Selection(tuple(request.task_ids), wanted, request.max_count or 1_000, request.dry_run)
 
     def completion(self, item: wq.Completion, at: str, traceparent: str) -> Complete:
         """A success."""
@@ -170,7 +182,7 @@ class Reader:
 
     def extension(self, item: wq.Extension, at: str) -> Extend:
         """A lease that shall last longer."""
-        return Extend(self.lease(item.lease_token, f"{at}."), self.duration(item, "lease_duration", f"{at}.") or 0)
+        return Extend(self.lease(item.lease_token, f"{at}."), self.duration(item, "lease_duration", f"{at}."))
 
 
 def _payload_bytes(payload: task_pb2.Payload) -> bytes:

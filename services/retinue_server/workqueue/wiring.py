@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from retinue_server.runtime.config import ConfigError
 from retinue_server.runtime.dispatch import Pattern, Service
-from retinue_server.runtime.lifecycle import fatal
+from retinue_server.runtime.lifecycle import DataDirLock, fatal
 from retinue_server.workqueue import admin_service, blob_service, metrics, service
 from retinue_server.workqueue.config import WorkQueueSettings
 from retinue_server.workqueue.core.queue import WorkQueue
@@ -40,7 +40,7 @@ async def wire(settings: Settings, section: WorkQueueSettings) -> Pattern:
             Service(admin_service.DESCRIPTOR, admin, admin_service.ROLES),
             Service(blob_service.DESCRIPTOR, blob_service.BlobService(blobs)),
         ),
-        parts=(engine, blobs, sweeper),
+        parts=(DataDirLock(settings.data_dir / NAME), engine, blobs, sweeper),
         health=sweeper,
         quiesce=queue.quiesce,
         metrics=partial(metrics.families, queue),

@@ -275,7 +275,7 @@ type QueueStats struct {
 	Cancelled int64 `protobuf:"varint,8,opt,name=cancelled,proto3" json:"cancelled,omitempty"`
 	// Kept tasks that expired.
 	Expired int64 `protobuf:"varint,9,opt,name=expired,proto3" json:"expired,omitempty"`
-	// How long the oldest ready task has been waiting since it became ready; 0 if none is.
+	// How long a task that is first in line in its priority has been ready, the longest of them; 0 if none is.
 	OldestReadyDuration *durationpb.Duration `protobuf:"bytes,10,opt,name=oldest_ready_duration,json=oldestReadyDuration,proto3" json:"oldest_ready_duration,omitempty"`
 	// Workers that have leases now.
 	Workers int64 `protobuf:"varint,11,opt,name=workers,proto3" json:"workers,omitempty"`

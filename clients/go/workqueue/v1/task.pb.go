@@ -161,7 +161,8 @@ func (ConflictPolicy) EnumDescriptor() ([]byte, []int) {
 	return file_retinue_workqueue_v1_task_proto_rawDescGZIP(), []int{1}
 }
 
-// Payload is what a task takes in or gives back. Inline kinds hold up to 256 KiB; more goes to a blob.
+// Payload is what a task takes in or gives back. Inline kinds hold up to 256 KiB (bytes of data,
+// of text in UTF-8, of the serialised Value of json); more goes to a blob.
 type Payload struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The content.
@@ -296,7 +297,7 @@ type BlobRef struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Required. The lower-case hexadecimal SHA-256 of the content.
 	BlobId string `protobuf:"bytes,1,opt,name=blob_id,json=blobId,proto3" json:"blob_id,omitempty"`
-	// Output only. The content's size in bytes.
+	// The content's size in bytes as the caller gave it, for information; 0 = not said.
 	SizeBytes     int64 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -742,7 +743,8 @@ type Task struct {
 	QueueId string `protobuf:"bytes,2,opt,name=queue_id,json=queueId,proto3" json:"queue_id,omitempty"`
 	// Output only. Where it stands.
 	State TaskState `protobuf:"varint,3,opt,name=state,proto3,enum=retinue.workqueue.v1.TaskState" json:"state,omitempty"`
-	// What the producer said of it. Output only here; ListTasks leaves `input` out.
+	// What the producer said of it. Output only here. Its start is told by ready_time, its expiry as an instant, and its
+	// conflict_policy is not kept; ListTasks leaves `input` out.
 	Spec *TaskSpec `protobuf:"bytes,4,opt,name=spec,proto3" json:"spec,omitempty"`
 	// Output only. How many leases were handed out, less those that were released, expired or cut short by a restart.
 	Attempt int32 `protobuf:"varint,5,opt,name=attempt,proto3" json:"attempt,omitempty"`

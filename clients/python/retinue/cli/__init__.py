@@ -14,7 +14,8 @@ def main() -> None:
         sys.exit("cannot run retinue: its command line is an extra; pip install 'retinue[cli]'")
     from retinue.cli.app import app  # noqa: PLC0415 - needs click
 
-    # gRPC would log a line for every command that `retinue work` forks; those commands exec at once and don't need it.
+    # gRPC would log a line for every command that `retinue work` forks; those commands exec at once and don't
+    # need it.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         code = app.main(prog_name="retinue", standalone_mode=False)

@@ -28,23 +28,25 @@ Exit codes:
 
 
 class Branch(click.Group):
-    """A group whose commands are in modules that load when one is called. `table`: name -> (module:attribute, help)."""
+    """A group whose commands are in modules that load when one is called. `table`: name ->
+    (module:attribute, help).
+    """
 
     def __init__(self, table: dict[str, tuple[str, str]], **options: object) -> None:
         super().__init__(**options)  # type: ignore[arg-type] # click's own options, passed on
         self._table = table
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(self._table)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
         if cmd_name not in self._table:
             return None
         module, _, attribute = self._table[cmd_name][0].partition(":")
         command: click.Command = getattr(import_module(f"retinue.cli.{module}"), attribute)
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's signature
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in self._table.items()])
 

@@ -11,9 +11,8 @@ import click
 
 from retinue.cli import common
 from retinue.cli.app import Branch
-from retinue.cli.common import asynchronous, server_options
+from retinue.cli.common import Server, asynchronous, server_options
 from retinue.client.blobs import Blobs
-from retinue.client.channel import Connection
 
 blob = Branch(
     {
@@ -31,15 +30,15 @@ blob = Branch(
 @click.argument("file", metavar="FILE|-", type=click.Path(allow_dash=True, path_type=str))
 @server_options
 @asynchronous
-async def put(file: str, address: str | None, timeout: float, output: str | None) -> None:  # noqa: ARG001, ASYNC109 - takes as long as the content is large
+async def put(server: Server, *, file: str) -> None:
     """Keep the content of FILE, or of standard input, and print its id."""
-    connection = Connection(address)
+    connection = server.for_apps()
     try:
-        with BytesIO(sys.stdin.buffer.read()) if file == "-" else Path(file).open("rb") as source:
+        with BytesIO(sys.stdin.buffer.read()) if file == "-" else Path(file).open("rb") as source:  # noqa: ASYNC230 - a command may wait for its disk
             kept = await Blobs(connection).put_file(cast("BinaryIO", source))
     finally:
         await connection.close()
-    common.show([{"blob_id": kept.blob_id, "size_bytes": kept.size_bytes}], output, ["blob_id", "size_bytes"])
+    server.show([{"blob_id": kept.blob_id, "size_bytes": kept.size_bytes}], ["blob_id", "size_bytes"])
 
 
 @click.command()
@@ -47,9 +46,9 @@ async def put(file: str, address: str | None, timeout: float, output: str | None
 @click.argument("file", metavar="[FILE]", required=False, type=click.Path(path_type=Path))
 @server_options
 @asynchronous
-async def get(blob_id: str, file: Path | None, address: str | None, timeout: float, output: str | None) -> None:  # noqa: ARG001, ASYNC109 - as above
+async def get(server: Server, *, blob_id: str, file: Path | None) -> None:
     """Write BLOB to FILE or standard output. FILE appears when it is whole and checked."""
-    connection = Connection(address)
+    connection = server.for_apps()
     try:
         await _fetch(Blobs(connection), blob_id, file)
     finally:
@@ -74,11 +73,11 @@ async def _fetch(blobs: Blobs, blob_id: str, file: Path | None) -> None:
 @click.argument("blob_id", metavar="BLOB")
 @server_options
 @asynchronous
-async def stat(blob_id: str, address: str | None, timeout: float, output: str | None) -> None:  # noqa: ARG001, ASYNC109 - options of every command
+async def stat(server: Server, *, blob_id: str) -> None:
     """Whether BLOB is there, its size and age; prolongs its life by an hour."""
-    connection = Connection(address)
+    connection = server.for_apps()
     try:
         found = await Blobs(connection).stat(blob_id)
     finally:
         await connection.close()
-    common.show([common.plain(found)], output, ["blob_id", "size_bytes", "create_time"])
+    server.show([common.plain(found)], ["blob_id", "size_bytes", "create_time"])

@@ -31,11 +31,20 @@ if TYPE_CHECKING:
 @click.option("--control", is_flag=True, help="Dial the control socket, as an operator.")
 @click.option("--timeout", type=DURATION, help="The call's deadline; default: 30s, none for streams.")
 @click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="Metadata to send; may be repeated.")
-def call(method: str | None, request: str | None, address: str | None, control: bool, timeout: float | None, headers: tuple[str, ...]) -> None:  # noqa: E501, FBT001 - options
+def call(
+    *,
+    method: str | None,
+    request: str | None,
+    address: str | None,
+    control: bool,
+    timeout: float | None,
+    headers: tuple[str, ...],
+) -> None:
     """Call METHOD of SERVICE with a JSON request and print the answer.
 
-    SERVICE may be short where that is unambiguous. Without METHOD: what SERVICE has; without SERVICE: what the server
-    has. Standard input gives the request for `-`, and one request a line for methods that take a stream.
+    SERVICE may be short where that is unambiguous. Without METHOD: what SERVICE has; without SERVICE: what
+    the server has. Standard input gives the request for `-`, and one request a line for methods that take a
+    stream.
 
     \b
     retinue call
@@ -47,7 +56,9 @@ def call(method: str | None, request: str | None, address: str | None, control: 
     with connection.sync_channel() as channel:
         try:
             offered = Reflection(channel)
-            if method is None or ("/" not in method and method.rpartition(".")[2] != "" and _is_service(offered, method)):
+            if method is None or (
+                "/" not in method and method.rpartition(".")[2] != "" and _is_service(offered, method)
+            ):
                 _describe(offered, method)
                 return
             metadata = connection.metadata() + tuple(_header(text) for text in headers)
@@ -107,7 +118,7 @@ def _requests(method: MethodDescriptor, request: str | None) -> Iterator[Message
     kind = GetMessageClass(method.input_type)
     for text in _texts(request, streaming=method.client_streaming):
         try:
-            yield json_format.Parse(text, kind(), descriptor_pool=method.input_type.file.pool)
+            yield json_format.Parse(text, kind())
         except json_format.ParseError as error:
             raise click.UsageError(f"cannot read the request as {method.input_type.name}: {error}") from error
 
@@ -123,6 +134,6 @@ def _only(requests: Iterator[Message]) -> Message:
 
 
 def _print(message: Message) -> None:
-    row = json_format.MessageToDict(message, preserving_proto_field_name=True, descriptor_pool=message.DESCRIPTOR.file.pool)
+    row = json_format.MessageToDict(message, preserving_proto_field_name=True)
     click.echo(json.dumps(row, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
     sys.stdout.flush()

@@ -7,21 +7,22 @@ import functools
 import json
 import re
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from retinue.client import address as addresses
 from retinue.client.channel import Connection
+from retinue.client.queue import Queue
 from retinue.workqueue.v1 import task_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from google.protobuf.message import Message
 
-F = TypeVar("F", bound="Callable[..., Any]")
 Row = dict[str, Any]
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -70,7 +71,7 @@ class PairType(click.ParamType[tuple[str, str]]):
 
 
 DURATION, INSTANT, PAIR = DurationType(), InstantType(), PairType()
-STATES = [name.removeprefix("TASK_STATE_").lower() for name in pb.TaskState.keys()[1:]]  # noqa: SIM118 - an enum, not a dict
+STATES = [name.removeprefix("TASK_STATE_").lower() for name in pb.TaskState.keys()[1:]]
 STATE = click.Choice(STATES, case_sensitive=False)
 
 
@@ -82,34 +83,54 @@ def state_name(number: pb.TaskState.ValueType) -> str:
     return pb.TaskState.Name(number).removeprefix("TASK_STATE_").lower()
 
 
-def server_options(function: F) -> F:
-    """--address, --timeout and --output, for every command that calls a server."""
+@dataclass(frozen=True)
+class Server:
+    """Which server a command talks to, how long a call may take in seconds, and how its answer is shown."""
+
+    address: str | None
+    timeout: float
+    output: str | None
+
+    def queue(self, queue_id: str = "") -> Queue:
+        return Queue(queue_id, address=self.address, timeout=self.timeout, patient=False)
+
+    def for_apps(self) -> Connection:
+        return Connection(self.address, patient=False)
+
+    def for_operators(self) -> Connection:
+        """To the address given, the control socket, or else the apps' address, which will say what is missing."""
+        return Connection(self.address or addresses.control_address(), patient=False)
+
+    def show(self, rows: Iterable[Row], columns: Sequence[str]) -> None:
+        show(rows, self.output, columns)
+
+
+def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--address, --timeout and --output, as a Server in front of the command's own options."""
+
+    @functools.wraps(function)
+    def run(*, address: str | None, timeout: float, output: str | None, **own: Any) -> Any:
+        return function(Server(address, timeout, output), **own)
+
     for option in (
-        click.option("--output", type=click.Choice(["table", "json"]), help="Default: a table on a terminal, else JSON lines."),
-        click.option("--timeout", type=DURATION, default=10.0, show_default="10s", help="How long a call may take."),
+        click.option(
+            "--output", type=click.Choice(["table", "json"]), help="Default: a table on a terminal, else JSON lines."
+        ),
+        click.option("--timeout", type=DURATION, default="10s", show_default=True, help="How long a call may take."),
         click.option("--address", metavar="ADDRESS", help="The server: HOST:PORT, unix:PATH or a socket's path."),
     ):
-        function = option(function)
-    return function
+        run = option(run)
+    return run
 
 
-def asynchronous(function: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
+def asynchronous(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
     """Lets a coroutine be a command."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        return asyncio.run(_awaited(function(*args, **kwargs)))
+        return asyncio.run(function(*args, **kwargs))
 
     return run
-
-
-async def _awaited(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
-
-
-def operator_connection(address: str | None) -> Connection:
-    """To the address given, the control socket, or else the apps' address, which will say what is missing."""
-    return Connection(address or addresses.control_address())
 
 
 def as_json(output: str | None) -> bool:

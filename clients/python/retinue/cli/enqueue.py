@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import mimetypes
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from retinue.cli import common
-from retinue.cli.common import DURATION, PAIR, asynchronous, server_options
+from retinue.cli.common import DURATION, PAIR, Server, asynchronous, server_options
 from retinue.cli.failures import REFUSED
 from retinue.client import payload as payloads
 from retinue.client.queue import Enqueued, Queue
@@ -30,19 +31,36 @@ _UPLOADS = 8
 @click.argument("content", metavar="[TEXT|@FILE|-]", required=False)
 @click.option("--json", "is_json", is_flag=True, help="The content is JSON, and is sent as such.")
 @click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="As @FILE.")
-@click.option("--from-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), help="One task per file below, its path in the label `path`.")
+@click.option(
+    "--from-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="One task per file below, its path in the label `path`.",
+)
 @click.option("--label", "labels", type=PAIR, multiple=True, help="A label; may be repeated.")
 @click.option("--type", "task_type", default="", help="What the task is.")
 @click.option("--priority", type=click.IntRange(-1000, 1000), default=0, help="Higher goes first.")
 @click.option("--delay", type=DURATION, help="Not before this has passed.")
-@click.option("--key", default="", help="Idempotency key: enqueues once however often repeated. With --from-dir: put before each path.")
+@click.option(
+    "--key",
+    default="",
+    help="Idempotency key: enqueues once however often repeated. With --from-dir: put before each path.",
+)
 @click.option("--task-id", default="", help="A name of your choice, unique in the server.")
 @click.option("--max-attempts", type=click.IntRange(1, 1000), help="Attempts before the task is dead.")
 @click.option("--attempt", "attempt_duration", type=DURATION, help="How long one attempt may take.")
 @click.option("--content-type", default="", help="The media type; guessed for files.")
 @server_options
 @asynchronous
-async def enqueue(queue_id: str, content: str | None, file: Path | None, from_dir: Path | None, is_json: bool, address: str | None, timeout: float, output: str | None, **options: Any) -> int:  # noqa: ASYNC109, E501, FBT001 - options
+async def enqueue(
+    server: Server,
+    *,
+    queue_id: str,
+    content: str | None,
+    file: Path | None,
+    from_dir: Path | None,
+    is_json: bool,
+    **options: Any,
+) -> int:
     """Put tasks into QUEUE; they are durable when this returns.
 
     \b
@@ -54,15 +72,15 @@ async def enqueue(queue_id: str, content: str | None, file: Path | None, from_di
     """
     if sum(source is not None for source in (content, file, from_dir)) > 1:
         raise click.UsageError("give one of TEXT, --file and --from-dir")
-    async with Queue(queue_id, address=address, timeout=timeout) as queue:
+    async with server.queue(queue_id) as queue:
         if from_dir is not None:
-            return await _enqueue_directory(queue, from_dir, options, output)
+            return await _enqueue_directory(queue, from_dir, options, server)
         source = f"@{file}" if file else content
-        return await _enqueue_one(queue, source, options, output, is_json=is_json)
+        return await _enqueue_one(queue, source, options, server, is_json=is_json)
 
 
 async def _enqueue_one(
-    queue: Queue, source: str | None, options: dict[str, Any], output: str | None, *, is_json: bool
+    queue: Queue, source: str | None, options: dict[str, Any], server: Server, *, is_json: bool
 ) -> int:
     content, guessed = _read(source)
     if is_json:
@@ -72,7 +90,7 @@ async def _enqueue_one(
     if isinstance(content, pb.Payload):
         content = await _stored(queue, content)
     found = await queue.enqueue(content, **_options(options))
-    common.show([_row(found)], output, ["task_id", "existing"])
+    server.show([_row(found)], ["task_id", "existing"])
     return 0
 
 
@@ -124,7 +142,7 @@ def _row(found: Enqueued | Exception, path: str = "") -> common.Row:
     return where | {"task_id": None, "reason": getattr(found, "reason", ""), "message": str(found)}
 
 
-async def _enqueue_directory(queue: Queue, root: Path, options: dict[str, Any], output: str | None) -> int:
+async def _enqueue_directory(queue: Queue, root: Path, options: dict[str, Any], server: Server) -> int:
     if options["task_id"]:
         raise click.UsageError("--task-id names one task; with --from-dir give --key")
     refused = taken = existing = 0
@@ -134,7 +152,7 @@ async def _enqueue_directory(queue: Queue, root: Path, options: dict[str, Any], 
             taken += isinstance(answer, Enqueued)
             existing += isinstance(answer, Enqueued) and answer.existing
             refused += not isinstance(answer, Enqueued)
-            if common.as_json(output):
+            if common.as_json(server.output):
                 common.emit(_row(answer, spec.labels["path"]))
             elif not isinstance(answer, Enqueued):
                 click.echo(f"{spec.labels['path']}: {answer}", err=True)
@@ -173,9 +191,7 @@ def _next_block(files: Iterator[Path]) -> list[Path]:
     return block
 
 
-async def _spec(
-    queue: Queue, root: Path, path: Path, options: dict[str, Any], gate: asyncio.Semaphore
-) -> pb.TaskSpec:
+async def _spec(queue: Queue, root: Path, path: Path, options: dict[str, Any], gate: asyncio.Semaphore) -> pb.TaskSpec:
     name = path.relative_to(root).as_posix()
     chosen = _options(options)
     chosen["labels"] |= {"path": name}
@@ -188,6 +204,6 @@ async def _spec(
 
 async def _file_payload(queue: Queue, path: Path, media_type: str) -> pb.Payload:
     with path.open("rb") as file:
-        if path.stat().st_size > payloads.INLINE_BYTES:
+        if os.fstat(file.fileno()).st_size > payloads.INLINE_BYTES:
             return pb.Payload(blob=await queue.blobs.put_file(file), content_type=media_type)
         return payloads.readable(file.read(), media_type)

@@ -29,7 +29,9 @@ _HINTS = {
 
 
 def report(error: Exception) -> int:
-    """Tells the user on standard error and returns the exit code. Raises what is not a failure but a defect."""
+    """Tells the user on standard error and returns the exit code. Raises what is not a failure but a
+    defect.
+    """
     if isinstance(error, ConfigurationError | ValueError | OSError):
         _tell("error", str(error))
         return USAGE

@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from retinue.cli.work import Tally
     from retinue.client.worker import WorkerEvent
 
-_COLOURS = {"retrying": "yellow", "dead": "red", "lost": "magenta", "cancelled": "bright_black", "disconnected": "yellow"}
+_COLOURS = {
+    "retrying": "yellow",
+    "dead": "red",
+    "lost": "magenta",
+    "cancelled": "bright_black",
+    "disconnected": "yellow",
+}
 _WINDOW = 5.0
 
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import sys
+from datetime import UTC
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from retinue.cli import common
 from retinue.cli.app import Branch
-from retinue.cli.common import DURATION, INSTANT, PAIR, STATE, asynchronous, server_options
+from retinue.cli.common import DURATION, INSTANT, PAIR, STATE, Server, asynchronous, server_options
 from retinue.cli.failures import OUT_OF_TIME, REFUSED
-from retinue.client.channel import Connection
-from retinue.client.queue import TERMINAL, Queue, duration
+from retinue.client.queue import TERMINAL, duration
 from retinue.workqueue.v1 import queue_pb2
 from retinue.workqueue.v1 import task_pb2 as pb
 from retinue.workqueue.v1 import workqueue_admin_service_pb2 as api
 from retinue.workqueue.v1 import workqueue_admin_service_pb2_grpc as rpc
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from retinue.client.errors import RetinueError
+    from retinue.client.channel import Connection
 
 queue = Branch(
     {
@@ -58,12 +56,16 @@ queue = Branch(
 _COUNTS = ("ready", "leased", "scheduled", "retrying", "succeeded", "dead", "cancelled", "expired")
 
 
-async def _admin(connection: Connection, method: str, request: Any, timeout: float) -> Any:  # noqa: ASYNC109 - gRPC sends it along
+async def _admin(connection: Connection, method: str, request: Any, seconds: float) -> Any:
     try:
         stub = rpc.WorkQueueAdminServiceStub(connection.channel)
-        return await connection.call(getattr(stub, method), request, timeout=timeout, repeatable=False)
+        return await connection.call(getattr(stub, method), request, timeout=seconds, repeatable=False)
     finally:
         await connection.close()
+
+
+async def _operate(server: Server, method: str, request: Any) -> Any:
+    return await _admin(server.for_operators(), method, request, server.timeout)
 
 
 def _stats_row(stats: queue_pb2.QueueStats) -> common.Row:
@@ -76,23 +78,23 @@ def _stats_row(stats: queue_pb2.QueueStats) -> common.Row:
 @click.command()
 @server_options
 @asynchronous
-async def ls(address: str | None, timeout: float, output: str | None) -> None:  # noqa: ASYNC109 - an option of the command
+async def ls(server: Server) -> None:
     """All queues with their counts."""
-    response = await _admin(Connection(address), "GetQueueStats", api.GetQueueStatsRequest(), timeout)
+    response = await _admin(server.for_apps(), "GetQueueStats", api.GetQueueStatsRequest(), server.timeout)
     columns = ["queue", "state", "ready", "leased", "scheduled", "retrying", "succeeded", "dead"]
-    common.show([_stats_row(stats) for stats in response.stats], output, columns)
+    server.show([_stats_row(stats) for stats in response.stats], columns)
 
 
 @click.command()
 @click.argument("queues", nargs=-1, metavar="[QUEUE]...")
 @server_options
 @asynchronous
-async def stats(queues: tuple[str, ...], address: str | None, timeout: float, output: str | None) -> None:  # noqa: ASYNC109 - an option
+async def stats(server: Server, *, queues: tuple[str, ...]) -> None:
     """The counts of QUEUEs, or of all, in full."""
     request = api.GetQueueStatsRequest(queue_ids=queues)
-    response = await _admin(Connection(address), "GetQueueStats", request, timeout)
+    response = await _admin(server.for_apps(), "GetQueueStats", request, server.timeout)
     columns = ["queue", "state", *_COUNTS, "workers", "oldest_ready_seconds"]
-    common.show([_stats_row(row) for row in response.stats], output, columns)
+    server.show([_stats_row(row) for row in response.stats], columns)
 
 
 @click.command()
@@ -103,22 +105,30 @@ async def stats(queues: tuple[str, ...], address: str | None, timeout: float, ou
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many at most.")
 @server_options
 @asynchronous
-async def tasks(queue_id: str, states: tuple[str, ...], labels: tuple[tuple[str, str], ...], task_type: str, limit: int, address: str | None, timeout: float, output: str | None) -> None:  # noqa: ASYNC109, E501 - options
+async def tasks(
+    server: Server,
+    *,
+    queue_id: str,
+    states: tuple[str, ...],
+    labels: tuple[tuple[str, str], ...],
+    task_type: str,
+    limit: int,
+) -> None:
     """The tasks of QUEUE, newest first."""
     rows = []
-    async with Queue(queue_id, address=address, timeout=timeout) as queue_:
+    async with server.queue(queue_id) as queue_:
         numbers = [common.state_number(name) for name in states]
         found = queue_.list(states=numbers, labels=dict(labels), task_type=task_type, page_size=min(limit, 500))
         async for task in found:
             rows.append(_task_line(task))
             if len(rows) == limit:
                 break
-    common.show(rows, output, ["task_id", "state", "attempt", "age", "labels", "last_failure"])
+    server.show(rows, ["task_id", "state", "attempt", "age", "labels", "last_failure"])
 
 
 def _task_line(task: pb.Task) -> common.Row:
     row = common.task_row(task)
-    row["age"] = common.since(task.create_time.ToDatetime(tzinfo=common.UTC))
+    row["age"] = common.since(task.create_time.ToDatetime(tzinfo=UTC))
     if task.HasField("last_failure"):
         row["last_failure"] = f"{task.last_failure.reason}: {task.last_failure.message}"[:200]
     return row
@@ -128,18 +138,18 @@ def _task_line(task: pb.Task) -> common.Row:
 @click.argument("task_id", metavar="TASK")
 @server_options
 @asynchronous
-async def get(task_id: str, address: str | None, timeout: float, output: str | None) -> None:  # noqa: ASYNC109 - an option
+async def get(server: Server, *, task_id: str) -> None:
     """One task with input and result."""
-    async with Queue("", address=address, timeout=timeout) as queue_:
-        _show_task(await queue_.get(task_id), output)
+    async with server.queue() as queue_:
+        _show_task(await queue_.get(task_id), server)
 
 
-def _show_task(task: pb.Task, output: str | None) -> None:
+def _show_task(task: pb.Task, server: Server) -> None:
     row = common.task_row(task)
-    if common.as_json(output):
+    if common.as_json(server.output):
         common.emit(row)
         return
-    common.show([{"field": key, "value": value} for key, value in row.items()], "table", ["field", "value"])
+    server.show([{"field": key, "value": value} for key, value in row.items()], ["field", "value"])
 
 
 @click.command()
@@ -147,14 +157,14 @@ def _show_task(task: pb.Task, output: str | None) -> None:
 @click.option("--for", "limit", type=DURATION, help="How long at most; default: as long as it takes.")
 @server_options
 @asynchronous
-async def wait(task_id: str, limit: float | None, address: str | None, timeout: float, output: str | None) -> int:  # noqa: ASYNC109 - an option
+async def wait(server: Server, *, task_id: str, limit: float | None) -> int:
     """Wait until TASK is finished and print it.
 
     Ends with 0 if it succeeded, 4 if it did not, 5 if it is not finished in time.
     """
-    async with Queue("", address=address, timeout=timeout) as queue_:
+    async with server.queue() as queue_:
         task = await queue_.wait(task_id, timeout=limit)
-    _show_task(task, output)
+    _show_task(task, server)
     if task.state not in TERMINAL:
         return OUT_OF_TIME
     return 0 if task.state == pb.TASK_STATE_SUCCEEDED else REFUSED
@@ -163,7 +173,14 @@ async def wait(task_id: str, limit: float | None, address: str | None, timeout: 
 def _selection(function: Any) -> Any:
     for option in (
         click.option("--dry-run", is_flag=True, help="Only count."),
-        click.option("--max", "max_count", type=click.IntRange(1, 10_000), default=1_000, show_default=True, help="How many at most."),
+        click.option(
+            "--max",
+            "max_count",
+            type=click.IntRange(1, 10_000),
+            default=1_000,
+            show_default=True,
+            help="How many at most.",
+        ),
         click.option("--type", "task_type", default="", help="With --queue: only of this type."),
         click.option("--label", "labels", type=PAIR, multiple=True, help="With --queue: only with this label."),
         click.option("--state", "states", type=STATE, multiple=True, help="With --queue: only in this state."),
@@ -189,18 +206,18 @@ def _selected(options: dict[str, Any]) -> dict[str, Any]:
     return {"filter": chosen, "max_count": options["max_count"], "dry_run": options["dry_run"]}
 
 
-def _report_counts(response: Any, output: str | None) -> int:
+def _report_counts(response: Any, server: Server) -> int:
     rows = [
         {"task_id": result.task_id, "reason": result.status.reason, "message": result.status.message}
         for result in response.results
         if result.status.code
     ]
-    if common.as_json(output):
+    if common.as_json(server.output):
         common.emit({"count": response.count, "refused": rows})
     else:
         click.echo(f"{response.count} {'task' if response.count == 1 else 'tasks'}")
         if rows:
-            common.show(rows, output, ["task_id", "reason", "message"])
+            server.show(rows, ["task_id", "reason", "message"])
     return REFUSED if rows else 0
 
 
@@ -208,16 +225,16 @@ def _report_counts(response: Any, output: str | None) -> int:
 @_selection
 @server_options
 @asynchronous
-async def cancel(address: str | None, timeout: float, output: str | None, **options: Any) -> int:  # noqa: ASYNC109 - an option
+async def cancel(server: Server, **options: Any) -> int:
     """Cancel TASKs, or those of a queue that match. A worker that has one is asked to stop."""
     from retinue.workqueue.v1 import workqueue_service_pb2 as tasks_api  # noqa: PLC0415 - this command's own
     from retinue.workqueue.v1 import workqueue_service_pb2_grpc as tasks_rpc  # noqa: PLC0415 - the same
 
-    connection = Connection(address)
+    connection = server.for_apps()
     try:
         stub = tasks_rpc.WorkQueueServiceStub(connection.channel)
         request = tasks_api.CancelTasksRequest(**_selected(options))
-        return _report_counts(await connection.call(stub.CancelTasks, request, timeout=timeout), output)
+        return _report_counts(await connection.call(stub.CancelTasks, request, timeout=server.timeout), server)
     finally:
         await connection.close()
 
@@ -226,10 +243,10 @@ async def cancel(address: str | None, timeout: float, output: str | None, **opti
 @_selection
 @server_options
 @asynchronous
-async def redrive(address: str | None, timeout: float, output: str | None, **options: Any) -> int:  # noqa: ASYNC109 - an option
+async def redrive(server: Server, **options: Any) -> int:
     """Make dead, cancelled or expired TASKs ready again, or those of a queue that match."""
     request = api.RedriveTasksRequest(**_selected(options))
-    return _report_counts(await _operate("RedriveTasks", request, address, timeout), output)
+    return _report_counts(await _operate(server, "RedriveTasks", request), server)
 
 
 @click.command()
@@ -239,14 +256,14 @@ async def redrive(address: str | None, timeout: float, output: str | None, **opt
 @click.option("--priority", type=click.IntRange(-1000, 1000), help="Its new priority.")
 @server_options
 @asynchronous
-async def reschedule(task_id: str, at: Any, delay: float | None, priority: int | None, address: str | None, timeout: float, output: str | None) -> None:  # noqa: ASYNC109, E501 - options
+async def reschedule(server: Server, *, task_id: str, at: Any, delay: float | None, priority: int | None) -> None:
     """Give TASK, which waits, another time or priority."""
     if at is None and delay is None and priority is None:
         raise click.UsageError("say what changes: --at, --delay or --priority")
     if at is not None and delay is not None:
         raise click.UsageError("--at and --delay say the same thing: give one")
-    async with Queue("", address=address, timeout=timeout) as queue_:
-        _show_task(await queue_.reschedule(task_id, at=at, delay=delay, priority=priority), output)
+    async with server.queue() as queue_:
+        _show_task(await queue_.reschedule(task_id, at=at, delay=delay, priority=priority), server)
 
 
 @click.command()
@@ -254,34 +271,34 @@ async def reschedule(task_id: str, at: Any, delay: float | None, priority: int |
 @click.option("--resume", "resume_token", default="", help="Go on after the event with this resume_token.")
 @server_options
 @asynchronous
-async def watch(queue_id: str, resume_token: str, address: str | None, timeout: float, output: str | None) -> None:  # noqa: ASYNC109, ARG001 - a watch has no end
+async def watch(server: Server, *, queue_id: str, resume_token: str) -> None:
     """What happens to the tasks of QUEUE, or of all queues, as it happens, until Ctrl-C."""
     import grpc  # noqa: PLC0415 - for its error alone
 
     from retinue.client.errors import from_rpc_error  # noqa: PLC0415 - the same
 
-    connection = Connection(address)
+    connection = server.for_apps()
     request = api.WatchEventsRequest(queue_id=queue_id, resume_token=resume_token)
     try:
         stub = rpc.WorkQueueAdminServiceStub(connection.channel)
         async for event in stub.WatchEvents(request, metadata=connection.metadata()):
-            _show_event(event, output)
+            _show_event(event, server)
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error) from error
     finally:
         await connection.close()
 
 
-def _show_event(event: api.WatchEventsResponse, output: str | None) -> None:
+def _show_event(event: api.WatchEventsResponse, server: Server) -> None:
     if event.WhichOneof("event") != "task_event":
         return
     row = common.plain(event.task_event)
     row["type"] = api.TaskEventType.Name(event.task_event.type).removeprefix("TASK_EVENT_TYPE_").lower()
     row["resume_token"] = event.resume_token
-    if common.as_json(output):
+    if common.as_json(server.output):
         common.emit(row)
     else:
-        at = event.task_event.event_time.ToDatetime(tzinfo=common.UTC).astimezone()
+        at = event.task_event.event_time.ToDatetime(tzinfo=UTC).astimezone()
         words = [f"{at:%H:%M:%S.%f}"[:-3], f"{row['type']:<13}", event.task_event.queue_id, event.task_event.task_id]
         click.echo("  ".join([*words, event.task_event.worker_id]).rstrip())
     sys.stdout.flush()
@@ -292,12 +309,16 @@ def _settings_options(function: Any) -> Any:
         click.option("--max-tasks", type=click.IntRange(min=0), help="Unfinished tasks it takes; 0 = no limit."),
         click.option("--dead-retention", type=DURATION, help="How long dead tasks are kept."),
         click.option("--retention", type=DURATION, help="How long other finished tasks are kept."),
-        click.option("--max-lease-expirations", type=click.IntRange(1, 1000), help="Expired leases before a task is dead."),
+        click.option(
+            "--max-lease-expirations", type=click.IntRange(1, 1000), help="Expired leases before a task is dead."
+        ),
         click.option("--backoff-multiplier", type=float, help="By what the wait grows with each failure."),
         click.option("--max-backoff", type=DURATION, help="The ceiling of every wait before a retry."),
         click.option("--initial-backoff", type=DURATION, help="The ceiling of the first wait before a retry."),
         click.option("--max-attempts", type=click.IntRange(1, 1000), help="Attempts before a task is dead."),
-        click.option("--attempt", "attempt_duration", type=DURATION, help="How long one attempt may take; 0 = no limit."),
+        click.option(
+            "--attempt", "attempt_duration", type=DURATION, help="How long one attempt may take; 0 = no limit."
+        ),
         click.option("--lease", "lease_duration", type=DURATION, help="How long a lease lasts."),
     ):
         function = option(function)
@@ -322,14 +343,10 @@ def _settings(options: dict[str, Any]) -> queue_pb2.QueueSettings:
     )
 
 
-async def _operate(method: str, request: Any, address: str | None, timeout: float) -> Any:  # noqa: ASYNC109 - gRPC sends it along
-    return await _admin(common.operator_connection(address), method, request, timeout)
-
-
-def _show_queue(found: queue_pb2.Queue, output: str | None) -> None:
+def _show_queue(found: queue_pb2.Queue, server: Server) -> None:
     row = common.plain(found)
     row["state"] = queue_pb2.QueueState.Name(found.state).removeprefix("QUEUE_STATE_").lower()
-    common.show([row], output, ["queue_id", "state", "settings"])
+    server.show([row], ["queue_id", "state", "settings"])
 
 
 @click.command()
@@ -337,10 +354,10 @@ def _show_queue(found: queue_pb2.Queue, output: str | None) -> None:
 @_settings_options
 @server_options
 @asynchronous
-async def create(queue_id: str, address: str | None, timeout: float, output: str | None, **options: Any) -> None:  # noqa: ASYNC109 - an option
+async def create(server: Server, *, queue_id: str, **options: Any) -> None:
     """Make QUEUE with settings of its own. Repeating it with the same settings is safe."""
     request = api.CreateQueueRequest(queue_id=queue_id, settings=_settings(options))
-    _show_queue((await _operate("CreateQueue", request, address, timeout)).queue, output)
+    _show_queue((await _operate(server, "CreateQueue", request)).queue, server)
 
 
 @click.command()
@@ -348,10 +365,10 @@ async def create(queue_id: str, address: str | None, timeout: float, output: str
 @_settings_options
 @server_options
 @asynchronous
-async def update(queue_id: str, address: str | None, timeout: float, output: str | None, **options: Any) -> None:  # noqa: ASYNC109 - an option
+async def update(server: Server, *, queue_id: str, **options: Any) -> None:
     """Change QUEUE's settings; what is not named stays."""
     request = api.UpdateQueueRequest(queue_id=queue_id, settings=_settings(options))
-    _show_queue((await _operate("UpdateQueue", request, address, timeout)).queue, output)
+    _show_queue((await _operate(server, "UpdateQueue", request)).queue, server)
 
 
 def _switch(name: str, method: str, help_: str) -> click.Command:
@@ -359,9 +376,9 @@ def _switch(name: str, method: str, help_: str) -> click.Command:
     @click.argument("queue_id", metavar="QUEUE")
     @server_options
     @asynchronous
-    async def command(queue_id: str, address: str | None, timeout: float, output: str | None) -> None:  # noqa: ASYNC109 - an option
+    async def command(server: Server, *, queue_id: str) -> None:
         request = getattr(api, f"{method}Request")(queue_id=queue_id)
-        _show_queue((await _operate(method, request, address, timeout)).queue, output)
+        _show_queue((await _operate(server, method, request)).queue, server)
 
     return command
 
@@ -382,12 +399,12 @@ def _confirm(question: str, *, yes: bool) -> None:
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @server_options
 @asynchronous
-async def purge(queue_id: str, finished: bool, yes: bool, address: str | None, timeout: float, output: str | None) -> None:  # noqa: ASYNC109, E501, FBT001 - options
+async def purge(server: Server, *, queue_id: str, finished: bool, yes: bool) -> None:
     """Delete QUEUE's tasks that no worker has."""
     _confirm(f"Delete the waiting {'and the finished ' if finished else ''}tasks of {queue_id}?", yes=yes)
     request = api.PurgeQueueRequest(queue_id=queue_id, include_finished=finished)
-    response = await _operate("PurgeQueue", request, address, timeout)
-    common.show([{"queue": queue_id, "deleted_tasks": response.deleted_tasks}], output, ["queue", "deleted_tasks"])
+    response = await _operate(server, "PurgeQueue", request)
+    server.show([{"queue": queue_id, "deleted_tasks": response.deleted_tasks}], ["queue", "deleted_tasks"])
 
 
 @click.command()
@@ -396,9 +413,9 @@ async def purge(queue_id: str, finished: bool, yes: bool, address: str | None, t
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @server_options
 @asynchronous
-async def delete(queue_id: str, force: bool, yes: bool, address: str | None, timeout: float, output: str | None) -> None:  # noqa: ASYNC109, E501, FBT001 - options
+async def delete(server: Server, *, queue_id: str, force: bool, yes: bool) -> None:
     """Remove QUEUE; with --force also the tasks in it."""
     _confirm(f"Delete {queue_id}?", yes=yes or not force)
     request = api.DeleteQueueRequest(queue_id=queue_id, force=force)
-    response = await _operate("DeleteQueue", request, address, timeout)
-    common.show([{"queue": queue_id, "deleted_tasks": response.deleted_tasks}], output, ["queue", "deleted_tasks"])
+    response = await _operate(server, "DeleteQueue", request)
+    server.show([{"queue": queue_id, "deleted_tasks": response.deleted_tasks}], ["queue", "deleted_tasks"])

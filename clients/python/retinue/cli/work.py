@@ -35,9 +35,7 @@ class ExitType(click.ParamType[tuple[int, Action]]):
 
     name = "code=action"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, Action]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, Action]:
         code, _, action = value.partition("=")
         if not code.isdecimal() or int(code) > 255 or action not in ACTIONS:  # noqa: PLR2004 - of a process
             self.fail(f"{value!r} is not of the form CODE=ACTION; actions: {', '.join(ACTIONS)}", param, ctx)
@@ -50,24 +48,53 @@ class ExitType(click.ParamType[tuple[int, Action]]):
 @click.option("--concurrency", type=click.IntRange(1, 1000), help="Commands at once; default: the cores we may use.")
 @click.option("--lease", type=DURATION, help="How long leases last, renewed at a third; default: the queue's.")
 @click.option("--then", "then", default="", metavar="QUEUE", help="Enqueue the output there, in the same commit.")
-@click.option("--then-label", "then_labels", type=PAIR, multiple=True, help="A label for that task, with those it inherits.")
-@click.option("--output-dir", type=click.Path(file_okay=False, path_type=Path), help="Publish outputs there, under the label `path` or the task's id.")
-@click.option("--work-dir", type=click.Path(file_okay=False, path_type=Path), default=Path(tempfile.gettempdir()), help="Where attempts have their private directories.")
-@click.option("--keep-failed", is_flag=True, help="Keep the directories of failed attempts, in failed/ under the work dir.")
-@click.option("--exit", "exits", type=ExitType(), multiple=True, help="What an exit code means: 3=final; may be repeated.")
-@click.option("--kill-grace", type=DURATION, default=5.0, show_default="5s", help="From SIGTERM to SIGKILL for a command that must end.")
-@click.option("--grace", type=DURATION, default=30.0, show_default="30s", help="How long commands may go on after SIGTERM or Ctrl-C.")
+@click.option(
+    "--then-label", "then_labels", type=PAIR, multiple=True, help="A label for that task, with those it inherits."
+)
+@click.option(
+    "--output-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Publish outputs there, under the label `path` or the task's id.",
+)
+@click.option(
+    "--work-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(tempfile.gettempdir()),
+    help="Where attempts have their private directories.",
+)
+@click.option(
+    "--keep-failed", is_flag=True, help="Keep the directories of failed attempts, in failed/ under the work dir."
+)
+@click.option(
+    "--exit", "exits", type=ExitType(), multiple=True, help="What an exit code means: 3=final; may be repeated."
+)
+@click.option(
+    "--kill-grace",
+    type=DURATION,
+    default="5s",
+    show_default=True,
+    help="From SIGTERM to SIGKILL for a command that must end.",
+)
+@click.option(
+    "--grace",
+    type=DURATION,
+    default="30s",
+    show_default=True,
+    help="How long commands may go on after SIGTERM or Ctrl-C.",
+)
 @click.option("--exit-when-empty", is_flag=True, help="Leave when the queue has no unfinished tasks.")
 @click.option("--max-tasks", type=click.IntRange(min=1), help="Leave after that many tasks.")
-@click.option("--logs/--no-logs", default=None, help="Pass the commands' standard error on; default: unless on a terminal.")
+@click.option(
+    "--logs/--no-logs", default=None, help="Pass the commands' standard error on; default: unless on a terminal."
+)
 @click.option("--json", "json_lines", is_flag=True, help="JSON lines also on a terminal.")
 @click.option("--address", metavar="ADDRESS", help="The server: HOST:PORT, unix:PATH or a socket's path.")
-def work(queue_id: str, command: tuple[str, ...], address: str | None, json_lines: bool, **options: Any) -> int:  # noqa: FBT001 - an option
+def work(*, queue_id: str, command: tuple[str, ...], address: str | None, json_lines: bool, **options: Any) -> int:
     """Run COMMAND for each task of QUEUE.
 
-    The task's input is a file, and so is the output. COMMAND finds them by the placeholders {input} {output} {task}
-    {dir}, or by RETINUE_INPUT_FILE (also WORK_ITEM_FILE), RETINUE_OUTPUT_FILE, RETINUE_TASK_FILE. Without a placeholder
-    the input is its standard input and its standard output is the output.
+    The task's input is a file, and so is the output. COMMAND finds them by the placeholders {input} {output}
+    {task} {dir}, or by RETINUE_INPUT_FILE (also WORK_ITEM_FILE), RETINUE_OUTPUT_FILE, RETINUE_TASK_FILE.
+    Without a placeholder the input is its standard input and its standard output is the output.
 
     \b
     retinue work upper -- tr a-z A-Z

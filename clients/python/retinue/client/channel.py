@@ -70,20 +70,21 @@ class Token:
 
 
 class Connection:
-    """A server's address with what it takes to call it. Channels are made on first use; close() is safe to
-    repeat.
+    """A server's address with what it takes to call it. The channel is made on first use; close() is safe to repeat.
+
+    Unless it is `patient`, a server that was never reached is not waited for: for people at a prompt.
     """
 
-    def __init__(self, address: str | None = None, *, pattern: str = "workqueue") -> None:
+    def __init__(self, address: str | None = None, *, pattern: str = "workqueue", patient: bool = True) -> None:
         trace.configure()
         self.address = addresses.target(address) if address else addresses.app_address(pattern)
         self._credentials = _tls()
         self._token = Token(os.environ.get("RETINUE_TOKEN_FILE"))
         self._channel: grpc.aio.Channel | None = None
+        self._patient = patient
         if self._token.metadata() and not self._credentials and not addresses.is_local(self.address):
             raise ConfigurationError(
-                f"cannot send a token in plaintext to {self.address}: "
-                "name the server's CA in RETINUE_TLS_CA_FILE"
+                f"cannot send a token in plaintext to {self.address}: name the server's CA in RETINUE_TLS_CA_FILE"
             )
 
     @property
@@ -125,13 +126,17 @@ class Connection:
         end, waits = loop.time() + timeout, backoff()
         while True:
             try:
-                return await method(request, timeout=end - loop.time(), metadata=self.metadata())
+                response = await method(request, timeout=end - loop.time(), metadata=self.metadata())
             except grpc.aio.AioRpcError as raw:
                 error = errors.from_rpc_error(raw)
                 wait = max(next(waits), error.retry_after or 0)
-                if not (repeatable and is_transient(error)) or loop.time() + wait >= end:
+                hopeful = self._patient or bool(error.reason)
+                if not (repeatable and hopeful and is_transient(error)) or loop.time() + wait >= end:
                     raise error from raw
                 await asyncio.sleep(wait)
+            else:
+                self._patient = True
+                return response
 
     async def close(self) -> None:
         channel, self._channel = self._channel, None

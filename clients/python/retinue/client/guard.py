@@ -1,9 +1,10 @@
-"""A child process of the runner that outlives it for a moment: kills what a dead runner leaves, and removes its files.
+"""A child process of the runner that outlives it for a moment: kills what a dead runner leaves, and
+removes its files.
 
     python guard.py DIRECTORY...
 
-Reads `+PGID` and `-PGID` lines; at the end of its input, however the runner died, it kills the process groups that are
-left and removes the directories. It imports little and ignores the signals of the terminal.
+Reads `+PGID` and `-PGID` lines; at the end of its input, however the runner died, it kills the process groups
+that are left and removes the directories. It imports little and ignores the signals of the terminal.
 """
 
 import os
@@ -34,7 +35,7 @@ def _kill(group: int) -> None:
 
 def _remove(directory: str) -> None:
     for parent, _, _ in os.walk(directory):
-        os.chmod(parent, 0o700)  # inputs are read-only
+        os.chmod(parent, 0o700)  # noqa: PTH101 - inputs are read-only, and pathlib is slow to load
     shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -1,4 +1,6 @@
-"""Commands as process groups that never outlive us: ended gently, then for certain, and by the guard if we are killed."""
+"""Commands as process groups that never outlive us: ended gently, then for certain, and by the guard if we
+are killed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _LINGER = 1.0
 
 
 class Guard:
-    """The process that cleans up after us if we are killed; see guard.py. Started anew if it was killed itself."""
+    """The process that cleans up after us if we are killed; see guard.py. Started anew if it was killed
+    itself.
+    """
 
     def __init__(self, directories: Iterable[Path]) -> None:
         self._directories = [str(directory) for directory in directories]
@@ -91,7 +95,8 @@ class Command:
         keep: int,
         forward: Callable[[bytes], None] | None = None,
     ) -> Command:
-        """Keeps the last `keep` bytes of its standard error and forwards them all. Raises OSError if it can't be started.
+        """Keeps the last `keep` bytes of its standard error and forwards them all. Raises OSError if it
+        can't be started.
 
         Call it on the main thread: the kernel ties a child to the thread that made it.
         """
@@ -160,7 +165,9 @@ class Command:
 
 
 def _die_with_parent() -> Callable[[], None] | None:
-    """What the new process runs before its command, so that the kernel kills it with us; None where there is no such."""
+    """What the new process runs before its command, so that the kernel kills it with us; None where there
+    is no such.
+    """
     if not sys.platform.startswith("linux"):
         return None
     prctl = ctypes.CDLL(None).prctl  # resolved here: little is safe between fork and exec

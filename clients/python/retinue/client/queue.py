@@ -39,9 +39,7 @@ Seconds: TypeAlias = float | timedelta
 Token: TypeAlias = pb.Lease | bytes
 """A lease, or its token."""
 
-TERMINAL = frozenset(
-    {pb.TASK_STATE_SUCCEEDED, pb.TASK_STATE_DEAD, pb.TASK_STATE_CANCELLED, pb.TASK_STATE_EXPIRED}
-)
+TERMINAL = frozenset({pb.TASK_STATE_SUCCEEDED, pb.TASK_STATE_DEAD, pb.TASK_STATE_CANCELLED, pb.TASK_STATE_EXPIRED})
 _LONGEST_POLL = 60.0
 _MAX_REASON, _MAX_MESSAGE = 128, 4096
 
@@ -70,11 +68,12 @@ class Queue:
         address: str | None = None,
         connection: Connection | None = None,
         timeout: float = DEFAULT_TIMEOUT,
+        patient: bool = True,
     ) -> None:
         self.queue_id = queue_id
         self.timeout = timeout
         self._owned = connection is None
-        self.connection = connection or Connection(address)
+        self.connection = connection or Connection(address, patient=patient)
         self.blobs = Blobs(self.connection)
         self._outbox: Coalescer[pb.TaskSpec, Enqueued] = Coalescer(self._enqueue_block, pb.TaskSpec.ByteSize)
 
@@ -162,23 +161,17 @@ class Queue:
         """
         return await self._outbox.submit(await self.spec(content, **options))
 
-    async def enqueue_many(
-        self, tasks: Iterable[pb.TaskSpec], *, atomic: bool = False
-    ) -> list[Enqueued | Exception]:
+    async def enqueue_many(self, tasks: Iterable[pb.TaskSpec], *, atomic: bool = False) -> list[Enqueued | Exception]:
         """Enqueues tasks in blocks, item by item: the answer has the error where a task was refused.
 
         With `atomic` all are taken or the call raises: at most 1,000 and 3 MiB.
         """
         parts = list(blocks(tasks, pb.TaskSpec.ByteSize))
         if atomic and len(parts) > 1:
-            raise ValueError(
-                "cannot enqueue atomically: more than 1,000 tasks or 3 MiB; drop atomic or send less"
-            )
+            raise ValueError("cannot enqueue atomically: more than 1,000 tasks or 3 MiB; drop atomic or send less")
         return [answer for part in parts for answer in await self._enqueue_block(part, atomic=atomic)]
 
-    async def _enqueue_block(
-        self, tasks: list[pb.TaskSpec], *, atomic: bool = False
-    ) -> Sequence[Enqueued | Exception]:
+    async def _enqueue_block(self, tasks: list[pb.TaskSpec], *, atomic: bool = False) -> Sequence[Enqueued | Exception]:
         request = api.EnqueueTasksRequest(tasks=tasks, atomic=atomic, request_id=uuid.uuid4().hex)
         response = await self.connection.call(self._stub.EnqueueTasks, request, timeout=self.timeout)
         return [_enqueued(result) for result in response.results]
@@ -227,9 +220,7 @@ class Queue:
         while True:
             poll = max(min(end - loop.time(), _LONGEST_POLL), 0)
             request = api.WaitTaskRequest(task_id=task_id, wait_duration=duration(poll))
-            task = (
-                await self.connection.call(self._stub.WaitTask, request, timeout=poll + self.timeout)
-            ).task
+            task = (await self.connection.call(self._stub.WaitTask, request, timeout=poll + self.timeout)).task
             if task.state in TERMINAL or loop.time() >= end:
                 return task
 
@@ -319,9 +310,7 @@ class Queue:
         """Ends a lease with failure; what became of the task: RETRYING, DEAD or CANCELLED. Raises
         LeaseLost.
         """
-        request = api.FailTasksRequest(
-            failures=[failure(lease, reason, message, final=final, retry_delay=retry_delay)]
-        )
+        request = api.FailTasksRequest(failures=[failure(lease, reason, message, final=final, retry_delay=retry_delay)])
         response = await self.connection.call(self._stub.FailTasks, request, timeout=self.timeout)
         _raise_if_refused(response.results[0])
         return response.results[0].state

@@ -1,18 +1,18 @@
 """Runs a command per task: an input file in, an output file out.
 
-Each attempt has a private directory: `input/NAME` (read-only), an empty `output/`, `task.json`. The command finds them by
-the placeholders `{input}` `{output}` `{task}` `{dir}` and by the environment; without a placeholder the input is its
-standard input and its standard output is the output. NAME is the last part of the label `path`, so that tools that go by
-a file's suffix are served, or `data`.
+Each attempt has a private directory: `input/NAME` (read-only), an empty `output/`, `task.json`. The command
+finds them by the placeholders `{input}` `{output}` `{task}` `{dir}` and by the environment; without a
+placeholder the input is its standard input and its standard output is the output. NAME is the last part of
+the label `path`, so that tools that go by a file's suffix are served, or `data`.
 
-The output is `output/NAME`, or else the only file in `output/`, or else nothing. It counts only after exit code 0: it is
-synced, hashed, uploaded if it is large, published to the output directory, and then the task is completed. Publishing
-comes before completing, so that a crash in between leaves a whole file that the next attempt replaces, not a completed
-task without its file; a file is renamed into place, so that nobody sees a part of one. A reader that must not see the
-output of an uncommitted attempt reads the result from the queue.
+The output is `output/NAME`, or else the only file in `output/`, or else nothing. It counts only after exit
+code 0: it is synced, hashed, uploaded if it is large, published to the output directory, and then the task is
+completed. Publishing comes before completing, so that a crash in between leaves a whole file that the next
+attempt replaces, not a completed task without its file; a file is renamed into place, so that nobody sees a
+part of one. A reader that must not see the output of an uncommitted attempt reads the result from the queue.
 
-Whatever ends an attempt early (deadline, lost lease, cancellation, shutdown) ends the command's whole process group:
-SIGTERM, then SIGKILL. A runner that is killed takes its commands and directories with it.
+Whatever ends an attempt early (deadline, lost lease, cancellation, shutdown) ends the command's whole process
+group: SIGTERM, then SIGKILL. A runner that is killed takes its commands and directories with it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TypeAlias
+from typing import IO, TYPE_CHECKING, BinaryIO, Literal, Self, TypeAlias, cast
 
 from retinue.client import payload as payloads
 from retinue.client import trace
@@ -36,7 +37,7 @@ from retinue.client.worker import Done, Failed, Job, Released
 from retinue.workqueue.v1 import task_pb2 as pb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from retinue.client.queue import Queue
 
@@ -118,20 +119,18 @@ class Runner:
         files.input.parent.chmod(0o555)
         return files
 
-    async def _write_input(self, job: Job, file: object) -> None:
+    async def _write_input(self, job: Job, file: BinaryIO) -> None:
         content = job.lease.input
         if content.WhichOneof("content") == "blob":
-            await self._queue.blobs.get_file(content.blob.blob_id, file)  # type: ignore[arg-type] # opened for bytes
+            await self._queue.blobs.get_file(content.blob.blob_id, file)
         else:
-            file.write(payloads.raw(content))  # type: ignore[attr-defined] # opened for bytes
+            file.write(payloads.raw(content))
 
     # During: the command
 
     async def _execute(self, files: Files, job: Job) -> None:
         arguments, piped = self._arguments(files)
-        with contextlib.ExitStack() as stack:
-            stdin = stack.enter_context(files.input.open("rb") if piped else Path(os.devnull).open("rb"))
-            stdout = stack.enter_context(files.output.open("wb")) if piped else _STDERR
+        with files.streams(piped=piped) as (stdin, stdout):
             starting = asyncio.ensure_future(
                 Command.start(
                     arguments,
@@ -157,7 +156,9 @@ class Runner:
             raise
 
     def _arguments(self, files: Files) -> tuple[list[str], bool]:
-        """The command with its placeholders filled in, and whether it is fed by standard input for want of any."""
+        """The command with its placeholders filled in, and whether it is fed by standard input for want of
+        any.
+        """
         command = self._options.command
         if not any(placeholder in argument for placeholder in PLACEHOLDERS for argument in command):
             return list(command), True
@@ -174,11 +175,13 @@ class Runner:
             self._commands.discard(command)
 
     def kill(self) -> None:
-        """Ends every running command at once, without its grace. Stop the worker first, or they count as failed."""
+        """Ends every running command at once, without its grace. Stop the worker first, or they count as
+        failed.
+        """
         for command in self._commands:
             command.kill()
 
-    def _judge(self, code: int, tail: bytes) -> None:
+    def _judge(self, code: int, tail: bytearray) -> None:
         action, reason = judge(code, self._options.exits)
         message = tail.decode(errors="replace").strip()
         if action == "release":
@@ -190,16 +193,17 @@ class Runner:
 
     async def _publish(self, files: Files, job: Job) -> Done:
         output = await asyncio.to_thread(files.find_output)
-        result = await self._result(output, job) if output else pb.Payload()
+        result = await self._result(output) if output else pb.Payload()
         if output and self._options.output_dir:
             await asyncio.to_thread(self._put_out, output, job)
         return Done(result, [await self._follow_up(result, job)] if self._options.then else [])
 
-    async def _result(self, output: Path, job: Job) -> pb.Payload:
-        if output.stat().st_size <= payloads.INLINE_BYTES:
-            return payloads.readable(await asyncio.to_thread(output.read_bytes))
-        with output.open("rb") as file:
-            return pb.Payload(blob=await self._queue.blobs.put_file(file))
+    async def _result(self, output: Path) -> pb.Payload:
+        with await asyncio.to_thread(output.open, "rb") as file:
+            start = await asyncio.to_thread(file.read, payloads.INLINE_BYTES + 1)
+            if len(start) <= payloads.INLINE_BYTES:
+                return payloads.readable(start)
+            return pb.Payload(blob=await self._queue.blobs.put_file(cast("BinaryIO", file)))
 
     async def _follow_up(self, result: pb.Payload, job: Job) -> pb.TaskSpec:
         labels = job.labels | dict(self._options.then_labels)
@@ -257,6 +261,15 @@ class Files:
             argument = argument.replace(placeholder, str(path))
         return argument
 
+    @contextlib.contextmanager
+    def streams(self, *, piped: bool) -> Iterator[tuple[IO[bytes] | int, IO[bytes] | int]]:
+        """The command's standard input and output: the files if it is fed by them, else nothing and our log."""
+        if not piped:
+            yield subprocess.DEVNULL, _STDERR
+            return
+        with self.input.open("rb") as stdin, self.output.open("wb") as stdout:
+            yield stdin, stdout
+
     def find_output(self) -> Path | None:
         """The output, synced; None if there is none. Raises Failed if it is not clear which file it is."""
         found = sorted(self.output.parent.iterdir())
@@ -272,7 +285,9 @@ class Files:
 
 
 def judge(code: int, exits: Mapping[int, Action]) -> tuple[Action, str]:
-    """What the end of a command means for its task, and the word for it: EXIT_n, or SIGNAL_n also by way of a shell."""
+    """What the end of a command means for its task, and the word for it: EXIT_n, or SIGNAL_n also by way
+    of a shell.
+    """
     if code < 0:
         return "retry", f"SIGNAL_{-code}"
     if code not in exits and code - _SHELL_SIGNAL in {number.value for number in signal.Signals}:
@@ -281,7 +296,9 @@ def judge(code: int, exits: Mapping[int, Action]) -> tuple[Action, str]:
 
 
 def published_path(directory: Path, job: Job) -> Path:
-    """Where a task's output goes: its label `path`, or else its id. Raises Failed for a path that leads elsewhere."""
+    """Where a task's output goes: its label `path`, or else its id. Raises Failed for a path that leads
+    elsewhere.
+    """
     wanted = job.labels.get("path") or job.task_id
     root = directory.resolve()
     target = root if "\0" in wanted else (root / wanted).resolve()

@@ -98,9 +98,7 @@ class TaskStream:
         lease_duration: Seconds | None = None,
     ) -> None:
         self._connection = connection
-        self._open = api.StreamOpen(
-            queue_id=queue_id, worker_id=worker_id, lease_duration=duration(lease_duration)
-        )
+        self._open = api.StreamOpen(queue_id=queue_id, worker_id=worker_id, lease_duration=duration(lease_duration))
         self._listener = listener
         self._loop = loop
         lock = threading.RLock()
@@ -142,9 +140,10 @@ class TaskStream:
             self._credit += credit
             self._to_send.notify_all()
 
-    def settle(self, outcome: Outcome) -> None:
-        """Sends an outcome now, and again after every reconnection until it is answered."""
+    def settle(self, outcome: Outcome, credit: int = 0) -> None:
+        """Sends an outcome now, and again after every reconnection until it is answered; with it takes more leases."""
         with self._to_send:
+            self._credit += credit
             if held := self._held.get(outcome.lease_token):
                 held.ending = True
             self._outbox.append(outcome)
@@ -158,12 +157,6 @@ class TaskStream:
                 self._half_closed_at = time.monotonic()
             self._to_send.notify_all()
             self._clock.notify_all()
-
-    @property
-    def settled(self) -> bool:
-        """Whether every outcome is answered."""
-        with self._to_send:
-            return not self._outbox and not any(sent.outcomes for sent in self._sent.values())
 
     def close(self) -> None:
         """Ends the threads; what is not settled is left to the server. Safe to repeat."""
@@ -258,9 +251,7 @@ class TaskStream:
             yield request
             opening = None
 
-    def _next_request(
-        self, stream: int, opening: api.StreamTasksRequest | None
-    ) -> api.StreamTasksRequest | None:
+    def _next_request(self, stream: int, opening: api.StreamTasksRequest | None) -> api.StreamTasksRequest | None:
         """The next message when there is something to say; None when the stream is over or takes no more
         leases.
         """
@@ -387,9 +378,7 @@ class TaskStream:
         results: Any
         match outcomes[0]:
             case api.Completion():
-                results = self._unary(
-                    self._stub.CompleteTasks, api.CompleteTasksRequest(completions=outcomes)
-                )
+                results = self._unary(self._stub.CompleteTasks, api.CompleteTasksRequest(completions=outcomes))
             case api.TaskFailure():
                 results = self._unary(self._stub.FailTasks, api.FailTasksRequest(failures=outcomes))
             case _:
@@ -463,8 +452,7 @@ class TaskStream:
         at = time.monotonic()
         timeout = min(min(item.seconds for item in held) / 3, _CALL_TIMEOUT)
         items = [
-            api.Extension(lease_token=item.lease.lease_token, lease_duration=item.lease.lease_duration)
-            for item in held
+            api.Extension(lease_token=item.lease.lease_token, lease_duration=item.lease.lease_duration) for item in held
         ]
         response = self._unary(self._stub.ExtendLeases, api.ExtendLeasesRequest(extensions=items), timeout)
         for item, result in zip(held, response.results, strict=True):

@@ -94,9 +94,7 @@ def run_worker(
     asyncio.run(_work(queue_id, handler, address, grace, options))
 
 
-async def _work(
-    queue_id: str, handler: Handler, address: str | None, grace: float, options: dict[str, Any]
-) -> None:
+async def _work(queue_id: str, handler: Handler, address: str | None, grace: float, options: dict[str, Any]) -> None:
     async with asynchronous.Queue(queue_id, address=address) as queue:
         worker = Worker(queue, handler, **options)
         stop_on_signals(worker, grace)

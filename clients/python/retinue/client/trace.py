@@ -115,9 +115,7 @@ def _remote_span(traceparent: str) -> Any:
     if parsed is None:
         return None
     flags = api.TraceFlags(int(parsed.flags, 16))
-    return api.SpanContext(
-        int(parsed.trace_id, 16), int(parsed.span_id, 16), is_remote=True, trace_flags=flags
-    )
+    return api.SpanContext(int(parsed.trace_id, 16), int(parsed.span_id, 16), is_remote=True, trace_flags=flags)
 
 
 def configure() -> None:

@@ -186,9 +186,7 @@ class Worker:
         self.queue = queue
         self.worker_id = worker_id or default_worker_id()
         self._handler: Callable[[Job], Any] = handler
-        self._asynchronous = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
-            type(handler).__call__
-        )
+        self._asynchronous = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__)
         self._concurrency = concurrency
         self._credit = concurrency + prefetch
         self._left = max_tasks
@@ -198,15 +196,11 @@ class Worker:
         self._attempts: dict[bytes, _Attempt] = {}
         self._busy = 0
         self._stopping = False
+        self._connected: bool | None = None
         self._changed = asyncio.Event()
         self._fatal: errors.RetinueError | None = None
         self._stream: TaskStream | None = None
         self._grace: asyncio.TimerHandle | None = None
-
-    @property
-    def running(self) -> list[Job]:
-        """The jobs whose handlers run now."""
-        return [attempt.job for attempt in self._attempts.values() if attempt.work is not None]
 
     @property
     def idle(self) -> bool:
@@ -229,7 +223,7 @@ class Worker:
         self._stream = stream
         stream.start()
         try:
-            self._grant(self._credit)
+            self._grant(self._allowed(self._credit))
             if self._stopping:
                 stream.stop_leasing()
             await self._until(lambda: self._fatal is not None or (self._stopping and not self._working()))
@@ -284,11 +278,17 @@ class Worker:
         stream.close()
         await asyncio.to_thread(stream.join)
 
-    def _grant(self, credit: int) -> None:
+    def _allowed(self, credit: int) -> int:
+        """How much of a credit may be granted: none while stopping, no more than `max_tasks` in all."""
+        if self._stopping:
+            return 0
         if self._left is not None:
             credit = min(credit, self._left)
             self._left -= credit
-        if self._stream is not None and credit and not self._stopping:
+        return credit
+
+    def _grant(self, credit: int) -> None:
+        if self._stream is not None and credit:
             self._stream.grant(credit)
 
     # What the stream tells
@@ -322,9 +322,13 @@ class Worker:
         self._ended(attempt, status)
 
     def connected(self) -> None:
+        self._connected = True
         self._emit("connected")
 
     def disconnected(self, error: errors.RetinueError) -> None:
+        if self._connected is False:
+            return  # told already
+        self._connected = False
         self._emit("disconnected", reason=error.reason or error.code.name, message=error.message)
 
     def refused(self, error: errors.RetinueError) -> None:
@@ -372,11 +376,12 @@ class Worker:
                 attempt.stop = "shutdown"
         if attempt.timer is not None:
             attempt.timer.cancel()
-        self._conclude(attempt, outcome)
-        if thread is not None and not self._fatal:
+        free = thread is None or thread.done()
+        self._conclude(attempt, outcome, credit=self._allowed(1) if free else 0)
+        if thread is not None and not free:
             await asyncio.wait([thread], timeout=0 if attempt.stop == "shutdown" else None)
+            self._grant(self._allowed(1))
         self._busy -= 1
-        self._grant(1)
         self._fill()
         self._changed.set()
 
@@ -387,9 +392,7 @@ class Worker:
             done = answer if isinstance(answer, Done) else Done(answer)
             return completion(job.lease, await self.queue.store(done.result), done.follow_ups)
         except Failed as error:
-            return failure(
-                job.lease, error.reason, error.message, final=error.final, retry_delay=error.retry_delay
-            )
+            return failure(job.lease, error.reason, error.message, final=error.final, retry_delay=error.retry_delay)
         except Released as error:
             return release(job.lease, error.delay)
         except errors.RetinueError as error:
@@ -398,7 +401,7 @@ class Worker:
             log.exception("the handler failed on task %s, attempt %d", job.task_id, job.attempt)
             return failure(job.lease, type(error).__name__, str(error))
 
-    def _conclude(self, attempt: _Attempt, outcome: Outcome | None) -> None:
+    def _conclude(self, attempt: _Attempt, outcome: Outcome | None, credit: int = 0) -> None:
         lease = attempt.job.lease
         if attempt.stop == "deadline":
             limit = lease.attempt_duration.ToTimedelta().total_seconds()
@@ -408,9 +411,10 @@ class Worker:
         attempt.outcome = outcome
         self._changed.set()
         if attempt.stop == "lost":
+            self._grant(credit)
             self._ended(attempt, None)
         elif self._stream is not None:
-            self._stream.settle(outcome)
+            self._stream.settle(outcome, credit)
 
     def _refused_completion(self, attempt: _Attempt, status: pb.ItemStatus) -> None:
         """The lease is still held: try again while waiting helps (a full queue, a full disk), else it is a
@@ -434,7 +438,7 @@ class Worker:
         self._attempts.pop(attempt.job.lease.lease_token, None)
         self._report(attempt, status)
         if attempt.task is None:  # never begun: its place is free
-            self._grant(1)
+            self._grant(self._allowed(1))
         self._changed.set()
 
     def _report(self, attempt: _Attempt, status: pb.ItemStatus | None) -> None:

@@ -170,7 +170,7 @@ def lease(asked: LeaseAsk, at: str = "") -> Violations:
     yield from queue_id(asked.queue_id, f"{at}queue_id")
     yield from text(asked.worker_id, 128, f"{at}worker_id", required=True)
     yield from within(asked.max_tasks, 1, MAX_BATCH, f"{at}max_tasks")
-    yield from duration(asked.lease_ms or None, MIN_LEASE_MS, MAX_LEASE_MS, f"{at}lease_duration")
+    yield from duration(asked.lease_ms, MIN_LEASE_MS, MAX_LEASE_MS, f"{at}lease_duration")
     yield from text(asked.request_id, 128, f"{at}request_id")
 
 
@@ -207,7 +207,7 @@ def extend(asked: Sequence[Extend]) -> Violations:
     """Leases that shall last longer."""
     yield from batch(len(asked), "extensions")
     for index, item in enumerate(asked[:MAX_BATCH]):
-        yield from duration(item.lease_ms or None, MIN_LEASE_MS, MAX_LEASE_MS, f"extensions[{index}].lease_duration")
+        yield from duration(item.lease_ms, MIN_LEASE_MS, MAX_LEASE_MS, f"extensions[{index}].lease_duration")
 
 
 def complete(asked: Complete, at: str, now_ms: int) -> Violations:
@@ -238,6 +238,8 @@ def selection(asked: Selection) -> Violations:
         yield Violation("task_ids", "give either task_ids or filter")
     if len(asked.task_ids) > MAX_BATCH:
         yield Violation("task_ids", f"must hold at most {MAX_BATCH} items; it holds {len(asked.task_ids)}")
+    for index, name in enumerate(asked.task_ids[:MAX_BATCH]):
+        yield from task_id(name, f"task_ids[{index}]")
     yield from within(asked.max_count, 1, MAX_SELECTED, "max_count")
     if asked.wanted is not None:
         yield from task_filter(asked.wanted)
@@ -247,6 +249,8 @@ def task_filter(wanted: TaskFilter) -> Violations:
     """A filter."""
     if wanted.queue_id:
         yield from queue_id(wanted.queue_id, "filter.queue_id")
+    if wanted.parent_task_id:
+        yield from task_id(wanted.parent_task_id, "filter.parent_task_id")
     if len(wanted.labels) > MAX_LABELS:
         yield Violation("filter.labels", f"must hold at most {MAX_LABELS} labels")
 

@@ -7,7 +7,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
-from retinue_server.runtime.errors import NotFound, Reason, RetinueError, Violation
+from retinue_server.runtime.errors import NotFound, Reason, Violation
 from retinue_server.workqueue.core import limits, rules, steps
 from retinue_server.workqueue.core.events import Event, EventRing, EventType, Ledger
 from retinue_server.workqueue.core.requests import (
@@ -24,7 +24,6 @@ from retinue_server.workqueue.core.requests import (
     Extend,
     LeaseAsk,
     LeaseRef,
-    NewTask,
     Release,
     Reschedule,
     Selection,
@@ -132,27 +131,9 @@ class WorkQueue:
     async def enqueue(self, asked: Enqueue, found: Found = ()) -> list[steps.Enqueued]:
         """Takes tasks in; see EnqueueTasks."""
         limits.refuse("enqueue", [*found, *limits.enqueue(asked, self.now().wall_ms)])
-        missing = await self._missing_blobs(asked.tasks)
-        if missing:
-            return await self._enqueue_without(asked, missing)
-        return await self._enqueue(asked)
-
-    async def _enqueue(self, asked: Enqueue) -> list[steps.Enqueued]:
+        lacking = await self._lacking(task.body.input_blob for task in asked.tasks)
         ids = self._chance.ids(len(asked.tasks), self.now().wall_ms)
-        return await self._write(lambda tx, ctx: steps.enqueue(tx, asked, ids, ctx))
-
-    async def _enqueue_without(self, asked: Enqueue, missing: dict[int, RetinueError]) -> list[steps.Enqueued]:
-        """Refuses the tasks whose input is not there and takes the others, without remembering the request."""
-        if asked.atomic:
-            index, error = next(iter(missing.items()))
-            error.metadata["index"] = str(index)
-            raise error
-        there = tuple(t for i, t in enumerate(asked.tasks) if i not in missing)
-        taken = iter(await self._enqueue(replace(asked, tasks=there, request_id="")) if there else ())
-        return [
-            steps.Enqueued(task.task_id, error=missing[i]) if i in missing else next(taken)
-            for i, task in enumerate(asked.tasks)
-        ]
+        return await self._write(lambda tx, ctx: steps.enqueue(tx, asked, ids, lacking, ctx))
 
     async def get(self, task_id: str) -> Task:
         """One task, whole."""
@@ -167,11 +148,14 @@ class WorkQueue:
             raise steps.task_not_found(task_id)
         return task
 
-    async def page(self, wanted: TaskFilter, before_seq: int | None, page_size: int, found: Found = ()) -> list[Task]:
-        """Matching tasks below `before_seq`, newest first."""
+    async def page(
+        self, wanted: TaskFilter, before_seq: int | None, page_size: int, found: Found = ()
+    ) -> tuple[list[Task], bool]:
+        """Matching tasks below `before_seq`, newest first, and whether there are more."""
         limits.refuse("list tasks", [*found, *limits.task_filter(wanted), *limits.page_size(page_size)])
         size = page_size or limits.DEFAULT_PAGE
-        return await self.engine.read(lambda view: view.page(wanted, before_seq, size))
+        tasks = await self.engine.read(lambda view: view.page(wanted, before_seq, size + 1))
+        return tasks[:size], len(tasks) > size
 
     async def wait(self, task_id: str, wait_ms: int, time_left_ms: int | None = None, found: Found = ()) -> Task:
         """The task once it has ended, or as it stands after the wait."""
@@ -237,7 +221,7 @@ class WorkQueue:
     async def give_back(self, granted: Sequence[steps.Granted]) -> None:
         """Releases leases whose answer can't be delivered."""
         back = [Release(LeaseRef.of(task.row)) for task, *_ in granted]
-        await self._write(lambda tx, ctx: steps.settle(tx, back, (), ctx))
+        await self._write(lambda tx, ctx: steps.settle(tx, back, (), {}, ctx))
 
     async def extend(self, asked: Sequence[Extend], found: Found = ()) -> list[steps.Extended]:
         """Makes leases last longer; see ExtendLeases."""
@@ -247,17 +231,12 @@ class WorkQueue:
     async def settle(self, asked: Sequence[Settlement], found: Found = ()) -> list[steps.Settled]:
         """Ends leases; see CompleteTasks, FailTasks, ReleaseTasks."""
         limits.refuse("settle", [*found, *limits.settle(asked, self.now().wall_ms)])
-        follow_ups = [task for item in asked if isinstance(item, Complete) for task in item.follow_ups]
+        completions = [item for item in asked if isinstance(item, Complete)]
+        follow_ups = [task for item in completions for task in item.follow_ups]
         ids = self._chance.ids(len(follow_ups), self.now().wall_ms) if follow_ups else ()
-        missing = await self._missing_results(asked)
-        there = [item for i, item in enumerate(asked) if i not in missing] if missing else asked
-        if missing:
-            ids = self._chance.ids(sum(len(i.follow_ups) for i in there if isinstance(i, Complete)), self.now().wall_ms)
-        settled = await self._write(lambda tx, ctx: steps.settle(tx, there, ids, ctx)) if there else []
-        if not missing:
-            return settled
-        done = iter(settled)
-        return [steps.Settled(error=missing[i]) if i in missing else next(done) for i in range(len(asked))]
+        blobs = (*(item.result_blob for item in completions), *(task.body.input_blob for task in follow_ups))
+        lacking = await self._lacking(blobs)
+        return await self._write(lambda tx, ctx: steps.settle(tx, asked, ids, lacking, ctx))
 
     # Operators
 
@@ -314,11 +293,12 @@ class WorkQueue:
             raise steps.queue_not_found(queue_id)
         return queue
 
-    async def queues(self, after: str, page_size: int) -> list[QueueRow]:
-        """Queues by name."""
-        limits.refuse("list queues", list(limits.page_size(page_size)))
+    async def queues(self, after: str, page_size: int, found: Found = ()) -> tuple[list[QueueRow], bool]:
+        """Queues by name, and whether there are more."""
+        limits.refuse("list queues", [*found, *limits.page_size(page_size)])
         size = page_size or limits.DEFAULT_PAGE
-        return await self.engine.read(lambda view: view.queues(after, size))
+        queues = await self.engine.read(lambda view: view.queues(after, size + 1))
+        return queues[:size], len(queues) > size
 
     async def reports(self, queue_ids: Sequence[str]) -> list[QueueReport]:
         """Statistics of these queues, or of all (500 at most)."""
@@ -395,28 +375,15 @@ class WorkQueue:
             self.happened[event.row.queue_id, event.type] += 1
             if event.row.state == State.READY and event.type != EventType.DELETED:
                 ready[event.row.queue_id] += 1
-            elif event.row.state in FINISHED:
+            elif event.row.state in FINISHED or event.type == EventType.DELETED:
                 self._ended.wake(event.row.task_id, 1 << 30)
         for queue_id, count in ready.items():
             self._ready.wake(queue_id, count)
 
-    async def _missing_blobs(self, tasks: Sequence[NewTask]) -> dict[int, RetinueError]:
-        missing: dict[int, RetinueError] = {}
-        for index, task in enumerate(tasks):
-            if task.body.input_blob and await self.blobs.stat(task.body.input_blob) is None:
-                missing[index] = blob_not_found(task.body.input_blob)
-        return missing
-
-    async def _missing_results(self, asked: Sequence[Settlement]) -> dict[int, RetinueError]:
-        missing: dict[int, RetinueError] = {}
-        for index, item in enumerate(asked):
-            if not isinstance(item, Complete):
-                continue
-            if item.result_blob and await self.blobs.stat(item.result_blob) is None:
-                missing[index] = blob_not_found(item.result_blob)
-            elif item.follow_ups and (lost := await self._missing_blobs(item.follow_ups)):
-                missing[index] = next(iter(lost.values()))
-        return missing
+    async def _lacking(self, blob_ids: Iterable[str]) -> steps.Lacking:
+        """Those of the blobs that are not there; the others live on for a while."""
+        asked = {blob_id for blob_id in blob_ids if blob_id}
+        return {blob_id: blob_not_found(blob_id) for blob_id in asked if await self.blobs.stat(blob_id) is None}
 
 
 def patched(settings: QueueSettings, patch: SettingsPatch) -> QueueSettings:

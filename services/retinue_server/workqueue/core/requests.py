@@ -67,22 +67,22 @@ class Enqueue(Struct, frozen=True):
 
 
 class LeaseAsk(Struct, frozen=True):
-    """A worker asks for tasks; 0 and "" mean the default."""
+    """A worker asks for tasks; a lease of None is as long as the queue says."""
 
     queue_id: str
     worker_id: str
     max_tasks: int = 1
-    lease_ms: int = 0
+    lease_ms: int | None = None
     request_id: str = ""
     max_bytes: int = 0
     """How many payload bytes the reply has room for."""
 
 
 class Extend(Struct, frozen=True):
-    """A lease that shall last longer; 0 = as granted."""
+    """A lease that shall last longer; None = as granted."""
 
     lease: LeaseRef
-    lease_ms: int = 0
+    lease_ms: int | None = None
 
 
 class Complete(Struct, frozen=True):

@@ -69,12 +69,12 @@ def leased(
     now: Instant,
     *,
     worker_id: str,
-    lease_ms: int,
+    lease_ms: int | None,
     nonce: int,
     request_id: str,
 ) -> TaskRow:
     """READY -> LEASED: a new attempt under a new epoch."""
-    lease_ms = lease_ms or settings.lease_ms
+    lease_ms = settings.lease_ms if lease_ms is None else lease_ms
     attempt_ms = settings.attempt_ms if row.attempt_ms is None else row.attempt_ms
     attempt_until = now.lease_ms + attempt_ms if attempt_ms else None
     return replace(
@@ -103,10 +103,10 @@ def is_live(row: TaskRow, now: Instant) -> bool:
     return row.state == State.LEASED and row.lease_until is not None and row.lease_until > now.lease_ms
 
 
-def extended(row: TaskRow, lease_ms: int, now: Instant) -> TaskRow:
-    """The lease lasts `lease_ms` from now (0 = as granted), but never past the attempt's deadline."""
-    lease_ms = lease_ms or row.lease_ms
-    return replace(row, lease_ms=lease_ms, lease_until=_earlier(now.lease_ms + lease_ms, row.attempt_until))
+def extended(row: TaskRow, lease_ms: int | None, now: Instant) -> TaskRow:
+    """The lease lasts `lease_ms` from now (None = as granted), but never past the attempt's deadline."""
+    lasts_ms = row.lease_ms if lease_ms is None else lease_ms
+    return replace(row, lease_until=_earlier(now.lease_ms + lasts_ms, row.attempt_until))
 
 
 def recovered(row: TaskRow, now: Instant, attempt_ms: int) -> TaskRow:

@@ -6,7 +6,7 @@ durable. Refusals of single items are values (RetinueError), not raised.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from retinue_server.runtime.errors import (
     AlreadyExists,
+    Code,
     FailedPrecondition,
     NotFound,
     Reason,
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 
 REQUEST_MEMORY_MS = 3_600_000
 _SWEEP = 500
+_ROW_BYTES = 1_024
+"""More than a lease takes on the wire beside input and labels."""
 
 
 class Enqueued(NamedTuple):
@@ -96,6 +99,10 @@ class Selected(Struct, frozen=True):
     errors: dict[str, RetinueError]
 
 
+Lacking = Mapping[str, RetinueError]
+"""Blobs that were looked for and are not there, with what to say of each."""
+
+
 class Context(NamedTuple):
     """What a step needs beside the store."""
 
@@ -108,17 +115,16 @@ class Context(NamedTuple):
 # Producers
 
 
-def enqueue(tx: Transaction, asked: Enqueue, ids: Sequence[str], ctx: Context) -> list[Enqueued]:
-    """Takes a batch in; `ids` are for tasks without one of their own."""
+def enqueue(tx: Transaction, asked: Enqueue, ids: Sequence[str], lacking: Lacking, ctx: Context) -> list[Enqueued]:
+    """Takes a batch in; `ids` are for tasks without one of their own, `lacking` refuses blobs not there."""
     if asked.request_id and (known := tx.request(asked.request_id)):
         return _replayed(known, asked)
-    results = _insert(tx, asked.tasks, ids, ctx, parent=None)
+    results = _insert(tx, asked.tasks, ids, lacking, ctx, parent=None)
     if asked.atomic:
         _all_or_none(results)
     if asked.request_id:
-        reply = msgspec.json.encode([(r.task_id, r.existing) for r in results if r.error is None])
-        if all(r.error is None for r in results):
-            tx.save_request(asked.request_id, asked.fingerprint, reply, ctx.now.wall_ms + REQUEST_MEMORY_MS)
+        reply = msgspec.json.encode([(r.task_id, r.existing, r.error and _remembered(r.error)) for r in results])
+        tx.save_request(asked.request_id, asked.fingerprint, reply, ctx.now.wall_ms + REQUEST_MEMORY_MS)
     return results
 
 
@@ -129,9 +135,26 @@ def _replayed(known: tuple[bytes, bytes], asked: Enqueue) -> list[Enqueued]:
             f"cannot enqueue: request_id {asked.request_id!r} was used for another request",
             reason=Reason.REQUEST_CONFLICT,
         )
-    return [
-        Enqueued(task_id, existing) for task_id, existing in msgspec.json.decode(reply, type=list[tuple[str, bool]])
-    ]
+    items = msgspec.json.decode(reply, type=list[tuple[str, bool, _Refusal | None]])
+    return [Enqueued(task_id, existing, refusal.error() if refusal else None) for task_id, existing, refusal in items]
+
+
+class _Refusal(Struct, frozen=True, array_like=True):
+    """An error as it is remembered with its request."""
+
+    code: Code
+    message: str
+    reason: Reason
+    retry_ms: int
+    metadata: dict[str, str]
+
+    def error(self) -> RetinueError:
+        kinds = {kind.code: kind for kind in (NotFound, AlreadyExists, FailedPrecondition, ResourceExhausted)}
+        return kinds[self.code](self.message, reason=self.reason, retry_ms=self.retry_ms, **self.metadata)
+
+
+def _remembered(error: RetinueError) -> _Refusal:
+    return _Refusal(error.code, error.message, error.reason, error.retry_ms, error.metadata)
 
 
 def _all_or_none(results: list[Enqueued]) -> None:
@@ -142,13 +165,20 @@ def _all_or_none(results: list[Enqueued]) -> None:
 
 
 def _insert(
-    tx: Transaction, tasks: Sequence[NewTask], ids: Sequence[str], ctx: Context, parent: TaskRow | None
+    tx: Transaction,
+    tasks: Sequence[NewTask],
+    ids: Sequence[str],
+    lacking: Lacking,
+    ctx: Context,
+    *,
+    parent: TaskRow | None,
 ) -> list[Enqueued]:
     admission = _Admission(tx, tasks, ctx, parent)
     results: list[Enqueued] = []
     taken: list[Task] = []
     for task, made_id in zip(tasks, ids, strict=True):
-        result = admission.check(task, task.task_id or made_id)
+        lost = lacking.get(task.body.input_blob)
+        result = Enqueued(task.task_id, error=lost) if lost else admission.check(task, task.task_id or made_id)
         results.append(result)
         if result.error is None and not result.existing:
             new = _new_row(task, result.task_id, ctx.now, parent)
@@ -193,15 +223,15 @@ class _Admission:
     def check(self, task: NewTask, task_id: str) -> Enqueued:
         queue = self._queue(task.queue_id)
         if isinstance(queue, RetinueError):
-            return Enqueued(task_id, error=queue)
+            return Enqueued(task.task_id, error=queue)
         if error := limits.payload_error(task.inline_bytes):
-            return Enqueued(task_id, error=error)
+            return Enqueued(task.task_id, error=error)
         if task.idempotency_key and (known := self._by_key.get((task.queue_id, task.idempotency_key))):
             return self._same_key(task, *known)
         if task.task_id in self._taken_ids:
             return Enqueued(task_id, error=_task_exists(task_id))
         if self._room.get(task.queue_id, 1) <= 0:
-            return Enqueued(task_id, error=_queue_full(queue))
+            return Enqueued(task.task_id, error=_queue_full(queue))
         return Enqueued(task_id)
 
     def admit(self, new: Task) -> None:
@@ -263,10 +293,12 @@ class _Admission:
 def lease(tx: Transaction, asked: LeaseAsk, nonce: int, ctx: Context) -> list[Granted]:
     """Hands out ready tasks."""
     queue = tx.queue(asked.queue_id)
-    if queue is None or queue.state == QueueState.PAUSED:
+    if queue is None:
         return []
     if asked.request_id and (again := _live_leases(tx, asked, ctx.now)):
         return [_granted(task, queue, ctx.now) for task in again]
+    if queue.state == QueueState.PAUSED:
+        return []
     ready = _fitting(_startable(tx.ready(asked.queue_id, asked.max_tasks), ctx.now), asked.max_bytes)
     leased = [Task(_leased(row, queue, asked, nonce, ctx.now), body) for row, body in ready]
     tx.save([task.row for task in leased])
@@ -310,7 +342,7 @@ def _fitting(tasks: Iterable[Task], max_bytes: int) -> Iterable[Task]:
     room = max_bytes or None
     for index, task in enumerate(tasks):
         if room is not None:
-            room -= len(task.body.input) + sum(len(k) + len(v) for k, v in task.body.labels.items()) + 512
+            room -= len(task.body.input) + _ROW_BYTES + sum(len(k) + 4 * len(v) for k, v in task.body.labels.items())
             if room < 0 and index:
                 return
         yield task
@@ -333,10 +365,12 @@ def extend(tx: Transaction, asked: Sequence[Extend], ctx: Context) -> list[Exten
     return results
 
 
-def settle(tx: Transaction, asked: Sequence[Settlement], ids: Sequence[str], ctx: Context) -> list[Settled]:
-    """Ends leases, in order; `ids` are for follow-ups without one of their own."""
+def settle(
+    tx: Transaction, asked: Sequence[Settlement], ids: Sequence[str], lacking: Lacking, ctx: Context
+) -> list[Settled]:
+    """Ends leases, in order; `ids` are for follow-ups without one of their own, `lacking` refuses blobs not there."""
     rows = tx.by_seq([item.lease.seq for item in asked])
-    desk = _Desk(tx, rows, iter(ids), ctx)
+    desk = _Desk(tx, rows, iter(ids), lacking, ctx)
     results = [desk.settle(item) for item in asked]
     tx.save(list(desk.changed.values()))
     return results
@@ -345,8 +379,10 @@ def settle(tx: Transaction, asked: Sequence[Settlement], ids: Sequence[str], ctx
 class _Desk:
     """Settles one item after the other, so that a later one sees what an earlier one did."""
 
-    def __init__(self, tx: Transaction, rows: dict[int, TaskRow], ids: Iterable[str], ctx: Context) -> None:
-        self._tx, self._rows, self._ids, self._ctx = tx, rows, iter(ids), ctx
+    def __init__(
+        self, tx: Transaction, rows: dict[int, TaskRow], ids: Iterable[str], lacking: Lacking, ctx: Context
+    ) -> None:
+        self._tx, self._rows, self._ids, self._lacking, self._ctx = tx, rows, iter(ids), lacking, ctx
         self._queues: dict[str, QueueRow] = {}
         self.changed: dict[int, TaskRow] = {}
 
@@ -355,8 +391,7 @@ class _Desk:
         row = self._rows.get(item.lease.seq)
         live = row is not None and rules.holds(row, *item.lease[1:]) and rules.is_live(row, self._ctx.now)
         if row is None or not live:
-            refused = rules.refusal(row, item)
-            return Settled(row.state if row else None, error=refused)
+            return _repeated(item, row)
         if isinstance(item, Complete):
             return self._complete(item, row, own_ids)
         after = self._fail(item, row) if isinstance(item, Fail) else self._release(item, row)
@@ -365,10 +400,10 @@ class _Desk:
 
     def _complete(self, item: Complete, row: TaskRow, ids: Sequence[str]) -> Settled:
         try:
-            if error := limits.payload_error(item.inline_bytes):
+            if error := limits.payload_error(item.inline_bytes) or self._lacking.get(item.result_blob):
                 raise error
             with self._tx.savepoint(), self._ctx.ledger.savepoint():
-                results = _insert(self._tx, item.follow_ups, ids, self._ctx, parent=row) if item.follow_ups else []
+                results = _insert(self._tx, item.follow_ups, ids, self._lacking, self._ctx, parent=row)
                 _all_or_none(results)
         except RetinueError as error:
             return Settled(row.state, error=error)
@@ -402,6 +437,15 @@ class _Desk:
         if queue_id not in self._queues:
             self._queues[queue_id] = require_queue(self._tx, queue_id)
         return self._queues[queue_id]
+
+
+def _repeated(item: Settlement, row: TaskRow | None) -> Settled:
+    """What a settlement of a lease that is not live is told; a failure that is repeated, what came of it then."""
+    refused = rules.refusal(row, item)
+    if row is None or refused is not None:
+        return Settled(error=refused)
+    came_of_it = row.state if row.state in (State.DEAD, State.CANCELLED) else State.RETRYING
+    return Settled(came_of_it if isinstance(item, Fail) else row.state)
 
 
 # Time
@@ -553,7 +597,8 @@ def reschedule(tx: Transaction, asked: Reschedule, ctx: Context) -> TaskRow:
     start_ms = ctx.now.wall_ms + asked.delay_ms if asked.delay_ms is not None else asked.start_ms
     after = rules.rescheduled(row, start_ms, asked.priority, ctx.now)
     tx.save([after])
-    ctx.ledger.add(_EVENT_OF[after.state], after)
+    if (after.state, after.ready_ms) != (row.state, row.ready_ms):
+        ctx.ledger.add(_EVENT_OF[after.state], after)
     return after
 
 
@@ -586,7 +631,7 @@ def _selected(
     tx: Transaction, asked: Selection, states: tuple[State, ...]
 ) -> tuple[list[TaskRow], dict[str, RetinueError]]:
     if asked.wanted is None:
-        rows = tx.by_id(asked.task_ids)
+        rows = tx.by_id(list(dict.fromkeys(asked.task_ids)))
         missing = {task_id: task_not_found(task_id) for task_id in asked.task_ids if task_id not in rows}
         return list(rows.values()), dict(missing)
     within = tuple(s for s in states if s in asked.wanted.states) if asked.wanted.states else states

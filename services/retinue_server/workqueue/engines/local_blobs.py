@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class LocalBlobs:
-    """See engine.BlobStore. A blob's modification time is when it was last asked for; its inode change says nothing."""
+    """See engine.BlobStore. Modification time is when a blob was first kept, access time when last asked for."""
 
     def __init__(self, root: Path, max_bytes: int) -> None:
         self._root, self._max_bytes = root, max_bytes
@@ -40,16 +40,17 @@ class LocalBlobs:
         return _Upload(self, self._uploads / secrets.token_hex(16), self._max_bytes)
 
     async def stat(self, blob_id: str) -> BlobStat | None:
-        return await asyncio.to_thread(self._stat, blob_id)
+        return await asyncio.to_thread(self.find, blob_id)
 
-    def _stat(self, blob_id: str) -> BlobStat | None:
+    def find(self, blob_id: str) -> BlobStat | None:
+        """`stat`, blocking."""
         path = self.path(blob_id)
         try:
-            os.utime(path)
             found = path.stat()
+            os.utime(path, (time.time(), found.st_mtime))
         except FileNotFoundError:
             return None
-        return BlobStat(blob_id, found.st_size, int(found.st_ctime * 1000))
+        return BlobStat(blob_id, found.st_size, int(found.st_mtime * 1000))
 
     async def read(self, blob_id: str, offset: int, size: int) -> bytes:
         return await asyncio.to_thread(self._read, blob_id, offset, size)
@@ -67,7 +68,7 @@ class LocalBlobs:
 
     def _idle(self, age_ms: int, limit: int) -> list[str]:
         before = time.time() - age_ms / 1000
-        found = (p for p in self._root.glob("[0-9a-f][0-9a-f]/*") if p.stat().st_mtime <= before)
+        found = (p for p in self._root.glob("[0-9a-f][0-9a-f]/*") if p.stat().st_atime <= before)
         return [path.name for path, _ in zip(found, range(limit), strict=False)]
 
     async def delete(self, blob_id: str, age_ms: int) -> None:
@@ -76,7 +77,7 @@ class LocalBlobs:
     def _delete(self, blob_id: str, age_ms: int) -> None:
         path = self.path(blob_id)
         with suppress(FileNotFoundError):
-            if path.stat().st_mtime <= time.time() - age_ms / 1000:
+            if path.stat().st_atime <= time.time() - age_ms / 1000:
                 path.unlink()
 
     def path(self, blob_id: str) -> Path:
@@ -130,6 +131,9 @@ class _Upload:
         with file:
             file.flush()
             os.fsync(file.fileno())
+        if (kept := self._blobs.find(blob_id)) is not None:
+            self._path.unlink()
+            return kept
         target = self._blobs.path(blob_id)
         target.parent.mkdir(exist_ok=True)
         self._path.replace(target)

@@ -2,8 +2,8 @@
 
 All steps that wait when the writer is free run in one SQLite transaction, each inside a savepoint of its own; their
 callers are answered after the one commit. A lone step is committed at once. WAL with `synchronous=FULL`: what is
-acknowledged survives power loss. Reads run beside it, on a thread and a connection of their own. The writer's connection
-is the only one that checkpoints. After a failed sync the process ends: what is on disk is not known, and the next start
+acknowledged survives power loss. Reads run beside it, on a thread and a connection of their own; only the writer's
+connection checkpoints. After a failed sync the process ends: what is on disk is not known, and the next start
 finds out.
 """
 

@@ -104,7 +104,9 @@ Global___ConflictPolicy: _TypeAlias = ConflictPolicy  # noqa: Y015
 
 @_typing.final
 class Payload(_message.Message):
-    """Payload is what a task takes in or gives back. Inline kinds hold up to 256 KiB; more goes to a blob."""
+    """Payload is what a task takes in or gives back. Inline kinds hold up to 256 KiB (bytes of data,
+    of text in UTF-8, of the serialised Value of json); more goes to a blob.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -417,7 +419,9 @@ class Task(_message.Message):
     """Output only. The task whose completion enqueued it; empty if a producer did."""
     @_builtins.property
     def spec(self) -> Global___TaskSpec:
-        """What the producer said of it. Output only here; ListTasks leaves `input` out."""
+        """What the producer said of it. Output only here. Its start is told by ready_time, its expiry as an instant, and its
+        conflict_policy is not kept; ListTasks leaves `input` out.
+        """
 
     @_builtins.property
     def result(self) -> Global___Payload:

@@ -184,8 +184,9 @@ class WorkQueueServiceServicer(object):
 
         It answers as soon as there is one task, and with none when the wait is over: at the earlier of `wait_duration` and
         200 ms before the caller's deadline. A queue that does not exist yet is waited for as an empty one. Repeating it with
-        the same `request_id` gives the leases of the first call again that are still live. Leases whose answer can't be
-        delivered go back at once. A paused queue gives none. Errors: none of its own.
+        the same `request_id` gives the leases of the first call again that are still live. Leases whose caller is gone
+        before the server answers go back at once; an answer that is lost on its way leaves them to expire, or to be asked for
+        again by `request_id`. A paused queue gives none. Errors: none of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -198,7 +199,8 @@ class WorkQueueServiceServicer(object):
         in blocks; each lease uses up one. Any request may carry credit and outcomes together; those with outcomes are answered
         by one `settled` with the same `sequence`, after they are durable, in order. While the stream lives it does not extend
         leases: the worker says so by `extend_all`, which extends every lease granted on this stream. A reader that does not
-        read gets no more leases than it granted credit for. When the stream ends, leases given on it go on until they expire
+        read gets no more leases than it granted credit for. After the client's half-close the server grants nothing more,
+        settles what came, and ends the stream. When the stream ends, leases given on it go on until they expire
         and may be settled by another stream or call. When the server stops it sends `draining`, grants nothing more, settles
         what comes, and closes after its drain time. Errors: INVALID_ARGUMENT for a missing or second `open` and for any
         malformed request, which end the stream and change nothing.

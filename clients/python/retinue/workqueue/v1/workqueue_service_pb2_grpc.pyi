@@ -86,8 +86,9 @@ class WorkQueueServiceStub:
 
     It answers as soon as there is one task, and with none when the wait is over: at the earlier of `wait_duration` and
     200 ms before the caller's deadline. A queue that does not exist yet is waited for as an empty one. Repeating it with
-    the same `request_id` gives the leases of the first call again that are still live. Leases whose answer can't be
-    delivered go back at once. A paused queue gives none. Errors: none of its own.
+    the same `request_id` gives the leases of the first call again that are still live. Leases whose caller is gone
+    before the server answers go back at once; an answer that is lost on its way leaves them to expire, or to be asked for
+    again by `request_id`. A paused queue gives none. Errors: none of its own.
     """
     StreamTasks: _grpc.StreamStreamMultiCallable[_workqueue_service_pb2.StreamTasksRequest, _workqueue_service_pb2.StreamTasksResponse]
     """StreamTasks is LeaseTasks, ExtendLeases, CompleteTasks, FailTasks and ReleaseTasks on one stream: the fast path.
@@ -96,7 +97,8 @@ class WorkQueueServiceStub:
     in blocks; each lease uses up one. Any request may carry credit and outcomes together; those with outcomes are answered
     by one `settled` with the same `sequence`, after they are durable, in order. While the stream lives it does not extend
     leases: the worker says so by `extend_all`, which extends every lease granted on this stream. A reader that does not
-    read gets no more leases than it granted credit for. When the stream ends, leases given on it go on until they expire
+    read gets no more leases than it granted credit for. After the client's half-close the server grants nothing more,
+    settles what came, and ends the stream. When the stream ends, leases given on it go on until they expire
     and may be settled by another stream or call. When the server stops it sends `draining`, grants nothing more, settles
     what comes, and closes after its drain time. Errors: INVALID_ARGUMENT for a missing or second `open` and for any
     malformed request, which end the stream and change nothing.
@@ -183,8 +185,9 @@ class WorkQueueServiceAsyncStub(WorkQueueServiceStub):
 
     It answers as soon as there is one task, and with none when the wait is over: at the earlier of `wait_duration` and
     200 ms before the caller's deadline. A queue that does not exist yet is waited for as an empty one. Repeating it with
-    the same `request_id` gives the leases of the first call again that are still live. Leases whose answer can't be
-    delivered go back at once. A paused queue gives none. Errors: none of its own.
+    the same `request_id` gives the leases of the first call again that are still live. Leases whose caller is gone
+    before the server answers go back at once; an answer that is lost on its way leaves them to expire, or to be asked for
+    again by `request_id`. A paused queue gives none. Errors: none of its own.
     """
     StreamTasks: _aio.StreamStreamMultiCallable[_workqueue_service_pb2.StreamTasksRequest, _workqueue_service_pb2.StreamTasksResponse]  # type: ignore[assignment]
     """StreamTasks is LeaseTasks, ExtendLeases, CompleteTasks, FailTasks and ReleaseTasks on one stream: the fast path.
@@ -193,7 +196,8 @@ class WorkQueueServiceAsyncStub(WorkQueueServiceStub):
     in blocks; each lease uses up one. Any request may carry credit and outcomes together; those with outcomes are answered
     by one `settled` with the same `sequence`, after they are durable, in order. While the stream lives it does not extend
     leases: the worker says so by `extend_all`, which extends every lease granted on this stream. A reader that does not
-    read gets no more leases than it granted credit for. When the stream ends, leases given on it go on until they expire
+    read gets no more leases than it granted credit for. After the client's half-close the server grants nothing more,
+    settles what came, and ends the stream. When the stream ends, leases given on it go on until they expire
     and may be settled by another stream or call. When the server stops it sends `draining`, grants nothing more, settles
     what comes, and closes after its drain time. Errors: INVALID_ARGUMENT for a missing or second `open` and for any
     malformed request, which end the stream and change nothing.
@@ -319,8 +323,9 @@ class WorkQueueServiceServicer(metaclass=_abc_1.ABCMeta):
 
         It answers as soon as there is one task, and with none when the wait is over: at the earlier of `wait_duration` and
         200 ms before the caller's deadline. A queue that does not exist yet is waited for as an empty one. Repeating it with
-        the same `request_id` gives the leases of the first call again that are still live. Leases whose answer can't be
-        delivered go back at once. A paused queue gives none. Errors: none of its own.
+        the same `request_id` gives the leases of the first call again that are still live. Leases whose caller is gone
+        before the server answers go back at once; an answer that is lost on its way leaves them to expire, or to be asked for
+        again by `request_id`. A paused queue gives none. Errors: none of its own.
         """
 
     @_abc_1.abstractmethod
@@ -335,7 +340,8 @@ class WorkQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         in blocks; each lease uses up one. Any request may carry credit and outcomes together; those with outcomes are answered
         by one `settled` with the same `sequence`, after they are durable, in order. While the stream lives it does not extend
         leases: the worker says so by `extend_all`, which extends every lease granted on this stream. A reader that does not
-        read gets no more leases than it granted credit for. When the stream ends, leases given on it go on until they expire
+        read gets no more leases than it granted credit for. After the client's half-close the server grants nothing more,
+        settles what came, and ends the stream. When the stream ends, leases given on it go on until they expire
         and may be settled by another stream or call. When the server stops it sends `draining`, grants nothing more, settles
         what comes, and closes after its drain time. Errors: INVALID_ARGUMENT for a missing or second `open` and for any
         malformed request, which end the stream and change nothing.

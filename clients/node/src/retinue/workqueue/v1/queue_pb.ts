@@ -192,7 +192,7 @@ export type QueueStats = Message<"retinue.workqueue.v1.QueueStats"> & {
   expired: bigint;
 
   /**
-   * How long the oldest ready task has been waiting since it became ready; 0 if none is.
+   * How long a task that is first in line in its priority has been ready, the longest of them; 0 if none is.
    *
    * @generated from field: google.protobuf.Duration oldest_ready_duration = 10;
    */

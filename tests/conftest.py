@@ -1,0 +1,53 @@
+"""Which server the black-box tests speak to: one that is named, or real processes of our own, one per engine.
+
+pytest tests/contract                                     starts a server with engine sqlite and one with memory
+pytest tests/contract --target HOST:PORT                  any server; tests for operators are skipped and say so
+pytest tests/contract --target HOST:PORT --control unix:PATH
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from servers import start_server
+
+ENGINES = ("sqlite", "memory")
+
+
+class Target(NamedTuple):
+    """A server as its callers know it."""
+
+    address: str
+    """Where apps dial."""
+    control: str
+    """Where operators dial; empty = not known."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--target", metavar="HOST:PORT", help="test this server instead of starting one per engine")
+    parser.addoption("--control", metavar="ADDRESS", default="", help="where operators dial the --target")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" in metafunc.fixturenames:
+        named = metafunc.config.getoption("--target")
+        metafunc.parametrize("target", ("target",) if named else ENGINES, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """The server under test."""
+    named = request.config.getoption("--target")
+    if named:
+        yield Target(named, request.config.getoption("--control"))
+        return
+    with tempfile.TemporaryDirectory(prefix="retinue-", ignore_cleanup_errors=True) as where:
+        server = start_server(Path(where), env={"RETINUE_WORKQUEUE__ENGINE": request.param})
+        try:
+            yield Target(server.address, server.control)
+        finally:
+            assert server.stop() == 0

@@ -1,0 +1,79 @@
+"""Clients of the server under test, and a queue for each test."""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from contract.client import Client
+from contract.line import Line
+from servers import RunningServer, start_server
+
+if TYPE_CHECKING:
+    from conftest import Target
+
+Serve = Callable[..., RunningServer]
+
+
+@pytest.fixture(scope="session")
+def app(target: Target) -> Iterator[Client]:
+    """Calls with the role app."""
+    with Client(target.address) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def other_app(target: Target) -> Iterator[Client]:
+    """Another app, on a connection of its own."""
+    with Client(target.address) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def operator(target: Target) -> Iterator[Client]:
+    """Calls with the role operator."""
+    if not target.control:
+        pytest.skip("needs the role operator: give --control ADDRESS beside --target")
+    with Client(target.control) as client:
+        yield client
+
+
+@pytest.fixture
+def line(app: Client) -> Line:
+    """A queue that no other test uses; it springs into being with its first task."""
+    return new_line(app)
+
+
+def new_line(app: Client) -> Line:
+    return Line(app, f"q-{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def made(operator: Client, line: Line) -> Callable[..., Line]:
+    """Makes the test's queue with settings of its own."""
+
+    def make(**settings: Any) -> Line:
+        operator.CreateQueue(queue_id=line.id, settings=settings)
+        return line
+
+    return make
+
+
+@pytest.fixture
+def serve(request: pytest.FixtureRequest) -> Iterator[Serve]:
+    """Starts servers for tests that end or configure them; they are killed after the test."""
+    if request.config.getoption("--target"):
+        pytest.skip("starts and ends servers of its own: run without --target")
+    with tempfile.TemporaryDirectory(prefix="retinue-", ignore_cleanup_errors=True) as where, ExitStack() as stack:
+
+        def start(*args: str, **env: str) -> RunningServer:
+            server = start_server(Path(where), *args, env=env)
+            stack.callback(server.kill)
+            return server
+
+        yield start

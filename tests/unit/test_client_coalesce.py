@@ -1,0 +1,82 @@
+"""Many callers, one call."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retinue.client.coalesce import MAX_BYTES, MAX_ITEMS, Coalescer, blocks
+
+
+@given(st.lists(st.integers(0, MAX_BYTES + 10), max_size=30))
+def test_blocks_keep_order_and_limits(sizes: list[int]) -> None:
+    made = list(blocks(sizes, lambda size: size))
+    assert [size for block in made for size in block] == sizes
+    assert all(block for block in made)
+    assert all(len(block) == 1 or sum(block) <= MAX_BYTES for block in made)
+
+
+def test_a_block_holds_a_thousand_items() -> None:
+    assert [len(block) for block in blocks(range(2500), lambda _: 1)] == [MAX_ITEMS, MAX_ITEMS, 500]
+
+
+async def test_one_turn_is_one_call_and_each_caller_gets_its_answer() -> None:
+    calls: list[list[int]] = []
+
+    async def send(items: list[int]) -> list[int | Exception]:
+        calls.append(items)
+        return [ValueError(item) if item % 2 else item * 10 for item in items]
+
+    outbox: Coalescer[int, int] = Coalescer(send, lambda _: 1)
+    answers = await asyncio.gather(*map(outbox.submit, range(4)), return_exceptions=True)
+    assert calls == [[0, 1, 2, 3]]
+    assert answers[::2] == [0, 20]
+    assert [type(answer) for answer in answers[1::2]] == [ValueError, ValueError]
+
+
+async def test_a_call_that_fails_fails_for_all() -> None:
+    async def send(items: list[int]) -> list[int | Exception]:
+        raise ConnectionError("gone")
+
+    outbox: Coalescer[int, int] = Coalescer(send, lambda _: 1)
+    answers = await asyncio.gather(*map(outbox.submit, range(3)), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [ConnectionError] * 3
+
+
+async def test_a_caller_that_leaves_before_the_turn_ends_takes_its_item_along() -> None:
+    calls: list[list[int]] = []
+
+    async def send(items: list[int]) -> list[int | Exception]:
+        calls.append(items)
+        return list(items)
+
+    outbox: Coalescer[int, int] = Coalescer(send, lambda _: 1)
+    stays, leaves = asyncio.ensure_future(outbox.submit(1)), asyncio.ensure_future(outbox.submit(2))
+    asyncio.get_running_loop().call_soon(leaves.cancel)
+    assert await stays == 1
+    with pytest.raises(asyncio.CancelledError):
+        await leaves
+    assert calls in ([[1]], [[1, 2]])
+
+
+async def test_idle_waits_for_what_is_under_way() -> None:
+    go, done = asyncio.Event(), []
+
+    async def send(items: list[int]) -> list[int | Exception]:
+        await go.wait()
+        done.extend(items)
+        return list(items)
+
+    outbox: Coalescer[int, int] = Coalescer(send, lambda _: 1)
+    one = asyncio.ensure_future(outbox.submit(1))
+    await asyncio.sleep(0)
+    idle = asyncio.ensure_future(outbox.idle())
+    await asyncio.sleep(0.01)
+    assert not idle.done()
+    go.set()
+    await asyncio.wait_for(idle, 5)
+    assert done == [1]
+    assert await one == 1
