@@ -1,4 +1,4 @@
-"""A language without a folder in clients/: what clients/README.md says is done as it is written there."""
+"""A language without a folder in clients/: what README.md and clients/README.md say is done as it is written there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from e2e.languages import CLIENTS, need, run, running_server
 from servers import RunningServer
 
-README = (CLIENTS / "README.md").read_text()
+README = (CLIENTS.parent / "README.md").read_text()
+GUIDE = (CLIENTS / "README.md").read_text()
 PACKAGES = "build-essential pkg-config protobuf-compiler protobuf-compiler-grpc libgrpc++-dev"
 
 
@@ -20,16 +21,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     yield from running_server(tmp_path_factory)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.timeout(300)  # two cores take half a minute to compile the stubs
 def test_a_cpp_program_works_after_the_two_commands_of_the_readme(server: RunningServer, tmp_path: Path) -> None:
     need("protoc", "grpc_cpp_plugin", "g++", "pkg-config", install=f"apt-get install -y {PACKAGES}")
     assert f"apt-get install -y {PACKAGES}" in README
-    generate, build, _ = blocks("sh")
-    [program] = blocks("cpp")
+    generate, build = blocks(README, "sh")
+    [program] = blocks(GUIDE, "cpp")
     shutil.copytree(CLIENTS.parent / "protos", tmp_path / "protos")
     (tmp_path / "main.cc").write_text(program)
     run("sh", "-c", generate, cwd=tmp_path)
@@ -39,5 +40,5 @@ def test_a_cpp_program_works_after_the_two_commands_of_the_readme(server: Runnin
 
 def test_the_line_for_curl_works_as_it_is_written(server: RunningServer, tmp_path: Path) -> None:
     need("curl", install="apt-get install -y curl")
-    line = blocks("sh")[2].replace("127.0.0.1:7080", server.http)
+    line = blocks(GUIDE, "sh")[0].replace("127.0.0.1:7080", server.http)
     assert '"taskId"' in run("sh", "-c", line, cwd=tmp_path)

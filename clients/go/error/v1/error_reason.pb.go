@@ -79,7 +79,7 @@ const (
 	ErrorReason_ERROR_REASON_REQUEST_CONFLICT ErrorReason = 33
 	// FAILED_PRECONDITION. The task's state (`metadata.state`) does not allow it.
 	ErrorReason_ERROR_REASON_ILLEGAL_TRANSITION ErrorReason = 34
-	// FAILED_PRECONDITION. The lease behind the token ended: expired, released, cancelled, or given to another worker.
+	// FAILED_PRECONDITION. The lease behind the token expired, or the task has been leased again, or is deleted.
 	// Whatever the worker did must not be published.
 	ErrorReason_ERROR_REASON_LEASE_LOST ErrorReason = 35
 	// FAILED_PRECONDITION. The lease already ended with another outcome (`metadata.state`).

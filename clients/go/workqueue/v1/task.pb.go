@@ -750,7 +750,7 @@ type Task struct {
 	Attempt int32 `protobuf:"varint,5,opt,name=attempt,proto3" json:"attempt,omitempty"`
 	// Output only. How many leases expired since it was last redriven.
 	LeaseExpirations int32 `protobuf:"varint,6,opt,name=lease_expirations,json=leaseExpirations,proto3" json:"lease_expirations,omitempty"`
-	// Output only. Grows with every lease and never falls: a fencing token for what the worker writes to.
+	// Output only. 0 before the first lease; grows with every lease and never falls: a fencing token for what the worker writes to.
 	LeaseEpoch int64 `protobuf:"varint,7,opt,name=lease_epoch,json=leaseEpoch,proto3" json:"lease_epoch,omitempty"`
 	// Output only. What the worker gave back. ListTasks leaves it out.
 	Result *Payload `protobuf:"bytes,8,opt,name=result,proto3" json:"result,omitempty"`
@@ -931,7 +931,8 @@ type Lease struct {
 	Attempt int32 `protobuf:"varint,5,opt,name=attempt,proto3" json:"attempt,omitempty"`
 	// A fencing token: grows with every lease of the task. Give it to whatever the worker writes to.
 	LeaseEpoch int64 `protobuf:"varint,6,opt,name=lease_epoch,json=leaseEpoch,proto3" json:"lease_epoch,omitempty"`
-	// How long the lease lasts from when the server granted it. Count it from before the request was sent.
+	// How long the lease lasts from when the server granted it. Count it from before LeaseTasks was sent; on a stream, from
+	// its receipt, and renew early enough that the way it came does not matter.
 	LeaseDuration *durationpb.Duration `protobuf:"bytes,7,opt,name=lease_duration,json=leaseDuration,proto3" json:"lease_duration,omitempty"`
 	// How long this attempt may take in all; unset = no limit.
 	AttemptDuration *durationpb.Duration `protobuf:"bytes,8,opt,name=attempt_duration,json=attemptDuration,proto3" json:"attempt_duration,omitempty"`

@@ -75,7 +75,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_ILLEGAL_TRANSITION: _ErrorReason.ValueType  # 34
     """FAILED_PRECONDITION. The task's state (`metadata.state`) does not allow it."""
     ERROR_REASON_LEASE_LOST: _ErrorReason.ValueType  # 35
-    """FAILED_PRECONDITION. The lease behind the token ended: expired, released, cancelled, or given to another worker.
+    """FAILED_PRECONDITION. The lease behind the token expired, or the task has been leased again, or is deleted.
     Whatever the worker did must not be published.
     """
     ERROR_REASON_ALREADY_FINALIZED: _ErrorReason.ValueType  # 36
@@ -149,7 +149,7 @@ ERROR_REASON_REQUEST_CONFLICT: ErrorReason.ValueType  # 33
 ERROR_REASON_ILLEGAL_TRANSITION: ErrorReason.ValueType  # 34
 """FAILED_PRECONDITION. The task's state (`metadata.state`) does not allow it."""
 ERROR_REASON_LEASE_LOST: ErrorReason.ValueType  # 35
-"""FAILED_PRECONDITION. The lease behind the token ended: expired, released, cancelled, or given to another worker.
+"""FAILED_PRECONDITION. The lease behind the token expired, or the task has been leased again, or is deleted.
 Whatever the worker did must not be published.
 """
 ERROR_REASON_ALREADY_FINALIZED: ErrorReason.ValueType  # 36

@@ -410,7 +410,7 @@ class Task(_message.Message):
     lease_expirations: _builtins.int
     """Output only. How many leases expired since it was last redriven."""
     lease_epoch: _builtins.int
-    """Output only. Grows with every lease and never falls: a fencing token for what the worker writes to."""
+    """Output only. 0 before the first lease; grows with every lease and never falls: a fencing token for what the worker writes to."""
     worker_id: _builtins.str
     """Output only. Who has it, while LEASED."""
     cancel_requested: _builtins.bool
@@ -535,7 +535,9 @@ class Lease(_message.Message):
 
     @_builtins.property
     def lease_duration(self) -> _duration_pb2.Duration:
-        """How long the lease lasts from when the server granted it. Count it from before the request was sent."""
+        """How long the lease lasts from when the server granted it. Count it from before LeaseTasks was sent; on a stream, from
+        its receipt, and renew early enough that the way it came does not matter.
+        """
 
     @_builtins.property
     def attempt_duration(self) -> _duration_pb2.Duration:

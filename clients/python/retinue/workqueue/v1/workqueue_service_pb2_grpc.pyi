@@ -94,12 +94,12 @@ class WorkQueueServiceStub:
     """StreamTasks is LeaseTasks, ExtendLeases, CompleteTasks, FailTasks and ReleaseTasks on one stream: the fast path.
 
     The first request must carry `open`; there is no snapshot. The server sends leases while the client has granted credit,
-    in blocks; each lease uses up one. Any request may carry credit and outcomes together; those with outcomes are answered
+    in blocks; each lease uses up one. Any request may carry credit and outcomes together; those with outcomes or extend_all are answered
     by one `settled` with the same `sequence`, after they are durable, in order. While the stream lives it does not extend
     leases: the worker says so by `extend_all`, which extends every lease granted on this stream. A reader that does not
     read gets no more leases than it granted credit for. After the client's half-close the server grants nothing more,
     settles what came, and ends the stream. When the stream ends, leases given on it go on until they expire
-    and may be settled by another stream or call. When the server stops it sends `draining`, grants nothing more, settles
+    and may be settled by another stream or call; a lease that could not be sent any more goes back at once. When the server stops it sends `draining`, grants nothing more, settles
     what comes, and closes after its drain time. Errors: INVALID_ARGUMENT for a missing or second `open` and for any
     malformed request, which end the stream and change nothing.
     """
@@ -193,12 +193,12 @@ class WorkQueueServiceAsyncStub(WorkQueueServiceStub):
     """StreamTasks is LeaseTasks, ExtendLeases, CompleteTasks, FailTasks and ReleaseTasks on one stream: the fast path.
 
     The first request must carry `open`; there is no snapshot. The server sends leases while the client has granted credit,
-    in blocks; each lease uses up one. Any request may carry credit and outcomes together; those with outcomes are answered
+    in blocks; each lease uses up one. Any request may carry credit and outcomes together; those with outcomes or extend_all are answered
     by one `settled` with the same `sequence`, after they are durable, in order. While the stream lives it does not extend
     leases: the worker says so by `extend_all`, which extends every lease granted on this stream. A reader that does not
     read gets no more leases than it granted credit for. After the client's half-close the server grants nothing more,
     settles what came, and ends the stream. When the stream ends, leases given on it go on until they expire
-    and may be settled by another stream or call. When the server stops it sends `draining`, grants nothing more, settles
+    and may be settled by another stream or call; a lease that could not be sent any more goes back at once. When the server stops it sends `draining`, grants nothing more, settles
     what comes, and closes after its drain time. Errors: INVALID_ARGUMENT for a missing or second `open` and for any
     malformed request, which end the stream and change nothing.
     """
@@ -337,12 +337,12 @@ class WorkQueueServiceServicer(metaclass=_abc_1.ABCMeta):
         """StreamTasks is LeaseTasks, ExtendLeases, CompleteTasks, FailTasks and ReleaseTasks on one stream: the fast path.
 
         The first request must carry `open`; there is no snapshot. The server sends leases while the client has granted credit,
-        in blocks; each lease uses up one. Any request may carry credit and outcomes together; those with outcomes are answered
+        in blocks; each lease uses up one. Any request may carry credit and outcomes together; those with outcomes or extend_all are answered
         by one `settled` with the same `sequence`, after they are durable, in order. While the stream lives it does not extend
         leases: the worker says so by `extend_all`, which extends every lease granted on this stream. A reader that does not
         read gets no more leases than it granted credit for. After the client's half-close the server grants nothing more,
         settles what came, and ends the stream. When the stream ends, leases given on it go on until they expire
-        and may be settled by another stream or call. When the server stops it sends `draining`, grants nothing more, settles
+        and may be settled by another stream or call; a lease that could not be sent any more goes back at once. When the server stops it sends `draining`, grants nothing more, settles
         what comes, and closes after its drain time. Errors: INVALID_ARGUMENT for a missing or second `open` and for any
         malformed request, which end the stream and change nothing.
         """

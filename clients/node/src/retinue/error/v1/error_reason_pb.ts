@@ -187,7 +187,7 @@ export enum ErrorReason {
   ILLEGAL_TRANSITION = 34,
 
   /**
-   * FAILED_PRECONDITION. The lease behind the token ended: expired, released, cancelled, or given to another worker.
+   * FAILED_PRECONDITION. The lease behind the token expired, or the task has been leased again, or is deleted.
    * Whatever the worker did must not be published.
    *
    * @generated from enum value: ERROR_REASON_LEASE_LOST = 35;

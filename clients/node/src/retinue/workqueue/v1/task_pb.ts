@@ -379,7 +379,7 @@ export type Task = Message<"retinue.workqueue.v1.Task"> & {
   leaseExpirations: number;
 
   /**
-   * Output only. Grows with every lease and never falls: a fencing token for what the worker writes to.
+   * Output only. 0 before the first lease; grows with every lease and never falls: a fencing token for what the worker writes to.
    *
    * @generated from field: int64 lease_epoch = 7;
    */
@@ -505,7 +505,8 @@ export type Lease = Message<"retinue.workqueue.v1.Lease"> & {
   leaseEpoch: bigint;
 
   /**
-   * How long the lease lasts from when the server granted it. Count it from before the request was sent.
+   * How long the lease lasts from when the server granted it. Count it from before LeaseTasks was sent; on a stream, from
+   * its receipt, and renew early enough that the way it came does not matter.
    *
    * @generated from field: google.protobuf.Duration lease_duration = 7;
    */
