@@ -31,8 +31,10 @@ setup-dev: $(VENV)/.dev
 generate: ## Regenerates the stubs of every language whose tools are here
 	@clients/generate.sh
 
-check-generated: ## Fails if the committed stubs differ from what the protos give
+check-generated: ## Fails if the committed stubs differ from what the protos give, or fail under the oldest runtimes
 	@clients/generate.sh --check
+	@cd clients/python && for stub in $$(find retinue -name '*_pb2_grpc.py' | sed 's/\.py$$//' | tr / .); do \
+	  ../../$(GENERATE)/bin/python -W error -c "import $$stub" || exit 1; done
 
 run: $(VENV)/.run ## Starts the whole suite on loopback and prints lines to try, until Ctrl-C
 	@exec $(BIN)/python deploy/local/run.py
@@ -41,8 +43,10 @@ DEMO ?= workqueue
 demo: $(VENV)/.run ## Shows each pattern on real input (DEMO=pattern for one)
 	@exec $(BIN)/python deploy/demo/$(DEMO).py
 
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/.dev ## Runs the tests (unit, engines, contract, faults)
-	@$(BIN)/python -m pytest -q $(PYTEST)
+	@$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST)
 
 contract: $(VENV)/.dev ## Runs the conformance suite against TARGET=host:port (CONTROL=unix:PATH for operators)
 	@$(BIN)/python -m pytest -q tests/contract $(if $(TARGET),--target $(TARGET)) $(if $(CONTROL),--control $(CONTROL)) $(PYTEST)

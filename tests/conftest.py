@@ -7,6 +7,7 @@ pytest tests/contract --target HOST:PORT --control unix:PATH
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,14 @@ class Target(NamedTuple):
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--target", metavar="HOST:PORT", help="test this server instead of starting one per engine")
     parser.addoption("--control", metavar="ADDRESS", default="", help="where operators dial the --target")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """With RETINUE_FORBID_SKIPS, as in CI, a skipped test fails the run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("RETINUE_FORBID_SKIPS") and reporter and reporter.stats.get("skipped") and exitstatus == 0:
+        reporter.write_line("skips are forbidden here: see the reasons below", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -3,8 +3,9 @@ removes its files.
 
     python guard.py DIRECTORY...
 
-Reads `+PGID` and `-PGID` lines, and `!` to forget the groups that are no more. At the end of its input, however
-the runner died, it kills the process groups that are left and removes the directories. It imports little and ignores the signals of the terminal.
+Reads `+PGID` and `-PGID` lines, and `!` to forget the groups that are no more. At the end of its input, however the
+runner died, it kills the process groups that are left and removes the directories. It imports little and ignores the
+signals of the terminal.
 """
 
 import os
