@@ -7,6 +7,7 @@ import asyncio
 import importlib
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,8 +137,18 @@ def announce(process: Process, patterns: Sequence[Pattern], ready_file: str | No
     say(f"retinue-server {__version__}, pid {os.getpid()}, serves {names}", *lines)
     ready = json.dumps(ready_event(process))
     if ready_file:
-        Path(ready_file).write_text(ready + "\n")
+        write_ready(Path(ready_file), ready)
     print(ready, flush=True)  # noqa: T201 - the line is for programs that read our stdout
+
+
+def write_ready(path: Path, ready: str) -> None:
+    """Raises StartError: whoever waits for the file would wait for ever."""
+    from retinue_server.runtime.addresses import StartError  # noqa: PLC0415 - after the settings are right
+
+    try:
+        path.write_text(ready + "\n")
+    except OSError as error:
+        raise StartError(f"cannot write the ready file {path}: {error.strerror}") from None
 
 
 def ready_event(process: Process) -> dict[str, object]:
@@ -153,7 +164,9 @@ def say(*lines: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 after a signal, 1 when it cannot start, 2 for wrong settings."""
+    """Exit codes: 0 after a signal, 143 after one before it serves, 1 when it cannot start, 2 for wrong settings."""
+    # First of all: the kernel keeps signals without a handler from the first process of a container.
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     flags = parser().parse_args(arguments)
     try:
         settings, loaded = load(flags, dict(os.environ))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from retinue.client.runner import EXITS, Files, judge, published_path
+from retinue.client.runner import EXITS, Files, Options, Runner, judge, published_path
 from retinue.client.worker import Failed, Job
 from retinue.workqueue.v1 import task_pb2 as pb
 
@@ -45,6 +45,18 @@ def job(task_id: str, **labels: str) -> Job:
 def test_an_output_goes_under_its_path_or_its_id(tmp_path: Path) -> None:
     assert published_path(tmp_path, job("t", path="a/b.txt")) == tmp_path / "a/b.txt"
     assert published_path(tmp_path, job("team/t:1")) == tmp_path / "team/t:1"
+
+
+async def test_an_attempt_that_no_longer_counts_publishes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "attempt/output").mkdir(parents=True)
+    output, late = tmp_path / "attempt/output/data", job("t")
+    output.write_text("late")
+    async with Runner(cast("Any", None), Options(["cat"], work_dir=tmp_path, output_dir=tmp_path / "out")) as runner:
+        late.stopping.set()
+        runner._put_out(output, late)
+        assert not (tmp_path / "out/t").exists()
+        runner._put_out(output, job("t"))
+    assert (tmp_path / "out/t").read_text() == "late"
 
 
 @pytest.mark.parametrize("path", ["..", ".", "../x", "/etc/passwd", "a/../../x", "nul\0", ".retinue-tmp/x", "out/x"])

@@ -19,6 +19,7 @@ from support.serving import dial, running, settings
 
 from retinue_server.runtime import wiring
 from retinue_server.runtime.addresses import StartError
+from retinue_server.runtime.errors import ResourceExhausted
 from retinue_server.runtime.lifecycle import DataDirLock
 
 if TYPE_CHECKING:
@@ -67,6 +68,17 @@ async def test_a_part_that_fails_at_start_stops_those_before_it(tmp_path: Path) 
             pass
     assert log == ["start a", "start b", "stop b", "stop a"]
     assert not (tmp_path / "c.sock").exists()
+
+
+async def test_a_part_whose_engine_refuses_at_start_is_a_start_error_with_its_cause(tmp_path: Path) -> None:
+    class Full(Recorder):
+        async def start(self) -> None:
+            raise ResourceExhausted("cannot write: the disk is full") from OSError("28")
+
+    patterns = [echo.pattern(echo.EchoServicer(), parts=[Full("a", [])])]
+    process = await wiring.build(settings(tmp_path), patterns)
+    with pytest.raises(StartError, match=r"^cannot write: the disk is full: 28$"):
+        await process.start()
 
 
 async def test_a_part_that_cannot_stop_keeps_no_other_from_it(tmp_path: Path) -> None:
@@ -254,6 +266,25 @@ sys.exit(command.main())
         server.process.send_signal(signal.SIGTERM)
         assert await server.line() == "stopped\n"
         assert await asyncio.wait_for(server.process.wait(), 5) == 0
+
+
+async def test_a_signal_while_modules_load_ends_the_process_even_where_the_default_is_to_ignore_it(
+    tmp_path: Path,
+) -> None:
+    code = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the kernel has it for the first process of a container
+class Early:
+    def find_spec(self, name, *_):
+        if name == "retinue_server.runtime.lifecycle":
+            os.kill(os.getpid(), signal.SIGTERM)
+from retinue_server import __main__ as command
+sys.meta_path.insert(0, Early())
+command.PATTERNS = {"workqueue": "support.echo_wiring"}
+sys.exit(command.main())
+"""
+    async with command(tmp_path, "workqueue", "--listen", "127.0.0.1:0", code=code) as server:
+        assert await asyncio.wait_for(server.process.wait(), 10) == 128 + signal.SIGTERM
 
 
 async def test_a_taken_port_is_one_message_and_exit_code_1(tmp_path: Path) -> None:

@@ -179,6 +179,22 @@ async def test_an_upstream_that_is_down_is_unavailable_until_it_comes(
                     await asyncio.sleep(0.1)
 
 
+async def test_an_outage_is_one_short_line_in_the_log_however_often_callers_try(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    where = f"unix:{tmp_path}/up.sock"
+    async with (
+        relaying(tmp_path, Upstream(address=where)) as process,
+        dial(process.addresses["listen"][0]) as client,
+    ):
+        for _ in range(5):
+            assert await client.Say(Echo()).code() is grpc.StatusCode.UNAVAILABLE
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert line.startswith(f"cannot reach the upstream {where}: ")
+    assert "AioRpcError" not in line
+    assert "\n" not in line
+
+
 async def test_the_relay_holds_the_credentials(tmp_path: Path, servicer: echo.EchoServicer) -> None:
     authority = Authority(tmp_path)
     pair, ours = authority.issue("server"), authority.issue("relay")

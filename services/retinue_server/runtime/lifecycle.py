@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from retinue_server.runtime import owners
 from retinue_server.runtime.addresses import StartError
+from retinue_server.runtime.errors import RetinueError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -74,7 +75,7 @@ class Process:
         try:
             for part in self._parts:
                 self._started.append(part)
-                await part.start()
+                await _start(part)
             for listener in self._listeners:
                 self._listening.append(listener)
                 await listener.start()
@@ -104,6 +105,13 @@ class Process:
             errors += await _attempt(part.stop)
         if errors:
             raise ExceptionGroup("cannot stop cleanly", errors)
+
+
+async def _start(part: Part) -> None:
+    try:
+        await part.start()
+    except RetinueError as error:
+        raise StartError(f"{error.message}: {error.__cause__}" if error.__cause__ else error.message) from error
 
 
 async def _attempt(*actions: Callable[[], Awaitable[None]], within: float | None = None) -> list[Exception]:

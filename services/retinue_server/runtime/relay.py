@@ -7,6 +7,7 @@ and the trailing metadata. The caller's authorization stays here; the upstream s
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import stat
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from retinue_server.runtime.config import Upstream
     from retinue_server.runtime.dispatch import Call
+
+log = logging.getLogger(__name__)
 
 Pairs = tuple[tuple[str, str | bytes], ...]
 
@@ -58,6 +61,7 @@ class UpstreamChannel:
         self._watching: asyncio.Task[None] | None = None
         self._listeners: list[Callable[[bool], None]] = []
         self._healthy = False
+        self._told = False
 
     @property
     def channel(self) -> aio.Channel:
@@ -108,8 +112,16 @@ class UpstreamChannel:
         if healthy == self._healthy:
             return
         self._healthy = healthy
+        self._told = False
+        log.info("%s the upstream %s", "connected to" if healthy else "lost", self.address)
         for listener in self._listeners:
             listener(healthy)
+
+    def failed(self, cause: str) -> None:
+        """Logs why calls fail, once until the connection changes: callers retry many times a second."""
+        if not self._told:
+            self._told = True
+            log.warning("cannot reach the upstream %s: %s", self.address, cause)
 
 
 class _TokenText:
@@ -156,20 +168,20 @@ def _relay(method: MethodDescriptor, upstream: UpstreamChannel) -> Callable[...,
         return start(*request, timeout=call.time_remaining(), metadata=metadata)
 
     async def unary(request: bytes, call: Call) -> bytes:
-        return await _reply(open_call("unary_unary", call, request), call, upstream.address)
+        return await _reply(open_call("unary_unary", call, request), call, upstream)
 
     async def server_stream(request: bytes, call: Call) -> None:
-        await _replies(open_call("unary_stream", call, request), call, upstream.address)
+        await _replies(open_call("unary_stream", call, request), call, upstream)
 
     async def client_stream(call: Call) -> bytes:
         up = open_call("stream_unary", call)
         async with _Pump(call, up):
-            return await _reply(up, call, upstream.address)
+            return await _reply(up, call, upstream)
 
     async def bidi(call: Call) -> None:
         up = open_call("stream_stream", call)
         async with _Pump(call, up):
-            await _replies(up, call, upstream.address)
+            await _replies(up, call, upstream)
 
     if method.client_streaming:
         return bidi if method.server_streaming else client_stream
@@ -181,23 +193,23 @@ def _forwarded(call: Call) -> Pairs:
     return tuple((k, v) for k, v in pairs if not _LOCAL.fullmatch(k) and _KEY.fullmatch(k) and _VALUE.fullmatch(v))
 
 
-async def _reply(up: Any, call: Call, address: str) -> bytes:
+async def _reply(up: Any, call: Call, upstream: UpstreamChannel) -> bytes:
     try:
         reply: bytes = await up
     except aio.AioRpcError as error:
-        _refuse(error, address)
+        _refuse(error, upstream)
     finally:
         up.cancel()
     _pass_trailing(call, await up.trailing_metadata())
     return reply
 
 
-async def _replies(up: Any, call: Call, address: str) -> None:
+async def _replies(up: Any, call: Call, upstream: UpstreamChannel) -> None:
     try:
         while (reply := await up.read()) is not aio.EOF:
             await call.write(reply)
     except aio.AioRpcError as error:
-        _refuse(error, address)
+        _refuse(error, upstream)
     finally:
         up.cancel()
     _pass_trailing(call, await up.trailing_metadata())
@@ -229,16 +241,17 @@ class _Pump:
             raise
 
 
-def _refuse(error: aio.AioRpcError, address: str) -> NoReturn:
+def _refuse(error: aio.AioRpcError, upstream: UpstreamChannel) -> NoReturn:
     """Ends the call as the upstream did, or says that there is none."""
     trailing = tuple(error.trailing_metadata() or ())
     status = next((value for key, value in trailing if key == DETAILS_KEY), b"")
     if error.code() is grpc.StatusCode.UNAVAILABLE and not status:
+        upstream.failed(error.details() or "no cause is known")
         raise Unavailable(
-            f"cannot reach the upstream {address}; it is down, or its address or certificate is wrong",
+            f"cannot reach the upstream {upstream.address}; it is down, or its address or certificate is wrong",
             reason=Reason.UPSTREAM_UNAVAILABLE,
             retry_ms=_RETRY_MS,
-        ) from error
+        ) from None
     refusal = Refusal(Code(error.code().value[0]), error.details() or "", bytes(status))
     refusal.trailing = tuple((key, value) for key, value in trailing if key != DETAILS_KEY)
     raise refusal

@@ -59,10 +59,16 @@ class Sweeper:
                 await self._collect_blobs()
                 self._tell(healthy=True)
                 await self._queue.sweep_is_due()
-            except RetinueError as error:
-                self._tell(healthy=False)
-                _log.warning("cannot sweep: %s; trying again", error.message)
+            except Exception as error:  # noqa: BLE001 - without it no lease would ever lapse again
+                self._fail(error)
                 await asyncio.sleep(_PAUSE_AFTER_ERROR_S)
+
+    def _fail(self, error: Exception) -> None:
+        """Says so once, not at every try."""
+        if self._healthy:
+            cause = error.__cause__ if isinstance(error, RetinueError) else error
+            _log.warning("cannot sweep: %s; trying again", error, exc_info=cause)
+        self._tell(healthy=False)
 
     def _tell(self, *, healthy: bool) -> None:
         if healthy != self._healthy:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 
 def main() -> None:
     """Runs the command and ends the process with its exit code."""
+    # First of all: the kernel keeps signals without a handler from the first process of a container.
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     try:
         import click  # noqa: PLC0415 - an extra, and its absence is told below
     except ImportError:

@@ -217,6 +217,8 @@ class Runner:
             shutil.copyfile(output, fresh)
             _sync(fresh)
             target.parent.mkdir(parents=True, exist_ok=True)
+            if job.stopping.is_set():
+                return  # its outcome no longer counts, and the next attempt's may be there already
             fresh.replace(target)
             _sync(target.parent)
         except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:

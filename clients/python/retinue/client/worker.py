@@ -374,13 +374,14 @@ class Worker:
         thread: asyncio.Future[Any] | None = None
         outcome: Outcome | None = None
         try:
-            with trace.consuming(job.lease.queue_id, job.task_id, job.lease.traceparent):
-                if self._asynchronous:
-                    attempt.work = asyncio.ensure_future(self._finish(job, self._handler(job)))
-                else:
-                    thread = _in_thread(self._handler, job)
-                    attempt.work = asyncio.ensure_future(self._finish(job, asyncio.shield(thread)))
-                outcome = await attempt.work
+            if not attempt.stop:  # it may have ended before it began, when there was nothing yet to cancel
+                with trace.consuming(job.lease.queue_id, job.task_id, job.lease.traceparent):
+                    if self._asynchronous:
+                        attempt.work = asyncio.ensure_future(self._finish(job, self._handler(job)))
+                    else:
+                        thread = _in_thread(self._handler, job)
+                        attempt.work = asyncio.ensure_future(self._finish(job, asyncio.shield(thread)))
+                    outcome = await attempt.work
         except asyncio.CancelledError:
             if not attempt.stop:
                 attempt.stop = "shutdown"

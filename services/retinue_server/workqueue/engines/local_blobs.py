@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TypeVar
 
+from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.errors import InvalidArgument, NotFound, Reason, ResourceExhausted, Violation
 from retinue_server.workqueue.engine import BlobStat
 
@@ -26,7 +27,10 @@ class LocalBlobs:
         self._uploads = root / "uploads"
 
     async def start(self) -> None:
-        await asyncio.to_thread(self._prepare)
+        try:
+            await asyncio.to_thread(self._prepare)
+        except OSError as error:
+            raise StartError(f"cannot keep blobs in {self._root}: {error.strerror}: {error.filename}") from error
 
     async def stop(self) -> None:
         """Nothing stays open between calls."""

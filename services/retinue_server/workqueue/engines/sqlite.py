@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import apsw
 import msgspec
 
+from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.errors import Reason, ResourceExhausted, RetinueError, Unavailable
 from retinue_server.workqueue.engine import (
     Capabilities,
@@ -106,12 +107,19 @@ class SqliteEngine:
         self._steps: queues.SimpleQueue[_Step | None] = queues.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._reader: ThreadPoolExecutor | None = None
+        self._failed = False
+        """Whether the last group failed, and the traces of it are not yet removed."""
         self._store: _Store
         self._view: _View
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
-        self._store, self._view = await asyncio.to_thread(self._open)
+        try:
+            self._store, self._view = await asyncio.to_thread(self._open)
+        except (apsw.Error, OSError) as error:
+            raise StartError(
+                f"cannot open {self._path}: {error}; mend it, restore a backup, or choose another with --data-dir DIR"
+            ) from error
         self._reader = ThreadPoolExecutor(1, "workqueue-reader")
         self._writer = threading.Thread(target=self._write_steps, args=(loop,), name="workqueue-writer", daemon=True)
         self._writer.start()
@@ -173,8 +181,9 @@ class SqliteEngine:
     def _write_steps(self, loop: asyncio.AbstractEventLoop) -> None:
         while group := self._next_group():
             try:
+                self._recover()
                 self._commit(group)
-            except apsw.Error as error:
+            except Exception as error:  # noqa: BLE001 - a writer that ends would let every caller wait for ever
                 self._undo(group, error)
             loop.call_soon_threadsafe(_answer, group)
 
@@ -200,15 +209,24 @@ class SqliteEngine:
         self._store.db.execute("COMMIT")
         self._store.tally.commit()
 
-    def _undo(self, group: list[_Step], error: apsw.Error) -> None:
+    def _undo(self, group: list[_Step], error: Exception) -> None:
         """Nothing of the group is durable: all of it fails."""
         if _is_failed_sync(error):
             self._fatal(error)
+        self._failed = True
+        for step in group:
+            step.fail(_translated(error))
+        with suppress(Exception):  # it is tried again before the next group, and that one is told
+            self._recover()
+
+    def _recover(self) -> None:
+        """Removes what a failed group left, in the database and by heart; raises while that can't be done."""
+        if not self._failed:
+            return
         if self._store.db.in_transaction:
             self._store.db.execute("ROLLBACK")
         self._store.reload()
-        for step in group:
-            step.fail(_translated(error))
+        self._failed = False
 
 
 class _Step:
@@ -587,9 +605,8 @@ def _migrate(db: apsw.Connection, path: Path) -> None:
     """Brings the schema up to date; refuses one that a newer server made."""
     version = int(db.pragma("user_version"))
     if version > SCHEMA_VERSION:
-        raise Unavailable(
-            f"cannot open {path}: its schema is version {version}, newer than {SCHEMA_VERSION}; use a newer server",
-            reason=Reason.ENGINE_UNAVAILABLE,
+        raise StartError(
+            f"cannot open {path}: its schema is version {version}, newer than {SCHEMA_VERSION}; use a newer server"
         )
     if version < 1:
         with db:
@@ -597,12 +614,12 @@ def _migrate(db: apsw.Connection, path: Path) -> None:
             db.pragma("user_version", 1)
 
 
-def _is_failed_sync(error: apsw.Error) -> bool:
+def _is_failed_sync(error: Exception) -> bool:
     syncs = (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC, apsw.SQLITE_IOERR_TRUNCATE)
     return getattr(error, "extendedresult", 0) in syncs
 
 
-def _translated(error: apsw.Error) -> RetinueError:
+def _translated(error: Exception) -> RetinueError:
     if isinstance(error, apsw.FullError):
         full = ResourceExhausted(
             "cannot write: the disk is full; nothing was changed", reason=Reason.DISK_FULL, retry_ms=5_000
