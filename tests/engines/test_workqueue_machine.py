@@ -27,5 +27,5 @@ class SqliteAgainstMemory(QueueMachine):
         self.directory.cleanup()
 
 
-SqliteAgainstMemory.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+SqliteAgainstMemory.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
 TestSqliteAgainstMemory = SqliteAgainstMemory.TestCase

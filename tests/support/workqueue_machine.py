@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from retinue_server.runtime.errors import RetinueError
 from retinue_server.workqueue.core.requests import (
@@ -48,12 +48,12 @@ TASKS = st.builds(
         labels=st.sampled_from([{}, {"a": "1"}]),
         retry=st.sampled_from([None, RetryOverrides(max_attempts=2, initial_backoff_ms=500)]),
     ),
-    task_id=st.sampled_from(["", "", "", "mine", "yours"]),
+    task_id=st.sampled_from([*[""] * 8, "mine", "yours"]),
     priority=st.integers(-2, 2),
-    delay_ms=st.sampled_from([None, None, 2 * SECOND]),
-    expire_delay_ms=st.sampled_from([None, None, 20 * SECOND]),
-    attempt_ms=st.sampled_from([None, None, 15 * SECOND]),
-    idempotency_key=st.sampled_from(["", "", "k"]),
+    delay_ms=st.sampled_from([*[None] * 5, 2 * SECOND]),
+    expire_delay_ms=st.sampled_from([*[None] * 5, 20 * SECOND]),
+    attempt_ms=st.sampled_from([*[None] * 5, 15 * SECOND]),
+    idempotency_key=st.sampled_from([*[""] * 5, "k"]),
 )
 
 
@@ -97,7 +97,13 @@ class QueueMachine(RuleBasedStateMachine):
         except RetinueError as error:
             return error
 
-    @rule(tasks=st.lists(TASKS, min_size=1, max_size=4), atomic=st.booleans(), request=st.sampled_from(["", "", "r1"]))
+    @initialize()
+    def some_work(self) -> None:
+        self.enqueue([NewTask("q"), NewTask("q"), NewTask("q", priority=1)], atomic=False, request="")
+
+    @rule(
+        tasks=st.lists(TASKS, min_size=1, max_size=4), atomic=st.booleans(), request=st.sampled_from([*[""] * 5, "r1"])
+    )
     def enqueue(self, tasks: list[NewTask], atomic: bool, request: str) -> None:  # noqa: FBT001 - hypothesis passes by name
         asked = Enqueue(tuple(tasks), atomic, request, repr(tasks).encode())
         results = self.all(lambda b: b.queue.enqueue(asked))
@@ -108,7 +114,7 @@ class QueueMachine(RuleBasedStateMachine):
         queue_id=QUEUES,
         count=st.integers(1, 3),
         lease_ms=st.sampled_from([None, SECOND]),
-        request=st.sampled_from(["", "", "l"]),
+        request=st.sampled_from([*[""] * 5, "l"]),
     )
     def lease(self, queue_id: str, count: int, lease_ms: int | None, request: str) -> None:
         ask = LeaseAsk(queue_id, "w", count, lease_ms, request)
@@ -148,7 +154,7 @@ class QueueMachine(RuleBasedStateMachine):
             ref = data.draw(st.sampled_from(self.leases))
             self.all(lambda b: b.queue.extend([Extend(ref)]))
 
-    @rule(ms=st.sampled_from([1, SECOND, 10 * SECOND, 31 * SECOND]), swept=st.booleans())
+    @rule(ms=st.sampled_from([1, SECOND, SECOND, 10 * SECOND, 31 * SECOND]), swept=st.booleans())
     def time_passes(self, ms: int, swept: bool) -> None:  # noqa: FBT001 - hypothesis passes by name
         for bench in self.benches:
             bench.clock.advance(ms)
@@ -167,7 +173,10 @@ class QueueMachine(RuleBasedStateMachine):
         if self.known and by_id:
             asked = Selection((data.draw(st.sampled_from(self.known)), "none"), dry_run=dry)
         else:
-            wanted = TaskFilter(queue_id=data.draw(QUEUES), labels=data.draw(st.sampled_from([{}, {"a": "1"}])))
+            wanted = TaskFilter(
+                queue_id=data.draw(st.sampled_from(["q", "r", "r"])),
+                labels=data.draw(st.sampled_from([{}, {"a": "1"}])),
+            )
             asked = Selection(wanted=wanted, max_count=2, dry_run=dry)
         self.all(lambda b: getattr(b.queue, verb)(asked))
 
