@@ -34,9 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """With RETINUE_FORBID_SKIPS, as in CI, a skipped test fails the run."""
+    """With FORBID_SKIPS, as in CI, a skipped test fails the run."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if os.environ.get("RETINUE_FORBID_SKIPS") and reporter and reporter.stats.get("skipped") and exitstatus == 0:
+    if os.environ.get("FORBID_SKIPS") and reporter and reporter.stats.get("skipped") and exitstatus == 0:
         reporter.write_line("skips are forbidden here: see the reasons below", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

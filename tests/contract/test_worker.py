@@ -220,6 +220,13 @@ async def test_a_worker_that_the_server_refuses_says_why(server: RunningServer) 
 async def _nothing(job: Job) -> None: ...
 
 
+async def test_a_worker_with_max_tasks_returns_after_them(queue: Queue) -> None:
+    tasks = [await queue.enqueue(text) for text in ("a", "b", "c")]
+    await Worker(queue, _nothing, concurrency=2, max_tasks=2).run()
+    states = sorted([(await queue.get(task.task_id)).state for task in tasks])
+    assert states == [pb.TASK_STATE_READY, pb.TASK_STATE_SUCCEEDED, pb.TASK_STATE_SUCCEEDED]
+
+
 async def test_stop_before_start_and_twice_is_legal(queue: Queue) -> None:
     worker = Worker(queue, _nothing)
     worker.stop()

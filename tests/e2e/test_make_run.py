@@ -33,6 +33,7 @@ class Running:
             self.guide.append(line.strip())
             if "Ctrl-C" in line:
                 break
+        assert self.guide, self.process.communicate()[1]
 
     def interrupt(self) -> int:
         """Ctrl-C on a terminal: the signal goes to the whole foreground group."""
@@ -45,9 +46,10 @@ class Running:
 @pytest.fixture
 def suite(tmp_path: Path) -> Iterator[Running]:
     running = Running(tmp_path / "state")
-    yield running
-    if running.process.poll() is None:
-        running.interrupt()
+    with running.process:
+        yield running
+        if running.process.poll() is None:
+            running.interrupt()
 
 
 def environment(suite: Running) -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
@@ -100,11 +101,30 @@ class HealthService:
         change.set()
 
 
+class _Symbols:
+    """The default pool, which knows methods too: it finds services by name, but not what they hold."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(descriptor_pool.Default(), name)
+
+    def FindFileContainingSymbol(self, symbol: str) -> Any:  # noqa: N802 - the pool's name
+        """The file that has the symbol; raises KeyError."""
+        pool = descriptor_pool.Default()
+        try:
+            return pool.FindFileContainingSymbol(symbol)
+        except KeyError:
+            service, _, method = symbol.rpartition(".")
+            found = pool.FindServiceByName(service)
+            if method not in found.methods_by_name:
+                raise
+            return found.file
+
+
 class ReflectionService:
     """Answers by grpcio-reflection; a reflection stream that idles ends when the process stops."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._answers: Any = reflection.aio.ReflectionServicer(sorted(names))
+        self._answers: Any = reflection.aio.ReflectionServicer(sorted(names), pool=_Symbols())
         self._closed = asyncio.Event()
 
     def close(self) -> None:

@@ -190,6 +190,7 @@ class Worker:
         self._concurrency = concurrency
         self._credit = concurrency + prefetch
         self._left = max_tasks
+        self._awaited = max_tasks
         self._lease_duration = lease_duration
         self._listener = listener or (lambda _: None)
         self._ready: deque[_Attempt] = deque()
@@ -226,7 +227,7 @@ class Worker:
             self._grant(self._allowed(self._credit))
             if self._stopping:
                 stream.stop_leasing()
-            await self._until(lambda: self._fatal is not None or (self._stopping and not self._working()))
+            await self._until(lambda: self._fatal is not None or self._exhausted() or self._drained())
             await self._settled(_SETTLE_TIMEOUT)
         finally:
             await self._shut_down(stream)
@@ -256,6 +257,13 @@ class Worker:
         while not condition():
             self._changed.clear()
             await self._changed.wait()
+
+    def _drained(self) -> bool:
+        return self._stopping and not self._working()
+
+    def _exhausted(self) -> bool:
+        """Whether the last of `max_tasks` has come and gone."""
+        return self._awaited is not None and self._awaited <= 0 and self.idle
 
     def _working(self) -> list[_Attempt]:
         return [attempt for attempt in self._attempts.values() if attempt.outcome is None]
@@ -294,6 +302,8 @@ class Worker:
     # What the stream tells
 
     def leased(self, leases: Sequence[pb.Lease], received: float) -> None:
+        if self._awaited is not None:
+            self._awaited -= len(leases)
         for lease in leases:
             attempt = _Attempt(Job(lease, self.queue, received))
             self._attempts[lease.lease_token] = attempt

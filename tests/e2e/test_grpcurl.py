@@ -1,0 +1,70 @@
+"""grpcurl alone, without any .proto file: what a person does who debugs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from servers import RunningServer, start_server
+
+QUEUE = "retinue.workqueue.v1.WorkQueueService"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    started = start_server(tmp_path_factory.mktemp("grpcurl"))
+    yield started
+    assert started.stop() == 0
+
+
+def grpcurl(server: RunningServer, *arguments: str, ok: bool = True) -> str:
+    """What it prints; options come before the address, as it wants them."""
+    program = shutil.which("grpcurl", path=str(Path(sys.executable).parent))
+    assert program, "it comes with make setup"
+    options, words = arguments[:-1], arguments[-1:]
+    command = [program, "-plaintext", *options, server.address, *words[0].split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode == 0) == ok, done.stderr
+    return done.stdout if ok else done.stderr
+
+
+def test_it_lists_every_service(server: RunningServer) -> None:
+    listed = grpcurl(server, "list").split()
+    assert {QUEUE, "retinue.workqueue.v1.WorkQueueAdminService", "grpc.health.v1.Health"} <= set(listed)
+
+
+def test_it_describes_a_method_and_a_message(server: RunningServer) -> None:
+    assert "rpc LeaseTasks" in grpcurl(server, f"describe {QUEUE}.LeaseTasks")
+    assert "idempotency_key" in grpcurl(server, "describe retinue.workqueue.v1.TaskSpec")
+
+
+def test_it_enqueues_leases_and_completes(server: RunningServer) -> None:
+    enqueued = grpcurl(
+        server, "-d", '{"tasks": [{"queue_id": "hello", "input": {"text": "hi"}}]}', f"{QUEUE}/EnqueueTasks"
+    )
+    task_id = json.loads(enqueued)["results"][0]["task_id"]
+    leased = grpcurl(server, "-d", '{"queue_id": "hello", "worker_id": "me"}', f"{QUEUE}/LeaseTasks")
+    [lease] = json.loads(leased)["leases"]
+    assert (lease["task_id"], lease["input"]) == (task_id, {"text": "hi"})
+    done = {"completions": [{"lease_token": lease["lease_token"], "result": {"text": "done"}}]}
+    assert json.loads(grpcurl(server, "-d", json.dumps(done), f"{QUEUE}/CompleteTasks")) == {"results": [{}]}
+    task = json.loads(grpcurl(server, "-d", json.dumps({"task_id": task_id}), f"{QUEUE}/GetTask"))["task"]
+    assert (task["state"], task["result"]) == ("TASK_STATE_SUCCEEDED", {"text": "done"})
+
+
+def test_it_decodes_an_error_with_its_details(server: RunningServer) -> None:
+    told = grpcurl(server, "-d", '{"tasks": [{"queue_id": "!", "priority": 5000}]}', f"{QUEUE}/EnqueueTasks", ok=False)
+    for word in (
+        "InvalidArgument",
+        "ErrorInfo",
+        "INVALID_FIELD",
+        "BadRequest",
+        "tasks[0].queue_id",
+        "tasks[0].priority",
+    ):
+        assert word in told
