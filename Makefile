@@ -7,7 +7,7 @@ GENERATE := .retinue/generate
 PROTOS := $(shell find protos -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run demo test generate check-generated proto lint types walls contract faults e2e bench check lock clean
+.PHONY: help setup setup-dev run demo test generate check-generated proto lint types contract faults e2e check lock clean
 
 help: ## Shows this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -50,3 +50,18 @@ async def test_an_engine_that_cannot_read_its_file_answers_every_caller_and_reco
         await engine.write(add_a_queue)
         assert await engine.read(lambda view: view.queue("q")) is not None
     await engine.stop()
+
+
+async def test_a_failed_sync_is_fatal_and_its_callers_are_not_told_ok(tmp_path: Path) -> None:
+    told: list[BaseException] = []
+    engine = SqliteEngine(tmp_path / "queue.db", told.append)
+    await engine.start()
+
+    def unsynced(_: Transaction) -> None:
+        raise apsw.exception_for(apsw.SQLITE_IOERR_FSYNC)
+
+    async with asyncio.timeout(10):
+        with pytest.raises(Unavailable):
+            await engine.write(unsynced)
+    await engine.stop()
+    assert [type(error) for error in told] == [apsw.IOError]

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from retinue_server.runtime.config import Tls
     from retinue_server.runtime.server import Route
 
-Receive = "Callable[[], Awaitable[dict[str, Any]]]"
-Send = "Callable[[dict[str, Any]], Awaitable[None]]"
-Headers = "list[tuple[bytes, bytes]]"
 
 _SAFE = [
     (b"x-content-type-options", b"nosniff"),

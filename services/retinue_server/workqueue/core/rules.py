@@ -12,7 +12,6 @@ from msgspec.structs import replace
 from retinue_server.runtime.errors import FailedPrecondition, Reason
 from retinue_server.workqueue.engine import (
     REDRIVABLE,
-    UNFINISHED,
     WAITING,
     Failure,
     Instant,
@@ -267,8 +266,3 @@ def _finished(row: TaskRow, state: State, settings: QueueSettings, now: Instant,
 
 def _earlier(time: int, other: int | None) -> int:
     return time if other is None else min(time, other)
-
-
-def is_unfinished(row: TaskRow) -> bool:
-    """Whether it counts against the queue's `max_tasks`."""
-    return row.state in UNFINISHED
