@@ -47,7 +47,8 @@ def guide(ready: dict[str, object]) -> str:
     for word, value in words.items():
         text = text.replace(word, value)
     state = os.path.relpath(Path(words["{control}"]).parent)
-    return f"\n{text}\n\nThe page is http://{words['{http}']}/ and all state is in {state}/. Ctrl-C stops it.\n"
+    page = f"http://{words['{http}']}/"
+    return f"\n{text}\n\n{page} lists every method with a curl line; all state is in {state}/. Ctrl-C stops it.\n"
 
 
 if __name__ == "__main__":

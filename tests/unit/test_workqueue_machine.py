@@ -1,4 +1,4 @@
-"""Random stories on the memory engine keep the guarantees, and catch rules that do not (support/workqueue_machine.py)."""
+"""Random stories on the memory engine keep the guarantees, and catch rules that do not (support/workqueue_machine)."""
 
 from __future__ import annotations
 

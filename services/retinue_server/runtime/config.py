@@ -321,6 +321,7 @@ def _check(settings: Settings) -> None:
     _require(not settings.require_token or settings.token_file is not None, "require_token needs token_file")
     for text in (*settings.listen, settings.control, settings.http, settings.probe, settings.metrics):
         _check_address(text)
+    _check_address(settings.upstream.address if settings.upstream else None)
     _require(settings.control is None or settings.control.startswith("unix:"), "control must be unix:PATH")
 
 

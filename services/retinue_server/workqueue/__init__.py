@@ -26,7 +26,8 @@ G1  OK is sent only after the change is durable at the engine's level, which sta
 G2  Execution is at least once: a lease that ends without a completion puts the task back.
 G3  At most one completion of a task is accepted: the token (task, epoch, nonce) is compared inside the step that
     stores state, result and follow-ups; all of them commit together or not at all.
-G4  The same token with the same outcome is answered OK again until the task is next leased; `request_id` replays
+G4  The same token with the same kind of outcome is answered OK again until the task is next leased, and the first
+    result stands; `request_id` replays
     enqueueing (for an hour) and leases (while they live). Another outcome is ALREADY_FINALIZED, an ended lease
     LEASE_LOST.
 G5  What is counted is derived: who has what is read off the LEASED rows, never kept beside them.
@@ -51,7 +52,7 @@ kills its workers stops. Worker hangs but renews: the attempt deadline ends the 
 back late: its token is refused, and it must not publish. Reply lost: repeat it (G4). Caller goes away while a
 lease is being granted: the lease is released, the attempt refunded. Server dies: what was answered is on disk;
 what was not may be or not, and repeating tells. Disk full: RESOURCE_EXHAUSTED (DISK_FULL), nothing changed, the
-server lives on. Sync fails: the process exits; it does not try again, since what is on disk is no longer known.
+server lives on. A commit's sync fails: the process exits, since what is on disk is no longer known.
 Engine away: UNAVAILABLE with RetryInfo, health NOT_SERVING, and it recovers by itself. SIGTERM: long polls end
 empty, streams are told to drain, nothing new is leased.
 """

@@ -108,7 +108,8 @@ type WorkQueueServiceClient interface {
 	ExtendLeases(ctx context.Context, in *ExtendLeasesRequest, opts ...grpc.CallOption) (*ExtendLeasesResponse, error)
 	// CompleteTasks ends leases with success; result and follow-up tasks are committed with it, or nothing is.
 	//
-	// Repeating it is safe: the same token answers OK again while the task is kept. Item errors: FAILED_PRECONDITION
+	// Repeating it is safe: the same token answers OK again while the task is kept, and the first result stands. Item errors:
+	// FAILED_PRECONDITION
 	// (LEASE_LOST; ALREADY_FINALIZED if this lease ended otherwise), and the item errors of EnqueueTasks for follow-ups:
 	// then the lease is still held.
 	CompleteTasks(ctx context.Context, in *CompleteTasksRequest, opts ...grpc.CallOption) (*CompleteTasksResponse, error)
@@ -328,7 +329,8 @@ type WorkQueueServiceServer interface {
 	ExtendLeases(context.Context, *ExtendLeasesRequest) (*ExtendLeasesResponse, error)
 	// CompleteTasks ends leases with success; result and follow-up tasks are committed with it, or nothing is.
 	//
-	// Repeating it is safe: the same token answers OK again while the task is kept. Item errors: FAILED_PRECONDITION
+	// Repeating it is safe: the same token answers OK again while the task is kept, and the first result stands. Item errors:
+	// FAILED_PRECONDITION
 	// (LEASE_LOST; ALREADY_FINALIZED if this lease ended otherwise), and the item errors of EnqueueTasks for follow-ups:
 	// then the lease is still held.
 	CompleteTasks(context.Context, *CompleteTasksRequest) (*CompleteTasksResponse, error)

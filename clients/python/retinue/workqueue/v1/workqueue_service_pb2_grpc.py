@@ -221,7 +221,8 @@ class WorkQueueServiceServicer(object):
     def CompleteTasks(self, request, context):
         """CompleteTasks ends leases with success; result and follow-up tasks are committed with it, or nothing is.
 
-        Repeating it is safe: the same token answers OK again while the task is kept. Item errors: FAILED_PRECONDITION
+        Repeating it is safe: the same token answers OK again while the task is kept, and the first result stands. Item errors:
+        FAILED_PRECONDITION
         (LEASE_LOST; ALREADY_FINALIZED if this lease ended otherwise), and the item errors of EnqueueTasks for follow-ups:
         then the lease is still held.
         """

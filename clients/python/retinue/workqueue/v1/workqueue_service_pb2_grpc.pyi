@@ -111,7 +111,8 @@ class WorkQueueServiceStub:
     CompleteTasks: _grpc.UnaryUnaryMultiCallable[_workqueue_service_pb2.CompleteTasksRequest, _workqueue_service_pb2.CompleteTasksResponse]
     """CompleteTasks ends leases with success; result and follow-up tasks are committed with it, or nothing is.
 
-    Repeating it is safe: the same token answers OK again while the task is kept. Item errors: FAILED_PRECONDITION
+    Repeating it is safe: the same token answers OK again while the task is kept, and the first result stands. Item errors:
+    FAILED_PRECONDITION
     (LEASE_LOST; ALREADY_FINALIZED if this lease ended otherwise), and the item errors of EnqueueTasks for follow-ups:
     then the lease is still held.
     """
@@ -210,7 +211,8 @@ class WorkQueueServiceAsyncStub(WorkQueueServiceStub):
     CompleteTasks: _aio.UnaryUnaryMultiCallable[_workqueue_service_pb2.CompleteTasksRequest, _workqueue_service_pb2.CompleteTasksResponse]  # type: ignore[assignment]
     """CompleteTasks ends leases with success; result and follow-up tasks are committed with it, or nothing is.
 
-    Repeating it is safe: the same token answers OK again while the task is kept. Item errors: FAILED_PRECONDITION
+    Repeating it is safe: the same token answers OK again while the task is kept, and the first result stands. Item errors:
+    FAILED_PRECONDITION
     (LEASE_LOST; ALREADY_FINALIZED if this lease ended otherwise), and the item errors of EnqueueTasks for follow-ups:
     then the lease is still held.
     """
@@ -366,7 +368,8 @@ class WorkQueueServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_workqueue_service_pb2.CompleteTasksResponse, _abc.Awaitable[_workqueue_service_pb2.CompleteTasksResponse]]:
         """CompleteTasks ends leases with success; result and follow-up tasks are committed with it, or nothing is.
 
-        Repeating it is safe: the same token answers OK again while the task is kept. Item errors: FAILED_PRECONDITION
+        Repeating it is safe: the same token answers OK again while the task is kept, and the first result stands. Item errors:
+        FAILED_PRECONDITION
         (LEASE_LOST; ALREADY_FINALIZED if this lease ended otherwise), and the item errors of EnqueueTasks for follow-ups:
         then the lease is still held.
         """
