@@ -14,6 +14,7 @@ import grpc
 import httpx
 import pytest
 from grpc import aio
+from grpc._cython import cygrpc  # type: ignore[attr-defined] # no stubs for it
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from support import echo
@@ -21,6 +22,7 @@ from support.certificates import Authority
 from support.echo import Echo
 from support.serving import Client, details, dial, running, settings
 
+from retinue_server.runtime import relay, server
 from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.config import Limits, Tls
 from retinue_server.runtime.dispatch import Service
@@ -591,3 +593,10 @@ async def test_an_unusable_token_file_is_refused(
 async def test_a_method_without_a_coroutine_is_refused() -> None:
     with pytest.raises(TypeError, match="object lacks Say, Repeat"):
         Service(echo.DESCRIPTOR, object()).methods()
+
+
+def test_every_option_of_ours_is_one_that_grpc_knows() -> None:
+    """gRPC ignores a name that it does not know; idle relays were cut off by a misspelt one."""
+    library = Path(cygrpc.__file__).read_bytes()
+    names = {name for name, _ in (*server._OPTIONS, *relay._OPTIONS)}
+    assert [name for name in sorted(names) if name.encode() not in library] == []

@@ -31,7 +31,8 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.keepalive_time_ms", 30_000),  # finds callers that vanished without closing
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),  # lets callers do the same
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # lets callers do the same
+    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_send_message_length", -1),  # the codec checks, and says more
 )
 
