@@ -58,7 +58,8 @@ type WorkQueueAdminServiceClient interface {
 	ListQueues(ctx context.Context, in *ListQueuesRequest, opts ...grpc.CallOption) (*ListQueuesResponse, error)
 	// DeleteQueue removes a queue, with `force` also its tasks; leases that are out are lost.
 	//
-	// Repeating it answers NOT_FOUND. Errors: NOT_FOUND (QUEUE_NOT_FOUND), FAILED_PRECONDITION (QUEUE_NOT_EMPTY).
+	// Tasks go in steps of 1,000, the queue with the last; a call that is cut short has deleted some, and repeating it goes
+	// on. Repeating one that was through answers NOT_FOUND. Errors: NOT_FOUND (QUEUE_NOT_FOUND), FAILED_PRECONDITION (QUEUE_NOT_EMPTY).
 	DeleteQueue(ctx context.Context, in *DeleteQueueRequest, opts ...grpc.CallOption) (*DeleteQueueResponse, error)
 	// PauseQueue stops new leases; tasks are taken, leases that are out go on.
 	//
@@ -277,7 +278,8 @@ type WorkQueueAdminServiceServer interface {
 	ListQueues(context.Context, *ListQueuesRequest) (*ListQueuesResponse, error)
 	// DeleteQueue removes a queue, with `force` also its tasks; leases that are out are lost.
 	//
-	// Repeating it answers NOT_FOUND. Errors: NOT_FOUND (QUEUE_NOT_FOUND), FAILED_PRECONDITION (QUEUE_NOT_EMPTY).
+	// Tasks go in steps of 1,000, the queue with the last; a call that is cut short has deleted some, and repeating it goes
+	// on. Repeating one that was through answers NOT_FOUND. Errors: NOT_FOUND (QUEUE_NOT_FOUND), FAILED_PRECONDITION (QUEUE_NOT_EMPTY).
 	DeleteQueue(context.Context, *DeleteQueueRequest) (*DeleteQueueResponse, error)
 	// PauseQueue stops new leases; tasks are taken, leases that are out go on.
 	//

@@ -263,7 +263,8 @@ class WorkQueue:
     async def delete_queue(self, queue_id: str, *, force: bool) -> int:
         """Removes a queue; how many tasks went with it."""
         limits.refuse("delete the queue", list(limits.queue_id(queue_id)))
-        return await self._write(lambda tx, ctx: steps.delete_queue(tx, queue_id, force=force, ctx=ctx))
+        purged = await self.purge(queue_id, include_finished=True) if force else 0
+        return purged + await self._write(lambda tx, ctx: steps.delete_queue(tx, queue_id, force=force, ctx=ctx))
 
     async def purge(self, queue_id: str, *, include_finished: bool) -> int:
         """Deletes the queue's tasks that no worker has, in steps; how many."""

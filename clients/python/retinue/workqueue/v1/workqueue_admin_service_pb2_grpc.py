@@ -152,7 +152,8 @@ class WorkQueueAdminServiceServicer(object):
     def DeleteQueue(self, request, context):
         """DeleteQueue removes a queue, with `force` also its tasks; leases that are out are lost.
 
-        Repeating it answers NOT_FOUND. Errors: NOT_FOUND (QUEUE_NOT_FOUND), FAILED_PRECONDITION (QUEUE_NOT_EMPTY).
+        Tasks go in steps of 1,000, the queue with the last; a call that is cut short has deleted some, and repeating it goes
+        on. Repeating one that was through answers NOT_FOUND. Errors: NOT_FOUND (QUEUE_NOT_FOUND), FAILED_PRECONDITION (QUEUE_NOT_EMPTY).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

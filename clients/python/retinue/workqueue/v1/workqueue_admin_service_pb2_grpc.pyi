@@ -54,7 +54,8 @@ class WorkQueueAdminServiceStub:
     DeleteQueue: _grpc.UnaryUnaryMultiCallable[_workqueue_admin_service_pb2.DeleteQueueRequest, _workqueue_admin_service_pb2.DeleteQueueResponse]
     """DeleteQueue removes a queue, with `force` also its tasks; leases that are out are lost.
 
-    Repeating it answers NOT_FOUND. Errors: NOT_FOUND (QUEUE_NOT_FOUND), FAILED_PRECONDITION (QUEUE_NOT_EMPTY).
+    Tasks go in steps of 1,000, the queue with the last; a call that is cut short has deleted some, and repeating it goes
+    on. Repeating one that was through answers NOT_FOUND. Errors: NOT_FOUND (QUEUE_NOT_FOUND), FAILED_PRECONDITION (QUEUE_NOT_EMPTY).
     """
     PauseQueue: _grpc.UnaryUnaryMultiCallable[_workqueue_admin_service_pb2.PauseQueueRequest, _workqueue_admin_service_pb2.PauseQueueResponse]
     """PauseQueue stops new leases; tasks are taken, leases that are out go on.
@@ -124,7 +125,8 @@ class WorkQueueAdminServiceAsyncStub(WorkQueueAdminServiceStub):
     DeleteQueue: _aio.UnaryUnaryMultiCallable[_workqueue_admin_service_pb2.DeleteQueueRequest, _workqueue_admin_service_pb2.DeleteQueueResponse]  # type: ignore[assignment]
     """DeleteQueue removes a queue, with `force` also its tasks; leases that are out are lost.
 
-    Repeating it answers NOT_FOUND. Errors: NOT_FOUND (QUEUE_NOT_FOUND), FAILED_PRECONDITION (QUEUE_NOT_EMPTY).
+    Tasks go in steps of 1,000, the queue with the last; a call that is cut short has deleted some, and repeating it goes
+    on. Repeating one that was through answers NOT_FOUND. Errors: NOT_FOUND (QUEUE_NOT_FOUND), FAILED_PRECONDITION (QUEUE_NOT_EMPTY).
     """
     PauseQueue: _aio.UnaryUnaryMultiCallable[_workqueue_admin_service_pb2.PauseQueueRequest, _workqueue_admin_service_pb2.PauseQueueResponse]  # type: ignore[assignment]
     """PauseQueue stops new leases; tasks are taken, leases that are out go on.
@@ -221,7 +223,8 @@ class WorkQueueAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_workqueue_admin_service_pb2.DeleteQueueResponse, _abc.Awaitable[_workqueue_admin_service_pb2.DeleteQueueResponse]]:
         """DeleteQueue removes a queue, with `force` also its tasks; leases that are out are lost.
 
-        Repeating it answers NOT_FOUND. Errors: NOT_FOUND (QUEUE_NOT_FOUND), FAILED_PRECONDITION (QUEUE_NOT_EMPTY).
+        Tasks go in steps of 1,000, the queue with the last; a call that is cut short has deleted some, and repeating it goes
+        on. Repeating one that was through answers NOT_FOUND. Errors: NOT_FOUND (QUEUE_NOT_FOUND), FAILED_PRECONDITION (QUEUE_NOT_EMPTY).
         """
 
     @_abc_1.abstractmethod

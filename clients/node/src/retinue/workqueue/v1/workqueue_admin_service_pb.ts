@@ -1074,7 +1074,8 @@ export const WorkQueueAdminService: GenService<{
   /**
    * DeleteQueue removes a queue, with `force` also its tasks; leases that are out are lost.
    *
-   * Repeating it answers NOT_FOUND. Errors: NOT_FOUND (QUEUE_NOT_FOUND), FAILED_PRECONDITION (QUEUE_NOT_EMPTY).
+   * Tasks go in steps of 1,000, the queue with the last; a call that is cut short has deleted some, and repeating it goes
+   * on. Repeating one that was through answers NOT_FOUND. Errors: NOT_FOUND (QUEUE_NOT_FOUND), FAILED_PRECONDITION (QUEUE_NOT_EMPTY).
    *
    * @generated from rpc retinue.workqueue.v1.WorkQueueAdminService.DeleteQueue
    */
