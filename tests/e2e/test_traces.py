@@ -35,7 +35,7 @@ def run(tmp_path: Path, endpoint: str) -> None:
         steps = {
             "shop": python,
             "upper": [*work, "--then", "reverse", "upper", "--", "tr", "a-z", "A-Z"],
-            "reverse": [*work, "reverse", "--", "rev"],
+            "reverse": [*work, "reverse", "--", "tac"],
         }
         for name, command in steps.items():
             where = environment(**env, OTEL_SERVICE_NAME=name)
