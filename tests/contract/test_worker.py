@@ -121,6 +121,14 @@ async def test_a_cancelled_task_stops_its_thread_by_the_event(queue: Queue, star
     assert await asyncio.to_thread(ended.wait, 10)
 
 
+async def test_tasks_that_match_are_cancelled_and_a_dry_run_only_counts(queue: Queue) -> None:
+    tasks = [await queue.enqueue("x", labels={"colour": colour}) for colour in ("red", "red", "blue")]
+    assert await queue.cancel_matching(labels={"colour": "red"}, dry_run=True) == 2
+    assert await queue.cancel_matching(labels={"colour": "red"}) == 2
+    states = [(await queue.get(task.task_id)).state for task in tasks]
+    assert states == [pb.TASK_STATE_CANCELLED, pb.TASK_STATE_CANCELLED, pb.TASK_STATE_READY]
+
+
 async def test_handlers_say_how_they_failed(queue: Queue, start: Any) -> None:
     async def fail(job: Job) -> None:
         raise Failed("BAD_INPUT", "no such colour", final=True)
