@@ -32,6 +32,7 @@ func main() {
 	seed := flag.String("seed", "0", "decides what becomes of each lease")
 	hands := flag.Int("threads", 50, "how many tasks at a time")
 	lease := flag.Float64("lease", 1.5, "seconds")
+	hold := flag.Float64("hold", -1, "seconds: complete all, after so long")
 	flag.Parse()
 	record, err := open(*directory, *name)
 	if err != nil {
@@ -50,6 +51,9 @@ func main() {
 		Client: pb.NewWorkQueueServiceClient(channel), Queue: *queue, ID: *name, Concurrency: *hands,
 		LeaseDuration: time.Duration(*lease * float64(time.Second)), Grace: 2 * time.Second,
 		Handle: handler(*seed), Log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+	}
+	if *hold >= 0 {
+		worker.Handle = holder(time.Duration(*hold * float64(time.Second)))
 	}
 	told, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
@@ -72,10 +76,7 @@ func handler(seed string) client.Handler {
 		case drawn < 9:
 			return client.Result{}, client.ErrRelease
 		case drawn < 11: // long enough to live on renewals
-			select {
-			case <-ctx.Done():
-			case <-time.After(time.Duration(chance.Float64() * 3 * float64(time.Second))):
-			}
+			wait(ctx, time.Duration(chance.Float64()*3*float64(time.Second)))
 		}
 		result := client.Result{Payload: client.Text(strconv.FormatInt(lease.LeaseEpoch, 10))}
 		if lease.TaskType != followUp && chance.Float64() < 0.3 {
@@ -83,5 +84,20 @@ func handler(seed string) client.Handler {
 			result.FollowUps = []*pb.TaskSpec{{QueueId: lease.QueueId, TaskType: followUp, Labels: labels}}
 		}
 		return result, nil
+	}
+}
+
+// holder completes every lease after a while.
+func holder(hold time.Duration) client.Handler {
+	return func(ctx context.Context, _ *pb.Lease) (client.Result, error) {
+		wait(ctx, hold)
+		return client.Result{}, nil
+	}
+}
+
+func wait(ctx context.Context, long time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(long):
 	}
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import heapq
 import itertools
 import threading
@@ -51,15 +52,21 @@ def failure(lease: task_pb2.Lease, what: Plan) -> wq.TaskFailure:
 class Worker:
     """One thread's loop."""
 
-    def __init__(self, caller: Caller, queue: str, seed: str, lease_s: float, told: threading.Event) -> None:
-        self._caller, self._queue, self._seed, self._lease_s, self._told = caller, queue, seed, lease_s, told
+    def __init__(self, caller: Caller, flags: argparse.Namespace, told: threading.Event) -> None:
+        self._caller, self._told = caller, told
+        self._queue, self._seed = flags.queue, flags.seed
+        self._lease_s, self._hold_s = flags.lease, flags.hold
         self._numbers = itertools.count()
         self._later: list[tuple[float, int, task_pb2.Lease]] = []
         self._name = f"{caller.recorder.who}.{caller.chance.getrandbits(32):x}"
 
     def run(self) -> None:
         while not self._told.is_set():
-            self.settle([(lease, plan(self._seed, lease)) for lease in self._lease()])
+            leases = self._lease()
+            if self._hold_s is None:
+                self.settle([(lease, plan(self._seed, lease)) for lease in leases])
+            else:
+                self._put_off(leases, self._hold_s)
             self.settle([(lease, Plan.COMPLETE) for lease in self._due()])
 
     def _lease(self) -> list[task_pb2.Lease]:
@@ -87,6 +94,10 @@ class Worker:
             return leases
         return []
 
+    def _put_off(self, leases: list[task_pb2.Lease], delay_s: float) -> None:
+        for lease in leases:
+            heapq.heappush(self._later, (time.monotonic() + delay_s, next(self._numbers), lease))
+
     def _due(self) -> list[task_pb2.Lease]:
         due = []
         while self._later and self._later[0][0] <= time.monotonic():
@@ -95,10 +106,8 @@ class Worker:
 
     def settle(self, plans: list[tuple[task_pb2.Lease, Plan]]) -> None:
         """Carries the plans out, kind by kind."""
-        late = time.monotonic() + self._lease_s * self._caller.chance.uniform(0.8, 1.3)
-        for lease, what in plans:
-            if what == Plan.LATE:
-                heapq.heappush(self._later, (late, next(self._numbers), lease))
+        late = [lease for lease, what in plans if what == Plan.LATE]
+        self._put_off(late, self._lease_s * self._caller.chance.uniform(0.8, 1.3))
         self._extend([lease for lease, what in plans if what == Plan.EXTEND])
         self._complete([one for one in plans if one[1] in _COMPLETES and one[1] != Plan.LATE])
         self._fail([one for one in plans if one[1] in (Plan.FAIL, Plan.DOOM)])
@@ -136,11 +145,12 @@ class Worker:
 def main() -> None:
     parser = arguments()
     parser.add_argument("--lease", type=float, default=1.5, help="seconds")
+    parser.add_argument("--hold", type=float, help="seconds: complete all, after so long")
     flags = parser.parse_args()
     told = until_told()
     recorder = Recorder(flags.history, flags.name)
     callers = [Caller(recorder, f"{flags.seed}.{flags.name}.{i}") for i in range(flags.threads)]
-    workers = [Worker(caller, flags.queue, flags.seed, flags.lease, told) for caller in callers]
+    workers = [Worker(caller, flags, told) for caller in callers]
     threads = [threading.Thread(target=worker.run) for worker in workers]
     for thread in threads:
         thread.start()

@@ -42,6 +42,7 @@ class Engine:
 
     name: str
     env: dict[str, str]
+    module: str = "retinue_server"
 
 
 SQLITE = Engine("sqlite", {"RETINUE_WORKQUEUE__ENGINE": "sqlite"})
@@ -64,7 +65,7 @@ class Campaign:
         self._size, self._seed = size, seed
         self._history = directory / "history"
         self._history.mkdir()
-        self._env = dict(engine.env)
+        self._engine = engine
         self._where = directory
         self._recorder = Recorder(self._history, "harness")
         self._crew = Crew(QUEUE, seed, self._history, go_worker)
@@ -75,7 +76,7 @@ class Campaign:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._recorder.fault("start", "server")
-            self._server = start_server(self._where, env=self._env)
+            self._server = start_server(self._where, env=self._engine.env, module=self._engine.module)
             stack.callback(self._end_server)
             self._proxy = stack.enter_context(Proxy(self._server.address))
             self._api = stack.enter_context(Api(self._server.control))
@@ -114,7 +115,7 @@ class Campaign:
 
     def run(self) -> None:
         """Plays faults until there were enough of them and enough tasks."""
-        for step in schedule(self._seed):
+        for step in schedule(self._seed) if self._size.kills else _peace():
             time.sleep(step.pause_s)  # the load needs time to get hold of something; nothing waits for it
             self._play(step)
             if self.faults[Kind.KILL_SERVER] >= self._size.kills and self._acknowledged() >= self._size.tasks:
@@ -237,6 +238,12 @@ class Campaign:
 
 
 _WORKERS = (("python", False), ("python", True), ("go", False), ("go", True))
+
+
+def _peace() -> Iterator[Step]:
+    """No fault but a connection that is cut, now and then."""
+    while True:
+        yield Step(0.5, Kind.CUT, 0, 0)
 
 
 def acknowledged(file: Path) -> int:

