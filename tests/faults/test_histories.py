@@ -13,7 +13,7 @@ import pytest
 from contract.client import Client as Api
 from servers import start_server
 from support.faults.campaign import QUEUE, SQLITE, Campaign, Engine, Size
-from support.faults.clients import PATH, Client, Crew, build_go_worker
+from support.faults.clients import PATH, WORKERS, Client, Crew, build_go_worker
 from support.faults.report import summarised, table
 from support.history import Event, Leased, Op, Story, Verdict, read
 from support.history.checks import check
@@ -105,7 +105,7 @@ def stage(tmp_path: Path, go_worker: Path) -> Iterator[Stage]:
     server.kill()
 
 
-@pytest.mark.parametrize(("first", "second"), [("python", "go"), ("go", "python")])
+@pytest.mark.parametrize(("first", "second"), [("python", "library"), ("library", "go"), ("go", "python")])
 def test_a_worker_that_was_stopped_for_three_leases_publishes_nothing(stage: Stage, first: str, second: str) -> None:
     stopped = stage.worker(first, hold_s=LEASE_S / 2)
     [result] = stage.api.EnqueueTasks(tasks=[{"queue_id": QUEUE}]).results
@@ -118,7 +118,7 @@ def test_a_worker_that_was_stopped_for_three_leases_publishes_nothing(stage: Sta
     said = len(stage.events_of(stopped))
     stopped.signal(signal.SIGCONT)
     eventually(lambda: len(stage.events_of(stopped)) >= said + 2, "the first worker asks, and is answered")
-    stage.crew.end("python", "go")
+    stage.crew.end(*WORKERS)
     story = Story(stage.events(), [])
     stale, fresh = story.in_order(result.task_id)
     assert (stale.who, fresh.who) == (stopped.name, other.name)

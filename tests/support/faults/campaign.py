@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import threading
 import time
@@ -12,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 from contract.client import Client as Api
 from contract.line import seconds
 from servers import start_server
 
 from retinue.workqueue.v1 import task_pb2
-from support.faults.clients import Client, Crew
+from support.faults.clients import WORKERS, Client, Crew
 from support.faults.proxy import Mode, Proxy
 from support.faults.schedule import Kind, Step, schedule
 from support.history import Call, Item, Op, Outcome, Policy, Reply, Story, TaskRecord, read, read_file
@@ -33,6 +35,7 @@ _MODES = {
     Kind.HALF_OPEN: Mode.HALF_OPEN,
 }
 _PAGE = 500
+_SAMPLE = 500
 _STUCK_S = 60.0
 
 
@@ -134,11 +137,11 @@ class Campaign:
             case Kind.STOP_SERVER:
                 self._stop_server(step.lasts_s)
             case Kind.KILL_WORKER:
-                self._replace(self._picked(step, "python", "go"))
+                self._replace(self._picked(step, *WORKERS))
             case Kind.KILL_PRODUCER:
                 self._replace(self._picked(step, "producer"))
             case Kind.STOP_WORKER:
-                self._stop(self._picked(step, "python", "go"), step.lasts_s)
+                self._stop(self._picked(step, *WORKERS), step.lasts_s)
             case Kind.CUT:
                 self._recorder.fault("cut", "proxy")
                 self._proxy.cut()
@@ -192,7 +195,7 @@ class Campaign:
         self._drain()
         self._redrive()
         self._drain()
-        self._crew.end("python", "go")
+        self._crew.end(*WORKERS)
         assert not self._crew.failed, self._crew.failed
 
     def _drain(self) -> None:
@@ -232,12 +235,20 @@ class Campaign:
 
     def story(self) -> Story:
         """What happened, and what it came to."""
-        tasks = [record(task) for task in self._listed()]
+        tasks = {task.task_id: record(task) for task in self._listed()}
+        for task_id, result in self._results([name for name, task in tasks.items() if task.state == "SUCCEEDED"]):
+            tasks[task_id] = msgspec.structs.replace(tasks[task_id], result=result)
         self._recorder.fault("read", "tasks")
-        return Story(read(self._history), tasks, POLICY)
+        return Story(read(self._history), tasks.values(), POLICY)
+
+    def _results(self, task_ids: list[str]) -> Iterator[tuple[str, str]]:
+        """What some of the tasks gave back."""
+        some = random.Random(self._seed).sample(task_ids, min(_SAMPLE, len(task_ids)))
+        for task_id, call in [(task_id, self._api.begin("GetTask", task_id=task_id)) for task_id in some]:
+            yield task_id, call.result().task.result.text
 
 
-_WORKERS = (("python", False), ("python", True), ("go", False), ("go", True))
+_WORKERS = (("python", True), ("library", False), ("go", True), ("go", False))
 
 
 def _peace() -> Iterator[Step]:
