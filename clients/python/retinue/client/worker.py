@@ -411,7 +411,8 @@ class Worker:
         try:
             answer = await work
             done = answer if isinstance(answer, Done) else Done(answer)
-            return completion(job.lease, await self.queue.store(done.result), done.follow_ups)
+            result = None if done.result is None else await self.queue.store(done.result)
+            return completion(job.lease, result, done.follow_ups)
         except Failed as error:
             return failure(job.lease, error.reason, error.message, final=error.final, retry_delay=error.retry_delay)
         except Released as error:
