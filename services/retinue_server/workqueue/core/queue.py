@@ -322,8 +322,8 @@ class WorkQueue:
     # Time
 
     async def recover(self) -> None:
-        """At start, before anything is served: gives live leases one full term."""
-        after: int | None = 0
+        """At start, before anything is served: gives live leases one full term, unless their clock went on."""
+        after: int | None = None if self.engine.capabilities.own_clock else 0
         while after is not None:
             after = await self._write(partial(steps.recover, after_seq=after))
 
@@ -360,7 +360,7 @@ class WorkQueue:
         """Runs a step and, once it is durable, publishes what it did."""
 
         def run(tx: Transaction) -> tuple[T, list[Noted]]:
-            now = self.now()
+            now = tx.now() or self.now()
             ctx = steps.Context(now, Ledger(now.wall_ms), self._chance.jitter, self.strict_queues)
             return step(tx, ctx), ctx.ledger.events
 

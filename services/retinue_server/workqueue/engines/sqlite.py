@@ -416,6 +416,9 @@ class _Store(_View):
         self._names = {no: queue_id for queue_id, (no, _) in self._queues.items()}
         self.queue_changes = 0
 
+    def now(self) -> None:
+        """The server's clocks count."""
+
     def savepoint(self) -> AbstractContextManager[None]:
         return _Savepoint(self)
 
