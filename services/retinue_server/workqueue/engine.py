@@ -203,6 +203,14 @@ class QueueTotals(Struct, frozen=True):
     workers: int
 
 
+class Room(NamedTuple):
+    """What is left for new data, as it was looked at last."""
+
+    free_bytes: int
+    admitting: bool
+    """False while new data is refused, so that what is there can be worked off."""
+
+
 class View(Protocol):
     """Reads one consistent snapshot that includes every change acknowledged before it was opened."""
 
@@ -279,6 +287,12 @@ class Transaction(View, Protocol):
     def next_times(self) -> tuple[int | None, int | None]:
         """When `due` or `expired` (wall clock) and `lapsed` (lease clock) will next have something."""
 
+    def claim_room(self, size: int) -> None:
+        """Asked before new data of about `size` bytes comes in, but not before what lets work end.
+
+        Raises ResourceExhausted (DISK_FULL) when the rest of the disk is kept for that.
+        """
+
     def insert(self, tasks: Sequence[Task]) -> None:
         """Stores new tasks and gives each the next seq (the rows' own is ignored)."""
 
@@ -325,6 +339,9 @@ class Engine(Protocol):
     async def read(self, query: Callable[[View], T]) -> T:
         """Runs a query that changes nothing, beside the writes."""
 
+    def room(self) -> Room | None:
+        """What is left for new tasks, as of the last second or so; None if the engine does not know."""
+
 
 class BlobStat(Struct, frozen=True):
     """A kept blob."""
@@ -338,7 +355,7 @@ class BlobWriter(Protocol):
     """An upload that is under way; nothing of it can be seen before `commit`."""
 
     async def write(self, data: bytes) -> None:
-        """Appends."""
+        """Appends. Raises ResourceExhausted (DISK_FULL, PAYLOAD_TOO_LARGE)."""
 
     async def commit(self, expected_id: str, expected_size: int) -> BlobStat:
         """Makes it durable and visible; raises InvalidArgument (BLOB_MISMATCH), keeping nothing, if it is another."""
@@ -370,3 +387,6 @@ class BlobStore(Protocol):
 
     async def delete(self, blob_id: str, age_ms: int) -> None:
         """Removes it if it is still idle."""
+
+    async def room(self) -> Room | None:
+        """Looks what is left for new blobs; None if the store does not know."""

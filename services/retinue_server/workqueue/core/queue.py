@@ -40,6 +40,7 @@ from retinue_server.workqueue.engine import (
     QueueSettings,
     QueueState,
     QueueTotals,
+    Room,
     State,
     Task,
     TaskFilter,
@@ -113,6 +114,8 @@ class WorkQueue:
         """Events by queue since the start, for metrics."""
         self.counted: list[QueueReport] = []
         """All queues as they were counted last, a few seconds ago at most, for metrics."""
+        self.rooms: dict[str, Room] = {}
+        """What was left for tasks and blobs then, where that is known."""
         self._count_again = 0.0
         self._alarm = Alarm()
         self._background: set[asyncio.Future[None]] = set()
@@ -314,9 +317,11 @@ class WorkQueue:
         return await self.engine.read(query)
 
     async def count(self) -> None:
-        """Counts all queues for metrics, if the last time was not just now."""
+        """Counts all queues, and the room for more, for metrics, if the last time was not just now."""
         if time.monotonic() >= self._count_again:
             self.counted = await self.reports([])
+            rooms = {"tasks": self.engine.room(), "blobs": await self.blobs.room()}
+            self.rooms = {what: room for what, room in rooms.items() if room is not None}
             self._count_again = time.monotonic() + COUNT_INTERVAL_S
 
     # Time

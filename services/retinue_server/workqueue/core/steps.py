@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 REQUEST_MEMORY_MS = 3_600_000
 _SWEEP = 500
 _ROW_BYTES = 1_024
-"""More than a lease takes on the wire beside input and labels."""
+"""More than a lease takes on the wire beside input and labels; about what a task takes on disk beside its input."""
 
 
 class Enqueued(NamedTuple):
@@ -185,6 +185,8 @@ def _insert(
             admission.admit(new)
             taken.append(new)
             ctx.ledger.add(EventType.ENQUEUED, new.row)
+    if taken and parent is None:
+        tx.claim_room(sum(_ROW_BYTES + len(task.body.input) for task in taken))
     tx.insert(taken)
     return results
 

@@ -3,13 +3,19 @@
 All steps that wait when the writer is free run in one SQLite transaction, each inside a savepoint of its own; their
 callers are answered after the one commit. A lone step is committed at once. WAL with `synchronous=FULL`: what is
 acknowledged survives power loss. Reads run beside it, on a thread and a connection of their own; only the writer's
-connection checkpoints. After a failed sync the process ends: what is on disk is not known, and the next start
-finds out.
+connection checkpoints, between two groups, and itself rather than by SQLite's automatism, which would swallow its
+errors. After a failed sync, of a commit or a checkpoint, the process ends: what is on disk is not known, and the next
+start finds out.
+
+Disk: new data is refused while less than the reserve is free (`room.py`), free pages of the file counted in, since
+deleting does not shrink it. What is written then is bounded: the log is checkpointed before it has grown far, and its
+file is used again. A group that does not fit all the same is run once more without what takes in new data.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue as queues
 import threading
 from collections import Counter
@@ -24,7 +30,8 @@ import apsw
 import msgspec
 
 from retinue_server.runtime.addresses import StartError
-from retinue_server.runtime.errors import Reason, ResourceExhausted, RetinueError, Unavailable
+from retinue_server.runtime.errors import Reason, RetinueError, Unavailable
+from retinue_server.runtime.files import make_directory
 from retinue_server.workqueue.engine import (
     Capabilities,
     Durability,
@@ -35,6 +42,7 @@ from retinue_server.workqueue.engine import (
     QueueState,
     QueueTotals,
     RetryOverrides,
+    Room,
     State,
     Task,
     TaskBody,
@@ -43,12 +51,19 @@ from retinue_server.workqueue.engine import (
     Transaction,
     View,
 )
+from retinue_server.workqueue.engines.room import RESERVE_BYTES, DiskRoom
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 _GROUP = 256
 """How many steps one commit holds at most."""
+_CHECKPOINT_PAGES = 1_000
+"""How long the log may be before it is moved into the file."""
+_LOG_FILE_BYTES = 16 * 1024**2
+"""To what the log's file is cut when it was longer (a slow reader had kept it from being moved)."""
 
 _COLUMNS = ["queue" if name == "queue_id" else name for name in TaskRow.__struct_fields__]
 """A column is named as its field and stands in its place."""
@@ -85,9 +100,14 @@ class SqliteEngine:
 
     capabilities = Capabilities("sqlite", Durability.DISK)
 
-    def __init__(self, path: Path, fatal: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self, path: Path, fatal: Callable[[BaseException], None], *, reserve_bytes: int = RESERVE_BYTES
+    ) -> None:
         self._path = path
         self._fatal = fatal
+        self._disk = DiskRoom(path.parent, reserve_bytes, "tasks", self._free_inside)
+        self._log_pages = self._checked_pages = 0
+        """How long the log is, and up to where a checkpoint has looked at it."""
         self._steps: queues.SimpleQueue[_Step | None] = queues.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._reader: ThreadPoolExecutor | None = None
@@ -132,20 +152,24 @@ class SqliteEngine:
         return await asyncio.get_running_loop().run_in_executor(self._reader, self._run_query, query)
 
     def _open(self) -> tuple[_Store, _View]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self._path.parent)
         writer = apsw.Connection(str(self._path))
         for pragma in (
             "journal_mode = WAL",
             "synchronous = FULL",
             "busy_timeout = 5000",
             "temp_store = MEMORY",
+            f"journal_size_limit = {_LOG_FILE_BYTES}",
         ):
             writer.pragma(*pragma.split(" = "))
         _migrate(writer, self._path)
+        writer.set_wal_hook(self._note_commit)  # instead of the automatic checkpoint
+        with suppress(apsw.FullError):  # the log goes on where it ended
+            writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
         reader = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READWRITE)
         reader.pragma("query_only", True)  # noqa: FBT003 - apsw's own shape
         reader.pragma("wal_autocheckpoint", 0)
-        store = _Store(writer)
+        store = _Store(writer, self._disk)
         return store, _View(reader, store.tally)
 
     def _close(self) -> None:
@@ -166,10 +190,20 @@ class SqliteEngine:
         while group := self._next_group():
             try:
                 self._recover()
-                self._commit(group)
+                self._run(group)
             except Exception as error:  # noqa: BLE001 - a writer that ends would let every caller wait for ever
                 self._undo(group, error)
             loop.call_soon_threadsafe(_answer, group)
+            self._look_after_disk()
+
+    def _run(self, group: list[_Step]) -> None:
+        try:
+            self._commit(group)
+        except apsw.FullError:  # once more, without what takes in new data: what ends work may still fit
+            self._disk.ran_out()
+            self._failed = True
+            self._recover()
+            self._commit(group)
 
     def _next_group(self) -> list[_Step]:
         """Waits for a step, and takes with it all that wait already."""
@@ -198,8 +232,9 @@ class SqliteEngine:
         if _is_failed_sync(error):
             self._fatal(error)
         self._failed = True
+        told = self._disk.ran_out() if isinstance(error, apsw.FullError) else _translated(error)
         for step in group:
-            step.fail(_translated(error))
+            step.fail(told)
         with suppress(Exception):  # it is tried again before the next group, and that one is told
             self._recover()
 
@@ -212,6 +247,39 @@ class SqliteEngine:
         self._store.reload()
         self._failed = False
 
+    # The disk, on the writer thread
+
+    def room(self) -> Room:
+        return self._disk.report
+
+    def _free_inside(self) -> int:
+        db = self._store.db
+        return int(db.pragma("freelist_count")) * int(db.pragma("page_size"))
+
+    def _note_commit(self, _: apsw.Connection, __: str, pages: int) -> int:
+        if pages < self._log_pages:  # it was begun again
+            self._checked_pages = 0
+        self._log_pages = pages
+        return int(apsw.SQLITE_OK)
+
+    def _look_after_disk(self) -> None:
+        """Between two groups: what must not run inside one."""
+        try:
+            self._disk.look()
+            if self._log_pages - self._checked_pages >= _CHECKPOINT_PAGES:
+                self._checkpoint()
+        except apsw.FullError:
+            self._disk.ran_out()
+        except Exception as error:  # noqa: BLE001 - as above; the next group is told, if it concerns it
+            if _is_failed_sync(error):
+                self._fatal(error)
+            _log.warning("cannot look after the disk: %s", error)
+
+    def _checkpoint(self) -> None:
+        """Moves the log into the file, as far as no reader needs it; the next one takes what is left."""
+        self._checked_pages = self._log_pages
+        self._store.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+
 
 class _Step:
     """A step with the caller who waits for it."""
@@ -223,6 +291,7 @@ class _Step:
 
     def run(self, store: _Store) -> None:
         """Runs it; what it raises undoes it alone. Errors of the database undo the group."""
+        self._error = None
         try:
             with store.savepoint():
                 self._result = self._step(store)
@@ -388,8 +457,9 @@ class _View:
 class _Store(_View):
     """Reads and writes inside the writer's transaction; see engine.Transaction. Knows all queues by heart."""
 
-    def __init__(self, db: apsw.Connection) -> None:
+    def __init__(self, db: apsw.Connection, disk: DiskRoom) -> None:
         super().__init__(db, _Tally())
+        self._disk = disk
         self._queues: dict[str, tuple[int, QueueRow]] = {}
         self._names: dict[int, str] = {}
         self._seen: dict[int, TaskRow] = {}
@@ -512,6 +582,9 @@ class _Store(_View):
     def next_times(self) -> tuple[int | None, int | None]:
         due = [self.db.execute(sql).get for sql in (_NEXT_DUE, _NEXT_EXPIRY)]
         return min((d for d in due if d is not None), default=None), self.db.execute(_NEXT_LAPSE).get
+
+    def claim_room(self, size: int) -> None:
+        self._disk.claim(2 * size)  # in the log, then in the file
 
     def insert(self, tasks: Sequence[Task]) -> None:
         if not tasks:
@@ -665,12 +738,6 @@ def _is_failed_sync(error: Exception) -> bool:
 
 
 def _translated(error: Exception) -> RetinueError:
-    if isinstance(error, apsw.FullError):
-        full = ResourceExhausted(
-            "cannot write: the disk is full; nothing was changed", reason=Reason.DISK_FULL, retry_ms=5_000
-        )
-        full.__cause__ = error
-        return full
     down = Unavailable(
         "cannot go on: the engine failed; see the server's log",
         reason=Reason.ENGINE_UNAVAILABLE,
