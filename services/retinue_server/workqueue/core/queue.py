@@ -234,10 +234,10 @@ class WorkQueue:
     async def settle(self, asked: Sequence[Settlement], found: Found = ()) -> list[steps.Settled]:
         """Ends leases; see CompleteTasks, FailTasks, ReleaseTasks."""
         limits.refuse("settle", [*found, *limits.settle(asked, self.now().wall_ms)])
-        completions = [item for item in asked if isinstance(item, Complete)]
-        follow_ups = [task for item in completions for task in item.follow_ups]
+        rich = [item for item in asked if isinstance(item, Complete) and (item.follow_ups or item.result_blob)]
+        follow_ups = [task for item in rich for task in item.follow_ups]
         ids = self._chance.ids(len(follow_ups), self.now().wall_ms) if follow_ups else ()
-        blobs = (*(item.result_blob for item in completions), *(task.body.input_blob for task in follow_ups))
+        blobs = (*(item.result_blob for item in rich), *(task.body.input_blob for task in follow_ups))
         lacking = await self._lacking(blobs)
         return await self._write(lambda tx, ctx: steps.settle(tx, asked, ids, lacking, ctx))
 
