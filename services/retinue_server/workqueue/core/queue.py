@@ -315,9 +315,10 @@ class WorkQueue:
 
     async def count(self) -> None:
         """Counts all queues for metrics, if the last time was not just now."""
-        if time.monotonic() >= self._count_again:
+        clock = asyncio.get_running_loop().time
+        if clock() >= self._count_again:
             self.counted = await self.reports([])
-            self._count_again = time.monotonic() + COUNT_INTERVAL_S
+            self._count_again = clock() + COUNT_INTERVAL_S
 
     # Time
 
