@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
 from typing import Any, NamedTuple
+
+import msgspec
 
 
 class Called(NamedTuple):
@@ -88,13 +91,27 @@ class History:
 
 
 def _line(record: Any) -> str:
-    at, *rest = record
-    return f"{at:10.4f}  {type(record).__name__:<9} " + "  ".join(_short(item) for item in rest)
+    what = record.told() if hasattr(record, "told") else "  ".join(map(brief, record[1:]))
+    return f"{record.at:10.4f}  {type(record).__name__:<12}  {what}"
 
 
-def _short(item: Any) -> str:
-    text = item if isinstance(item, str) else repr(item)
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+def brief(item: Any) -> str:
+    """A value as a person wants to read it: names of enumerations, and of a struct only what is not as always."""
+    if isinstance(item, enum.Enum):
+        return item.name
+    if isinstance(item, msgspec.Struct):
+        return f"{type(item).__name__}({', '.join(f'{name}={brief(value)}' for name, value in _said(item))})"
+    if isinstance(item, tuple):
+        name = type(item).__name__ if hasattr(item, "_fields") else ""
+        return f"{name}({', '.join(map(brief, item))})"
+    if isinstance(item, list):
+        return f"[{', '.join(map(brief, item))}]"
+    return item if isinstance(item, str) else repr(item)
 
 
-_LONGEST = 1_200
+def _said(item: msgspec.Struct) -> list[tuple[str, Any]]:
+    fields = msgspec.structs.fields(item)
+    return [(f.name, value) for f in fields if (value := getattr(item, f.name)) != f.default and value not in _EMPTY]
+
+
+_EMPTY = (None, "", b"", {}, ())

@@ -237,7 +237,7 @@ class Worker(Client):
                 break
             await asyncio.sleep(self.chance.between(0.1, 0.5))
         else:
-            outcome = Complete(outcome.lease)
+            outcome = Fail(outcome.lease, Failure("QUEUE_FULL", "no room for what comes next"))
             await self._end(outcome)
         if self.chance.happens(self._conduct.again):
             await self._end_again(outcome)

@@ -7,6 +7,7 @@ A crash keeps what was synced; of a group that was written and not synced it kee
 from __future__ import annotations
 
 import asyncio
+import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,14 +59,16 @@ class Store(memory._Store):
             getattr(self, name).update(tables[name] if tables else {})
         self._names = {id(getattr(self, name)): name for name in _TABLES}
         self._next_seq = max(self._rows, default=0) + 1
-        for row in self._rows.values():
-            self._put_in_line(row)
+        self._line_up()
         self.notes: list[_Note] = []
         self.step, self.now = 0, Instant(0, 0)
 
-    def _put_in_line(self, row: TaskRow) -> None:
-        if row.state == State.READY:
-            memory.heapq.heappush(self._heaps.setdefault(row.queue_id, []), memory._order(row))
+    def _line_up(self) -> None:
+        """Who is ready, in order: after a start, and when a group was undone in which tasks were taken from the line."""
+        self._heaps.clear()
+        for row in self._rows.values():
+            if row.state == State.READY:
+                heapq.heappush(self._heaps.setdefault(row.queue_id, []), memory._order(row))
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -75,6 +78,7 @@ class Store(memory._Store):
                 yield
         except BaseException:
             del self.notes[mark:]
+            self._line_up()
             raise
 
     def _set(self, table: dict[Any, Any], key: Any, value: Any) -> None:
@@ -224,9 +228,10 @@ class SimulatedEngine:
             with self._store.savepoint():
                 self._run(group)
                 self._refuse()
-        except RetinueError as error:
+        except _Refused:
+            full = self._chance.happens(0.5)
             for job in group:
-                job.fail(error)
+                job.fail(_disk_full() if full else _unavailable())
         else:
             await self._commit(group)
         del self._steps[: len(group)]
@@ -244,9 +249,7 @@ class SimulatedEngine:
         if not self._chance.happens(self.latency.refuse):
             return
         self._history.add(Noted(asyncio.get_running_loop().time(), self._name, "the disk refuses a group"))
-        if self._chance.happens(0.5):
-            raise ResourceExhausted("cannot write: the disk is full", reason=Reason.DISK_FULL, retry_ms=1_000)
-        raise Unavailable("cannot write: try again", reason=Reason.ENGINE_UNAVAILABLE, retry_ms=500)
+        raise _Refused
 
     async def _commit(self, group: Sequence[_Step]) -> None:
         await self._point("before the write")
@@ -266,6 +269,18 @@ class SimulatedEngine:
         if self._plan.comes(point):
             self._crash(point)
             await asyncio.sleep(0)  # never comes back: the node is dead
+
+
+class _Refused(Exception):
+    """A group that was not written."""
+
+
+def _disk_full() -> RetinueError:
+    return ResourceExhausted("cannot write: the disk is full", reason=Reason.DISK_FULL, retry_ms=1_000)
+
+
+def _unavailable() -> RetinueError:
+    return Unavailable("cannot write: try again", reason=Reason.ENGINE_UNAVAILABLE, retry_ms=500)
 
 
 class _Step:

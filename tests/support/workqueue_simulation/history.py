@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from retinue_server.workqueue.engine import Instant, QueueRow, TaskBody, TaskRow
+from support.simulation.records import brief
 
 
 class Booted(NamedTuple):
@@ -55,6 +56,23 @@ class Changed(NamedTuple):
     after: TaskRow | None
     body: TaskBody | None
     """Of a task that is new."""
+
+    def told(self) -> str:
+        """As it stands in a trace."""
+        where = f"{self.node}  step {self.step} at {self.now.wall_ms}/{self.now.lease_ms}  "
+        if self.before is None or self.after is None:
+            return where + ("new " if self.before is None else "deleted ") + brief(self.after or self.before)
+        return where + difference(self.before, self.after)
+
+
+def difference(before: TaskRow, after: TaskRow) -> str:
+    """What of a task is another now."""
+    changes = [
+        f"{name} {brief(old)} -> {brief(new)}"
+        for name in before.__struct_fields__
+        if (old := getattr(before, name)) != (new := getattr(after, name))
+    ]
+    return f"{before.task_id} (seq {before.seq}, epoch {before.lease_epoch}): {', '.join(changes)}"
 
 
 class QueueChanged(NamedTuple):

@@ -27,7 +27,16 @@ from retinue_server.workqueue.engine import (
     TaskRow,
 )
 from support.simulation.records import Answered, Arrived, Called, HungUp, Noted
-from support.workqueue_simulation.history import Booted, Changed, Ended, QueueChanged, Resumed, Serving, Stalled
+from support.workqueue_simulation.history import (
+    Booted,
+    Changed,
+    Ended,
+    QueueChanged,
+    Resumed,
+    Serving,
+    Stalled,
+    difference,
+)
 
 LATE_S = 4.0
 """What a running server has to do is overdue after this long: sweeps come every second, commits take less."""
@@ -43,6 +52,7 @@ LEGAL = "legal transitions only"
 HONEST = "a live lease is not refused"
 PROMPT = "nobody waits for what is there"
 ENDS = "every task ends"
+UNSEEN = "no error goes unseen"
 
 
 class Violation(NamedTuple):
@@ -128,14 +138,15 @@ class Model:
         self._overdue_waits(list(self._waiting.values()))
         left = [row for row in self.rows.values() if row.state in UNFINISHED]
         if not ended:
-            self._broken(ENDS, f"{len(left)} did not: {left[:3]}")
+            self.broken(ENDS, f"{len(left)} did not: {left[:3]}")
 
     def compare(self, stored: dict[int, TaskRow]) -> None:
         """What is stored must be what the history says."""
         if stored != self.rows:
-            self._broken(COUNTED, f"stored are {stored}, told were {self.rows}")
+            self.broken(COUNTED, f"stored are {stored}, told were {self.rows}")
 
-    def _broken(self, claim: str, what: str) -> None:
+    def broken(self, claim: str, what: str) -> None:
+        """Notes a violation."""
         self.violations.append(Violation(claim, self._at, what))
 
     # Servers
@@ -147,7 +158,7 @@ class Model:
         self._running_since = record.at
         for row in self.rows.values():
             if row.state == State.LEASED and self._timed_by[row.seq] != record.node:
-                self._broken(EXPLAINED, f"{row.task_id}: its lease was not recovered by {record.node}")
+                self.broken(EXPLAINED, f"{row.task_id}: its lease was not recovered by {record.node}")
 
     def _stops(self, record: Ended | Stalled) -> None:
         waiting = list(self._waiting.values())
@@ -185,7 +196,7 @@ class Model:
         row = record.before or record.after
         assert row is not None
         if record.before != self.rows.get(row.seq):
-            self._broken(LEGAL, f"{row.task_id} was not as the step found it: {record}")
+            self.broken(LEGAL, f"{row.task_id} was not as the step found it: {record}")
         if record.after is None:
             self._deletion(record, row)
         elif record.before is None:
@@ -195,7 +206,7 @@ class Model:
 
     def _step_over(self) -> None:
         for parent, names in self._children.items():
-            self._broken(FOLLOW_UPS, f"{names} came without a completion of {parent}")
+            self.broken(FOLLOW_UPS, f"{names} came without a completion of {parent}")
         self._children.clear()
 
     def _insertion(self, record: Changed, row: TaskRow) -> None:
@@ -204,11 +215,11 @@ class Model:
         fresh = row.attempt, row.lease_expirations, row.lease_epoch, row.outcome
         expected = State.READY if row.ready_ms <= record.now.wall_ms else State.SCHEDULED
         if fresh != (0, 0, 0, Outcome.NONE) or row.state != expected:
-            self._broken(LEGAL, f"a new task is {row}")
+            self.broken(LEGAL, f"a new task is {row}")
         if row.task_id in self._inserted:
-            self._broken(REPLAYS, f"{row.task_id} was enqueued twice")
+            self.broken(REPLAYS, f"{row.task_id} was enqueued twice")
         if body.input in self._names and not row.idempotency_key:
-            self._broken(REPLAYS, f"{body.input!r} was enqueued as {self._names[body.input]} and as {row.task_id}")
+            self.broken(REPLAYS, f"{body.input!r} was enqueued as {self._names[body.input]} and as {row.task_id}")
         self._insertion_admitted(row, queue)
         if row.parent_task_id:
             self._children.setdefault(row.parent_task_id, []).append(body.input)
@@ -220,16 +231,16 @@ class Model:
     def _insertion_admitted(self, row: TaskRow, queue: QueueRow) -> None:
         of_queue = [other for other in self.rows.values() if other.queue_id == row.queue_id]
         if row.idempotency_key and any(other.idempotency_key == row.idempotency_key for other in of_queue):
-            self._broken(REPLAYS, f"{row.task_id}: key {row.idempotency_key} was there")
+            self.broken(REPLAYS, f"{row.task_id}: key {row.idempotency_key} was there")
         unfinished = sum(other.state in UNFINISHED for other in of_queue)
         if queue.settings.max_tasks and unfinished >= queue.settings.max_tasks:
-            self._broken(COUNTED, f"{row.task_id} is one more than {queue.queue_id} takes")
+            self.broken(COUNTED, f"{row.task_id} is one more than {queue.queue_id} takes")
         if queue.state == QueueState.DRAINING and not row.parent_task_id:
-            self._broken(LEGAL, f"{row.task_id} came to {queue.queue_id} while it drained")
+            self.broken(LEGAL, f"{row.task_id} came to {queue.queue_id} while it drained")
 
     def _deletion(self, record: Changed, row: TaskRow) -> None:
         if row.state == State.LEASED:
-            self._broken(LEGAL, f"deleted while leased: {row}")
+            self.broken(LEGAL, f"deleted while leased: {row}")
         self._ready_over(row)
         self._deleted.add(row.task_id)
         del self.rows[row.seq]
@@ -239,7 +250,7 @@ class Model:
         if before == after and before.state != State.LEASED:
             return  # written again as it was
         for why in self._wrong(record, before, after):
-            self._broken(why[0], f"{why[1]}: {_difference(before, after)}")
+            self.broken(why[0], f"{why[1]}: {difference(before, after)}")
         if before.state == State.LEASED and after.state != State.LEASED:
             if (lease := self._leases.get(LeaseRef.of(before))) is not None:
                 lease.outcome = after.outcome
@@ -270,10 +281,10 @@ class Model:
     def _succeeded(self, row: TaskRow) -> None:
         ref = LeaseRef.of(row)
         asked = [item for item in self._asked[ref] if isinstance(item, Complete)]
-        wanted = sorted(task.body.input for task in asked[0].follow_ups) if asked else []
+        wanted = [sorted(task.body.input for task in item.follow_ups) for item in asked]
         got = sorted(self._children.pop(row.task_id, []))
-        if got != wanted:
-            self._broken(FOLLOW_UPS, f"{row.task_id} was completed with {wanted} and brought {got}")
+        if got not in wanted:
+            self.broken(FOLLOW_UPS, f"{row.task_id} was completed with {wanted} and brought {got}")
 
     # What a change may be
 
@@ -460,21 +471,21 @@ class Model:
     def _enqueued(self, asked: Enqueue, answer: list[Enqueued]) -> None:
         for result in answer:
             if result.error is None and result.task_id not in self._inserted:
-                self._broken(DURABLE, f"{result.task_id} was acknowledged and is not on disk")
+                self.broken(DURABLE, f"{result.task_id} was acknowledged and is not on disk")
         plain = [(r.task_id, r.existing, r.error and r.error.reason) for r in answer]
         if asked.request_id and self._replies.setdefault(asked.request_id, plain) != plain:
-            self._broken(REPLAYS, f"{asked.request_id} got {plain} after {self._replies[asked.request_id]}")
+            self.broken(REPLAYS, f"{asked.request_id} got {plain} after {self._replies[asked.request_id]}")
 
     def _granted(self, asked: LeaseAsk, answer: list[Granted]) -> None:
         for granted in answer:
             ref = LeaseRef.of(granted.task.row)
             lease = self._leases.get(ref)
             if lease is None:
-                self._broken(DURABLE, f"{ref} was granted and is not on disk")
+                self.broken(DURABLE, f"{ref} was granted and is not on disk")
             elif lease.worker_id != asked.worker_id:
-                self._broken(EXPLAINED, f"{ref} is of {lease.worker_id} and was given to {asked.worker_id}")
+                self.broken(EXPLAINED, f"{ref} is of {lease.worker_id} and was given to {asked.worker_id}")
             elif granted.lease_left_ms > max(lease.lasts):
-                self._broken(EXPLAINED, f"{ref} lasts {lease.lasts} ms and {granted.lease_left_ms} were promised")
+                self.broken(EXPLAINED, f"{ref} lasts {lease.lasts} ms and {granted.lease_left_ms} were promised")
 
     def _settled(self, record: Answered, item: Settlement, settled: Settled) -> None:
         lease = self._leases.get(item.lease)
@@ -484,16 +495,16 @@ class Model:
             row = self.rows.get(item.lease.seq)
             now = int(record.at * 1000) + self._zero[record.node]
             if row and LeaseRef.of(row) == item.lease and row.state == State.LEASED and (row.lease_until or 0) > now:
-                self._broken(HONEST, f"{item.lease} was refused: {row}")
+                self.broken(HONEST, f"{item.lease} was refused: {row}")
         self._replayed(record, item, settled)
 
     def _accept(self, item: Settlement, lease: _Lease | None) -> None:
         if lease is None or lease.outcome == Outcome.NONE:
-            self._broken(DURABLE, f"{item.outcome.name} of {item.lease} was accepted and is not on disk")
+            self.broken(DURABLE, f"{item.outcome.name} of {item.lease} was accepted and is not on disk")
         elif lease.outcome != item.outcome:
-            self._broken(ONCE, f"{item.outcome.name} of {item.lease} was accepted, and it ended {lease.outcome.name}")
+            self.broken(ONCE, f"{item.outcome.name} of {item.lease} was accepted, and it ended {lease.outcome.name}")
         if isinstance(item, Complete) and self._accepted.setdefault(item.lease.seq, item.lease) != item.lease:
-            self._broken(ONCE, f"{item.lease} was accepted after {self._accepted[item.lease.seq]}")
+            self.broken(ONCE, f"{item.lease} was accepted after {self._accepted[item.lease.seq]}")
 
     def _replayed(self, record: Answered, item: Settlement, settled: Settled) -> None:
         """A lease that had ended before the call came, and is still the task's latest, tells how."""
@@ -503,28 +514,28 @@ class Model:
             return
         reason = settled.error and settled.error.reason
         if reason != (None if ended == item.outcome else Reason.ALREADY_FINALIZED):
-            self._broken(REPLAYS, f"{item.outcome.name} of {item.lease}, ended {ended.name}, was answered {reason}")
+            self.broken(REPLAYS, f"{item.outcome.name} of {item.lease}, ended {ended.name}, was answered {reason}")
 
     def _extended(self, record: Answered, item: Extend, extended: Extended) -> None:
         lease = self._leases.get(item.lease)
         if extended.error is None:
             if lease is None or extended.lease_ms not in lease.lasts:
-                self._broken(DURABLE, f"{item.lease} was extended by {extended.lease_ms} ms, which is not on disk")
+                self.broken(DURABLE, f"{item.lease} was extended by {extended.lease_ms} ms, which is not on disk")
             return
         row = self.rows.get(item.lease.seq)
         now = int(record.at * 1000) + self._zero[record.node]
         if row and LeaseRef.of(row) == item.lease and row.state == State.LEASED and (row.lease_until or 0) > now:
-            self._broken(HONEST, f"{item.lease} was not extended: {row}")
+            self.broken(HONEST, f"{item.lease} was not extended: {row}")
 
     def _cancel_answered(self, task_ids: tuple[str, ...], answer: Selected) -> None:
         for task_id in task_ids:
             if task_id not in answer.errors and task_id not in self._cancelled:
-                self._broken(DURABLE, f"{task_id} was cancelled, and is not on disk")
+                self.broken(DURABLE, f"{task_id} was cancelled, and is not on disk")
 
     def _told(self, task: Task) -> None:
         seen = self.rows.get(task.row.seq)
         if seen is None and task.row.task_id not in self._inserted:
-            self._broken(DURABLE, f"{task.row.task_id} was shown and is not on disk")
+            self.broken(DURABLE, f"{task.row.task_id} was shown and is not on disk")
 
     # Waiting
 
@@ -553,7 +564,7 @@ class Model:
                     continue
                 since = max(self._ready_since[seq], call.at, self._running_since, self._open_since[queue_id])
                 if self._at - since > LATE_S:
-                    self._broken(PROMPT, f"{self.rows[seq].task_id} was ready, call {call.call} waited: since {since}")
+                    self.broken(PROMPT, f"{self.rows[seq].task_id} was ready, call {call.call} waited: since {since}")
 
     def _overdue_waits(self, waiting: list[Arrived]) -> None:
         for call in waiting:
@@ -561,7 +572,7 @@ class Model:
                 continue
             ended = self._ended_since.get(call.args[0])
             if ended is not None and self._at - max(ended, call.at, self._running_since) > LATE_S:
-                self._broken(PROMPT, f"{call.args[0]} has ended, call {call.call} waited on: since {ended}")
+                self.broken(PROMPT, f"{call.args[0]} has ended, call {call.call} waited on: since {ended}")
 
 
 def _counters(before: TaskRow, after: TaskRow) -> tuple[int, int, int]:
@@ -575,11 +586,3 @@ def _counters(before: TaskRow, after: TaskRow) -> tuple[int, int, int]:
 def _order(row: TaskRow) -> tuple[int, int]:
     return -row.priority, row.seq
 
-
-def _difference(before: TaskRow, after: TaskRow) -> str:
-    changes = [
-        f"{name} {old!r} -> {new!r}"
-        for name in before.__struct_fields__
-        if (old := getattr(before, name)) != (new := getattr(after, name))
-    ]
-    return f"{before.task_id} (epoch {before.lease_epoch}): {', '.join(changes)}"

@@ -16,7 +16,7 @@ from support.simulation.network import CALM, Network, Weather
 from support.simulation.records import History, Noted
 from support.workqueue_simulation.clients import Client, Conduct, Operator, Producer, Taste, Worker
 from support.workqueue_simulation.engine import POINTS, CrashPlan, Disk, Latency
-from support.workqueue_simulation.model import Model, Violation
+from support.workqueue_simulation.model import UNSEEN, Model, Violation
 from support.workqueue_simulation.server import Parts, Server, World
 
 CALM_S = 120.0
@@ -88,12 +88,12 @@ class Schedule:
         loop = self.world.loop
         loop.create_task(self._conduct())
         ended = loop.run(lambda: self._done, self.plan.until_s + CALM_S)
-        if error := loop.failure():
-            raise error
         model = Model()
         for record in self.world.history.records:
             model.tell(record)
         model.finish(ended=ended)
+        if error := loop.failure():
+            model.broken(UNSEEN, repr(error))
         model.compare(self.world.disk.tables["_rows"])
         return Verdict(self.seed, model.violations, self.world.history, loop.steps)
 

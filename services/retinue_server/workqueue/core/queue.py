@@ -216,7 +216,12 @@ class WorkQueue:
             return
         releasing = asyncio.ensure_future(self.give_back(granting.result()))
         self._background.add(releasing)
-        releasing.add_done_callback(self._background.discard)
+        releasing.add_done_callback(self._given_back)
+
+    def _given_back(self, releasing: asyncio.Future[None]) -> None:
+        self._background.discard(releasing)
+        if not releasing.cancelled():
+            releasing.exception()  # looked at: these leases lapse instead
 
     async def give_back(self, granted: Sequence[steps.Granted]) -> None:
         """Releases leases whose answer can't be delivered."""
