@@ -24,12 +24,12 @@ _OUTSIDE = contextvars.Context()
 class Handle(asyncio.TimerHandle):
     """A callback that waits for its turn."""
 
-    __slots__ = ("call", "home", "over")
+    __slots__ = ("call", "given", "home", "over")
 
-    def __init__(  # no super().__init__(): it would copy contexts that are never used
-        self, when: float, call: Callable[[], object], home: contextvars.Context
+    def __init__(  # no super().__init__(): it does what nobody here needs
+        self, when: float, call: Callable[..., object], given: tuple[object, ...], home: contextvars.Context
     ) -> None:
-        self._when, self.call, self.home, self.over = when, call, home, False
+        self._when, self.call, self.given, self.home, self.over = when, call, given, home, False
 
     def cancel(self) -> None:
         self.over = True
@@ -53,11 +53,11 @@ class Node:
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Starts work that runs in this node."""
-        return self._loop.create_task(work, context=self._context.copy())
+        return self._loop.create_task(work, context=self._context)
 
     def later(self, delay: float, call: Callable[..., object], *args: object) -> Handle:
         """Runs a callback in this node after so many seconds."""
-        return self._loop.call_later(delay, call, *args, context=self._context.copy())
+        return self._loop.call_later(delay, call, *args, context=self._context)
 
     def kill(self) -> None:
         """Nothing runs in it any more."""
@@ -86,6 +86,8 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self._count = itertools.count()
         self._tasks: list[asyncio.Task[Any]] = []
         self._closed = False
+        self.finished = False
+        """Set to end the run."""
         self.steps = 0
         """Callbacks run so far."""
 
@@ -98,7 +100,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     def call_soon(  # type: ignore[override] # the base promises *args of any types by a variadic type variable
         self, callback: Callable[..., object], *args: object, context: contextvars.Context | None = None
     ) -> Handle:
-        handle = self._handle(self._now, callback, args, context)
+        handle = Handle(self._now, callback, args, contextvars.copy_context() if context is None else context)
         if not self._closed:
             self._ready.append(handle)
         return handle
@@ -111,17 +113,10 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     def call_at(  # type: ignore[override] # as above
         self, when: float, callback: Callable[..., object], *args: object, context: contextvars.Context | None = None
     ) -> Handle:
-        handle = self._handle(when, callback, args, context)
+        handle = Handle(when, callback, args, contextvars.copy_context() if context is None else context)
         if not self._closed:
             heapq.heappush(self._timers, (when, next(self._count), handle))
         return handle
-
-    @staticmethod
-    def _handle(
-        when: float, callback: Callable[..., object], args: tuple[object, ...], context: contextvars.Context | None
-    ) -> Handle:
-        call = (lambda: callback(*args)) if args else callback
-        return Handle(when, call, contextvars.copy_context() if context is None else context)
 
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)
@@ -159,11 +154,11 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         """Makes them ready once more."""
         self._ready += handles
 
-    def run(self, until: Callable[[], bool], longest: float) -> bool:
-        """Runs until the condition holds (True), or `longest` seconds of simulated time have passed (False)."""
+    def run(self, longest: float) -> bool:
+        """Runs until `finished` (True), or until `longest` seconds of simulated time have passed (False)."""
         asyncio._set_running_loop(self)
         try:
-            while not until():
+            while not self.finished:
                 if not self._run_one() or self._now > longest:
                     return False
             return True
@@ -180,14 +175,11 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         if handle.over:
             return True
         node = handle.home.get(_NODE)
-        if node is None:
-            self.steps += 1
-            handle.home.run(handle.call)
-        elif node.stalled:
+        if node is not None and node.stalled:
             node.held.append(handle)
-        elif not node.dead:
+        elif node is None or not node.dead:
             self.steps += 1
-            handle.home.run(handle.call)
+            handle.home.run(handle.call, *handle.given)
         return True
 
     def _advance(self) -> bool:

@@ -96,15 +96,13 @@ class Network:
         self._calls[call.number] = call
         self._history.add(Called(self._loop.time(), call.number, node.name, verb, args))
         self._send(call)
+        timer = self._loop.call_later(timeout_s, _settle, call, TimedOut("deadline"))
         try:
-            async with asyncio.timeout(timeout_s):
-                answer = await call.reply
-        except TimeoutError:
-            self._history.add(GaveUp(self._loop.time(), call.number, node.name, "deadline"))
-            raise TimedOut from None
+            answer = await call.reply
         finally:
+            timer.cancel()
             self._end(call)
-        if isinstance(answer, Cut):
+        if isinstance(answer, (Cut, TimedOut)):
             self._history.add(GaveUp(self._loop.time(), call.number, node.name, str(answer)))
             raise answer
         self._history.add(Received(self._loop.time(), call.number, node.name, answer))

@@ -62,17 +62,20 @@ class Client:
 
     async def call(self, verb: str, *args: Any, timeout_s: float = 2.0, tries: int = 8) -> Any:
         """Calls until there is an answer; raises what the server refused it with, or GaveUpError."""
-        wait = 0.05
+        wait = 0.1
         for _ in itertools.count() if self.world.calm else range(tries):
+            hasty = self.chance.happens(self.world.haste)
             try:
-                return await self.world.network.call(self.node, verb, args, timeout_s)
+                return await self.world.network.call(
+                    self.node, verb, args, self.chance.between(0.001, 0.02) if hasty else timeout_s
+                )
             except (Cut, TimedOut, Unavailable):
                 pass
             except ResourceExhausted as error:
                 if error.reason == Reason.QUEUE_FULL:
                     raise
             await asyncio.sleep(wait * self.chance.between(0.5, 1))
-            wait = min(wait * 2, 1.0)
+            wait = min(wait * 2, 2.0)
         raise GaveUpError
 
 

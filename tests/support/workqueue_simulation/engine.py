@@ -149,7 +149,7 @@ class Disk:
 class Latency:
     """How long the disk takes, in seconds; `slow` is the probability that it takes `slow_s` instead."""
 
-    write_s: float = 0.0005
+    write_s: float = 0.0
     sync_s: float = 0.004
     slow: float = 0.0
     slow_s: float = 0.3

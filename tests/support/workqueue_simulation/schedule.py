@@ -80,14 +80,13 @@ class Schedule:
         self._workers: list[Worker] = []
         self._producers: list[Producer] = []
         self._clients: list[Client] = []
-        self._done = False
         self._some_worker = 0
 
     def play(self) -> Verdict:
         """All of it."""
         loop = self.world.loop
         loop.create_task(self._conduct())
-        ended = loop.run(lambda: self._done, self.plan.until_s + CALM_S)
+        ended = loop.run(self.plan.until_s + CALM_S)
         model = Model()
         for record in self.world.history.records:
             model.tell(record)
@@ -139,6 +138,7 @@ class Schedule:
             duplicate=sometimes(0.3),
             half_open=sometimes(1.0),
         )
+        world.haste = sometimes(0.3)
         world.latency = Latency(slow=sometimes(0.2), refuse=sometimes(0.1))
         if self._server is not None:
             self._server.disk_is(world.latency)
@@ -191,7 +191,7 @@ class Schedule:
         self._server = None
         now_ms = int(self.world.loop.time() * 1000)
         self._zero_ms = self.chance.among((self._zero_ms, self.chance.whole(0, 5_000) - now_ms, self.chance.whole(0, 10**7)))
-        pause = self.chance.among((0.01, 0.2, 1.0, self.chance.between(0, 5)))
+        pause = self.chance.among((0.01, 0.2, 1.0, self.chance.between(0, 3)))
         self.world.loop.outside(pause, self._boot)
 
     # Faults
@@ -270,7 +270,7 @@ class Schedule:
         """Faults stop; then all that was taken in must end."""
         world = self.world
         self._note("world", "faults stop")
-        world.network.weather, world.latency, world.calm = CALM, Latency(), True
+        world.network.weather, world.latency, world.calm, world.haste = CALM, Latency(), True, 0.0
         world.network.mute.clear()
         world.network.deaf.clear()
         world.wall.settle()
@@ -282,7 +282,7 @@ class Schedule:
         await operator.node.spawn(operator.open())
         while not self._all_ended():
             await asyncio.sleep(0.25)
-        self._done = True
+        world.loop.finished = True
 
     def _all_ended(self) -> bool:
         rows = self.world.disk.tables["_rows"].values()

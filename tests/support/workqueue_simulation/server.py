@@ -48,6 +48,8 @@ class World:
     parts: Parts
     latency: Latency = field(default_factory=Latency)
     task_ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    haste: float = 0.0
+    """That a caller has hardly any time for a call."""
     calm: bool = False
     """Faults have stopped."""
 
