@@ -219,7 +219,12 @@ class WorkQueue:
             return
         releasing = asyncio.ensure_future(self.give_back(granting.result()))
         self._background.add(releasing)
-        releasing.add_done_callback(self._background.discard)
+        releasing.add_done_callback(self._given_back)
+
+    def _given_back(self, releasing: asyncio.Future[None]) -> None:
+        self._background.discard(releasing)
+        if not releasing.cancelled():
+            releasing.exception()  # looked at: these leases lapse instead
 
     async def give_back(self, granted: Sequence[steps.Granted]) -> None:
         """Releases leases whose answer can't be delivered."""
@@ -318,11 +323,12 @@ class WorkQueue:
 
     async def count(self) -> None:
         """Counts all queues, and the room for more, for metrics, if the last time was not just now."""
-        if time.monotonic() >= self._count_again:
+        clock = asyncio.get_running_loop().time
+        if clock() >= self._count_again:
             self.counted = await self.reports([])
             rooms = {"tasks": self.engine.room(), "blobs": await self.blobs.room()}
             self.rooms = {what: room for what, room in rooms.items() if room is not None}
-            self._count_again = time.monotonic() + COUNT_INTERVAL_S
+            self._count_again = clock() + COUNT_INTERVAL_S
 
     # Time
 
