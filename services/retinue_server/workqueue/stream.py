@@ -65,7 +65,7 @@ class WorkerStream:
         if not first.HasField("open"):
             limits.refuse("stream", [Violation("open", "is required in the first message")])
         self._open = first.open
-        self._lease_ms = read.duration(first.open, "lease_duration", "open.")
+        self._lease_ms = read.duration(first.open, "lease_duration", "open")
         _, found = self._found(first)
         limits.refuse("stream", [*read.violations, *limits.lease(self._ask(1), "open."), *found])
 

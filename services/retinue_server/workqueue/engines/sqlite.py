@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from importlib.resources import files
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,8 +86,14 @@ _BODY = [
     "failure",
 ]
 _WHOLE = f"{_ROW}, " + ", ".join(f"body.{name}" for name in _BODY)
-_INSERT_TASK = f"INSERT INTO task ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608 - constants
-_INSERT_BODY = f"INSERT INTO body (seq, {', '.join(_BODY)}) VALUES ({', '.join('?' * (1 + len(_BODY)))})"  # noqa: S608 - constants
+_GIVEN = [name for name in TaskRow.__struct_fields__ if name not in ("seq", "queue_id")]
+_INSERT_TASK = f"INSERT INTO task (seq, queue, {', '.join(_GIVEN)}) VALUES "  # noqa: S608 - constants
+_TASK_VALUES = f"({', '.join('?' * len(_COLUMNS))})"
+_INSERT_BODY = f"INSERT INTO body (seq, {', '.join(_BODY)}) VALUES "  # noqa: S608 - constants
+_BODY_VALUES = f"({', '.join('?' * (1 + len(_BODY)))})"
+_given = attrgetter(*_GIVEN)
+_BLOCK = 50
+"""How many rows one statement inserts at most; it stays in the statement cache."""
 
 _fields = msgspec.structs.astuple
 _encode = msgspec.json.Encoder().encode
@@ -590,12 +597,19 @@ class _Store(_View):
     def insert(self, tasks: Sequence[Task]) -> None:
         if not tasks:
             return
-        first = self._next_seq
+        seqs = range(self._next_seq, self._next_seq + len(tasks))
         self._next_seq += len(tasks)
         nos = [self._queues[row.queue_id][0] for row, _ in tasks]
-        self.db.executemany(_INSERT_TASK, (_values(first + i, nos[i], row) for i, (row, _) in enumerate(tasks)))
-        self.db.executemany(_INSERT_BODY, ((first + i, *_body_values(body)) for i, (_, body) in enumerate(tasks)))
+        rows = [(seq, no, *_given(row)) for seq, no, (row, _) in zip(seqs, nos, tasks, strict=True)]
+        self._insert_in_blocks(_INSERT_TASK, _TASK_VALUES, rows)
+        bodies = [(seq, *_body_values(body)) for seq, (_, body) in zip(seqs, tasks, strict=True)]
+        self._insert_in_blocks(_INSERT_BODY, _BODY_VALUES, bodies)
         self.tally.add(Counter((no, int(row.state)) for no, (row, _) in zip(nos, tasks, strict=True)))
+
+    def _insert_in_blocks(self, insert: str, values: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        for start in range(0, len(rows), _BLOCK):
+            block = rows[start : start + _BLOCK]
+            self.db.execute(insert + ", ".join([values] * len(block)), tuple(chain.from_iterable(block)))
 
     def save(self, rows: Sequence[TaskRow]) -> None:
         """Writes the columns that changed, with one statement for all rows that changed alike.
@@ -791,12 +805,6 @@ _USUAL = {
     (State.LEASED, State.SUCCEEDED): _Usual("state", "end_ms", "delete_ms", *_LEASE),
     (State.LEASED, State.LEASED): _Usual("lease_until", "attempt_until"),
 }
-
-
-def _values(seq: int, no: int, row: TaskRow) -> tuple[Any, ...]:
-    """In the order of _COLUMNS."""
-    fields = _fields(row)
-    return (seq, fields[1], no, *fields[_QUEUE + 1 :])
 
 
 _STATES = {int(state): state for state in State}
