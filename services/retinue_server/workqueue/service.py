@@ -49,8 +49,10 @@ class WorkQueueService:
         self._tell_durability(call)
         return wq.EnqueueTasksResponse(
             results=[
-                wq.EnqueueResult(task_id=r.task_id, existing=r.existing, status=translate.status(r.error))
-                for r in results
+                wq.EnqueueResult(task_id=task_id)
+                if error is None and not existing
+                else wq.EnqueueResult(task_id=task_id, existing=existing, status=translate.status(error))
+                for task_id, existing, error in results
             ]
         )
 
@@ -123,7 +125,7 @@ class WorkQueueService:
     async def CompleteTasks(self, request: wq.CompleteTasksRequest, call: Call) -> wq.CompleteTasksResponse:
         read = translate.Reader()
         traceparent = telemetry.current()
-        asked = [read.completion(item, f"completions[{i}]", traceparent) for i, item in enumerate(request.completions)]
+        asked = read.completions(request.completions, traceparent)
         settled = await self._queue.settle(asked, [*read.violations, *_required(asked, "completions")])
         self._tell_durability(call)
         return wq.CompleteTasksResponse(

@@ -111,22 +111,32 @@ def enqueue(asked: Enqueue, now_ms: int) -> Violations:
         yield from new_task(task, f"tasks[{index}]", now_ms)
 
 
-def new_task(task: NewTask, at: str, now_ms: int) -> Violations:
-    """A task as a producer describes it."""
+def new_task(task: NewTask, at: str, now_ms: int) -> Violations:  # noqa: C901 - one look per field, all alike
+    """A task as a producer describes it. What it does not say needs no look: most tasks say little."""
+    body = task.body
     yield from queue_id(task.queue_id, f"{at}.queue_id")
+    if body.traceparent:
+        yield from text(body.traceparent, 64, f"{at}.traceparent")
     if task.task_id:
         yield from task_id(task.task_id, f"{at}.task_id")
-    yield from within(task.priority, -1000, 1000, f"{at}.priority")
-    yield from _start(task.start_ms, task.delay_ms, now_ms, at)
-    yield from _expiry(task, now_ms, at)
-    yield from _labels(task, f"{at}.labels")
-    yield from text(task.idempotency_key, 256, f"{at}.idempotency_key")
-    yield from text(task.body.task_type, 128, f"{at}.task_type")
-    yield from text(task.body.traceparent, 64, f"{at}.traceparent")
-    yield from duration(task.attempt_ms, MIN_ATTEMPT_MS, MAX_DELAY_MS, f"{at}.attempt_duration")
-    yield from retry(task.body.retry, f"{at}.retry_policy")
-    if task.body.input_blob:
-        yield from blob_id(task.body.input_blob, f"{at}.input.blob.blob_id")
+    if task.priority:
+        yield from within(task.priority, -1000, 1000, f"{at}.priority")
+    if task.start_ms is not None or task.delay_ms is not None:
+        yield from _start(task.start_ms, task.delay_ms, now_ms, at)
+    if task.expire_ms is not None or task.expire_delay_ms is not None:
+        yield from _expiry(task, now_ms, at)
+    if body.labels:
+        yield from _labels(task, f"{at}.labels")
+    if task.idempotency_key:
+        yield from text(task.idempotency_key, 256, f"{at}.idempotency_key")
+    if body.task_type:
+        yield from text(body.task_type, 128, f"{at}.task_type")
+    if task.attempt_ms is not None:
+        yield from duration(task.attempt_ms, MIN_ATTEMPT_MS, MAX_DELAY_MS, f"{at}.attempt_duration")
+    if body.retry is not None:
+        yield from retry(body.retry, f"{at}.retry_policy")
+    if body.input_blob:
+        yield from blob_id(body.input_blob, f"{at}.input.blob.blob_id")
 
 
 def payload_error(inline_bytes: int) -> RetinueError | None:
@@ -186,6 +196,8 @@ def reply_in_time(wait_ms: int, time_left_ms: int | None) -> int:
 
 def settle(asked: Sequence[Settlement], now_ms: int) -> Violations:
     """Successes, failures and tasks given back; each kind is numbered by itself, as in its request."""
+    if len(asked) <= MAX_BATCH and not any(map(_says_more, asked)):
+        return
     completions = [item for item in asked if isinstance(item, Complete)]
     failures = [item for item in asked if isinstance(item, Fail)]
     releases = [item for item in asked if isinstance(item, Release)]
@@ -201,6 +213,10 @@ def settle(asked: Sequence[Settlement], now_ms: int) -> Violations:
         yield from fail(failure, f"failures[{index}]")
     for index, given_back in enumerate(releases[:MAX_BATCH]):
         yield from release(given_back, f"releases[{index}]")
+
+
+def _says_more(item: Settlement) -> bool:
+    return not isinstance(item, Complete) or bool(item.follow_ups or item.result_blob)
 
 
 def extend(asked: Sequence[Extend]) -> Violations:
