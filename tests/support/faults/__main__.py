@@ -15,11 +15,11 @@ from pathlib import Path
 
 from servers import ROOT
 
-from support.faults.campaign import SQLITE, Campaign, Size
+from support.faults.campaign import Campaign, Size
 from support.faults.clients import build_go_worker
+from support.faults.engines import ENGINES
 from support.faults.report import save, summarised, table
 
-ENGINES = {engine.name: engine for engine in (SQLITE,)}
 _SHOWN = 20
 
 
@@ -35,8 +35,11 @@ def main() -> int:
     directory = Path(tempfile.mkdtemp(prefix="retinue-faults-"))
     began = time.monotonic()
     size = Size(flags.kills, flags.tasks, flags.rate)
-    engine = ENGINES[flags.engine]
-    with Campaign(directory, engine, flags.seed, build_go_worker(directory), size) as campaign:
+    worker = build_go_worker(directory)
+    with (
+        ENGINES[flags.engine](directory) as engine,
+        Campaign(directory, engine, flags.seed, worker, size) as campaign,
+    ):
         campaign.run()
         campaign.settle()
         story = campaign.story()
