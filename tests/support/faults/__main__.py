@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(31))
     flags = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     print(f"campaign: engine {flags.engine}, seed {flags.seed}", flush=True)
     directory = Path(tempfile.mkdtemp(prefix="retinue-faults-"))
     began = time.monotonic()

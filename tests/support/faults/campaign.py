@@ -63,6 +63,7 @@ class Campaign:
         self._recorder = Recorder(self._history, "harness")
         self._crew = Crew(QUEUE, seed, self._history, go_worker)
         self._undoing: list[threading.Timer] = []
+        self._tasks, self._grew = 0, time.monotonic()
         self.faults: Counter[Kind] = Counter()
         self._open = ExitStack()
 
@@ -119,8 +120,15 @@ class Campaign:
         for step in schedule(self._seed, self._engine.faults) if self._size.kills else _peace():
             time.sleep(step.pause_s)  # the load needs time to get hold of something; nothing waits for it
             self._play(step)
-            if self.faults[Kind.KILL_SERVER] >= self._size.kills and self._acknowledged() >= self._size.tasks:
+            if self.faults[Kind.KILL_SERVER] >= self._size.kills and self._has_enough_tasks():
                 return
+
+    def _has_enough_tasks(self) -> bool:
+        now = self._acknowledged()
+        if now > self._tasks:
+            self._tasks, self._grew = now, time.monotonic()
+        assert time.monotonic() < self._grew + _STUCK_S, f"no more than {now} tasks are acknowledged"
+        return now >= self._size.tasks
 
     def _acknowledged(self) -> int:
         return sum(acknowledged(file) for file in self._history.glob("producer-*.jsonl"))
@@ -200,6 +208,12 @@ class Campaign:
         self._drain()
         self._crew.end(*WORKERS)
         assert not self._crew.failed, self._crew.failed
+        assert not self._internal_errors(), self._internal_errors()[-1]
+
+    def _internal_errors(self) -> list[str]:
+        """What no server may ever write into its log."""
+        logs = (log.read_text() for log in self._where.glob("server-*/server.log"))
+        return [line for log in logs for line in log.splitlines() if "failed unexpectedly" in line]
 
     def _drain(self) -> None:
         left, since = self._unfinished(), time.monotonic()
