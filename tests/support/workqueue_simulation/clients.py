@@ -225,7 +225,7 @@ class Worker(Client):
 
     def _follow_ups(self, granted: Granted) -> tuple[NewTask, ...]:
         name = granted.task.body.input.decode()
-        if name.count(">") >= 2 or not self.chance.happens(self._conduct.follow_ups):  # noqa: PLR2004 - chains end
+        if name.count(">") >= 2 or not self.chance.happens(self._conduct.follow_ups):
             return ()
         names = [f"{name}>{granted.task.row.task_id}.{i}" for i in range(self.chance.whole(1, 2))]
         return tuple(NewTask(self.chance.among(QUEUES), TaskBody(input=text.encode())) for text in names)

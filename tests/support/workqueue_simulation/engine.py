@@ -21,7 +21,6 @@ from retinue_server.workqueue.engine import (
     Instant,
     QueueRow,
     State,
-    TaskRow,
     Transaction,
     View,
 )
