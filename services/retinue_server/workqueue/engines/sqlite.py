@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from importlib.resources import files
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -752,7 +751,7 @@ def _migrate(db: apsw.Connection, path: Path) -> None:
         )
     if version < 1:
         with db:
-            db.execute(files(__package__).joinpath("schema.sql").read_text())
+            db.execute(Path(__file__).with_name("schema.sql").read_text())
             db.pragma("user_version", 1)
 
 
