@@ -50,7 +50,8 @@ What each failure does
 Worker dies: its leases expire, the tasks are READY again; after three such leases a task is DEAD, so that one that
 kills its workers stops. Worker hangs but renews: the attempt deadline ends the attempt as failed. Worker comes
 back late: its token is refused, and it must not publish. Reply lost: repeat it (G4). Caller goes away while a
-lease is being granted: the lease is released, the attempt refunded. Server dies: what was answered is on disk;
+lease is being granted: the lease is released, the attempt refunded; under a request_id it waits to be asked for
+again until it expires. Server dies: what was answered is on disk;
 what was not may be or not, and repeating tells. Disk full: RESOURCE_EXHAUSTED (DISK_FULL), nothing changed, the
 server lives on. A commit's sync fails: the process exits, since what is on disk is no longer known.
 Engine away: UNAVAILABLE with RetryInfo, health NOT_SERVING, and it recovers by itself. SIGTERM: long polls end

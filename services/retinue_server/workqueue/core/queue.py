@@ -196,7 +196,11 @@ class WorkQueue:
         return leased
 
     async def try_lease(self, asked: LeaseAsk) -> list[steps.Granted]:
-        """Ready tasks, or none. Leases that a cancelled caller can't take go back at once."""
+        """Ready tasks, or none.
+
+        Leases that a cancelled caller can't take go back at once, unless it named its request: then it may be repeating
+        it already, and these leases are the answer.
+        """
         if self.stopping:
             return []
         nonce = self._chance.nonce()
@@ -204,7 +208,8 @@ class WorkQueue:
         try:
             leased = await asyncio.shield(granting)
         except asyncio.CancelledError:
-            granting.add_done_callback(self._give_back)
+            if not asked.request_id:
+                granting.add_done_callback(self._give_back)
             raise
         if len(leased) == asked.max_tasks:
             self._ready.wake(asked.queue_id, 1)
