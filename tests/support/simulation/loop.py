@@ -84,7 +84,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self._ready: list[Handle] = []
         self._timers: list[tuple[float, int, Handle]] = []
         self._count = itertools.count()
-        self._tasks: list[asyncio.Task[Any]] = []
+        self._tasks: list[tuple[asyncio.Task[Any], Node | None]] = []
         self._closed = False
         self.finished = False
         """Set to end the run."""
@@ -129,7 +129,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.Task[T]:
         task: asyncio.Task[T] = asyncio.Task(coro, loop=self, name=name or "", context=context)
-        self._tasks.append(task)
+        self._tasks.append((task, (contextvars.copy_context() if context is None else context).get(_NODE)))
         return task
 
     def get_debug(self) -> bool:
@@ -195,8 +195,10 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         return True
 
     def failure(self) -> BaseException | None:
-        """What ended a task that nobody looked at, if any did."""
-        for task in self._tasks:
+        """What ended a task that nobody looked at, if any did; the dead can't look."""
+        for task, node in self._tasks:
+            if node is not None and node.dead:
+                continue
             if task.done() and not task.cancelled() and task._log_traceback:  # type: ignore[attr-defined] # no other way to ask without answering
                 return task.exception()
         return None
@@ -206,7 +208,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self._closed = True
         self._ready.clear()
         self._timers.clear()
-        for task in self._tasks:
+        for task, _ in self._tasks:
             if not task.done():
                 task._log_destroy_pending = False  # type: ignore[attr-defined] # it is meant
                 with suppress(RuntimeError):  # an `async with` that would await on its way out

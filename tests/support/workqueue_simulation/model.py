@@ -585,4 +585,3 @@ def _counters(before: TaskRow, after: TaskRow) -> tuple[int, int, int]:
 
 def _order(row: TaskRow) -> tuple[int, int]:
     return -row.priority, row.seq
-

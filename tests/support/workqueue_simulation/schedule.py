@@ -159,9 +159,7 @@ class Schedule:
         self._clients += self._producers
         for queue_id in ("q", "r", *chance.among(((), ("q",), ("q", "r")))):
             self._clients.append(self._new_worker(queue_id))
-        verbs = tuple(
-            verb for verb in ("cancel", "redrive", "delete", "reschedule", "close") if chance.happens(0.35)
-        )
+        verbs = tuple(verb for verb in ("cancel", "redrive", "delete", "reschedule", "close") if chance.happens(0.35))
         if verbs:
             self._clients.append(Operator(world, "operator", verbs))
 
@@ -190,7 +188,9 @@ class Schedule:
         """Another starts after a while: on the same boot, after a reboot, or on another machine."""
         self._server = None
         now_ms = int(self.world.loop.time() * 1000)
-        self._zero_ms = self.chance.among((self._zero_ms, self.chance.whole(0, 5_000) - now_ms, self.chance.whole(0, 10**7)))
+        self._zero_ms = self.chance.among(
+            (self._zero_ms, self.chance.whole(0, 5_000) - now_ms, self.chance.whole(0, 10**7))
+        )
         pause = self.chance.among((0.01, 0.2, 1.0, self.chance.between(0, 3)))
         self.world.loop.outside(pause, self._boot)
 
