@@ -97,7 +97,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         """Seconds since the world began."""
         return self._now
 
-    def call_soon(  # type: ignore[override] # the base promises *args of any types by a variadic type variable
+    def call_soon(
         self, callback: Callable[..., object], *args: object, context: contextvars.Context | None = None
     ) -> Handle:
         handle = Handle(self._now, callback, args, contextvars.copy_context() if context is None else context)
@@ -105,12 +105,12 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
             self._ready.append(handle)
         return handle
 
-    def call_later(  # type: ignore[override] # as above
+    def call_later(
         self, delay: float, callback: Callable[..., object], *args: object, context: contextvars.Context | None = None
     ) -> Handle:
         return self.call_at(self._now + delay, callback, *args, context=context)
 
-    def call_at(  # type: ignore[override] # as above
+    def call_at(
         self, when: float, callback: Callable[..., object], *args: object, context: contextvars.Context | None = None
     ) -> Handle:
         handle = Handle(when, callback, args, contextvars.copy_context() if context is None else context)
@@ -121,7 +121,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)
 
-    def create_task(  # type: ignore[override] # typeshed's union of generator and coroutine tells callers nothing
+    def create_task(
         self,
         coro: Coroutine[Any, Any, T] | Generator[Any, None, T],
         *,
@@ -199,7 +199,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         for task, node in self._tasks:
             if node is not None and node.dead:
                 continue
-            if task.done() and not task.cancelled() and task._log_traceback:  # type: ignore[attr-defined] # no other way to ask without answering
+            if task.done() and not task.cancelled() and task._log_traceback:
                 return task.exception()
         return None
 
@@ -210,7 +210,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self._timers.clear()
         for task, _ in self._tasks:
             if not task.done():
-                task._log_destroy_pending = False  # type: ignore[attr-defined] # it is meant
+                task._log_destroy_pending = False
                 with suppress(RuntimeError):  # an `async with` that would await on its way out
-                    task.get_coro().close()  # type: ignore[union-attr] # always a coroutine here
+                    task.get_coro().close()
         self._tasks.clear()

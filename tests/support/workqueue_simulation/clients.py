@@ -1,4 +1,4 @@
-"""Those who use the queue in a simulated world: producers, workers, operators; honest in calm, otherwise as the seed says.
+"""Who uses the queue in a simulated world: producers, workers, operators; honest in calm, otherwise as the seed says.
 
 They repeat a call as the client helpers do: the same request_id, the same token, with backoff, until it is answered.
 """
@@ -55,6 +55,10 @@ class Client:
         self.world, self.chance = world, world.chance
         self.node = Node(world.loop, name)
         self._requests = itertools.count(1)
+
+    async def run(self) -> None:
+        """What it does from its start on."""
+        raise NotImplementedError
 
     def request_id(self) -> str:
         """A new one."""
@@ -225,7 +229,7 @@ class Worker(Client):
 
     def _follow_ups(self, granted: Granted) -> tuple[NewTask, ...]:
         name = granted.task.body.input.decode()
-        if name.count(">") >= 2 or not self.chance.happens(self._conduct.follow_ups):  # noqa: PLR2004 - chains end
+        if name.count(">") >= 2 or not self.chance.happens(self._conduct.follow_ups):
             return ()
         names = [f"{name}>{granted.task.row.task_id}.{i}" for i in range(self.chance.whole(1, 2))]
         return tuple(NewTask(self.chance.among(QUEUES), TaskBody(input=text.encode())) for text in names)

@@ -21,7 +21,6 @@ from retinue_server.workqueue.engine import (
     Instant,
     QueueRow,
     State,
-    TaskRow,
     Transaction,
     View,
 )
@@ -64,7 +63,7 @@ class Store(memory._Store):
         self.step, self.now = 0, Instant(0, 0)
 
     def _line_up(self) -> None:
-        """Who is ready, in order: after a start, and when a group was undone in which tasks were taken from the line."""
+        """Who is ready, in order: after a start, and after a group that took some of them was undone."""
         self._heaps.clear()
         for row in self._rows.values():
             if row.state == State.READY:
@@ -304,7 +303,9 @@ class _Step:
         self._error = error
 
     def answer(self) -> None:
-        """Tells the caller."""
+        """Tells the caller, once."""
+        if self.done.done():
+            return
         if self._error is None:
             self.done.set_result(self._result)
         else:
