@@ -210,7 +210,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self._timers.clear()
         for task, _ in self._tasks:
             if not task.done():
-                task._log_destroy_pending = False
+                task._log_destroy_pending = False  # type: ignore[attr-defined] # C tasks have it
                 with suppress(RuntimeError):  # an `async with` that would await on its way out
                     task.get_coro().close()
         self._tasks.clear()
