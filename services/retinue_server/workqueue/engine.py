@@ -70,6 +70,8 @@ class Capabilities(Struct, frozen=True):
     engine: str
     durability: Durability
     many_coordinators: bool = False
+    own_clock: bool = False
+    """Transactions tell the time, by a clock that outlives coordinators: their leases need no recovery at a start."""
 
 
 class Instant(NamedTuple):
@@ -239,6 +241,9 @@ class View(Protocol):
 
 class Transaction(View, Protocol):
     """What a step may do. Reads see the step's own writes; rows read are locked until it ends."""
+
+    def now(self) -> Instant | None:
+        """Now, by the clock of an engine that has its own (the same throughout the transaction); else None."""
 
     def savepoint(self) -> AbstractContextManager[None]:
         """Undoes, when left by an exception, all that was written inside it."""

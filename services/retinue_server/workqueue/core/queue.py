@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from retinue_server.runtime.errors import NotFound, Reason, Violation
 from retinue_server.workqueue.core import limits, rules, steps
-from retinue_server.workqueue.core.events import Event, EventRing, EventType, Ledger
+from retinue_server.workqueue.core.events import ENDS, STARTS, EventRing, EventType, Ledger, Noted
 from retinue_server.workqueue.core.requests import (
     Complete,
     Enqueue,
@@ -327,8 +327,8 @@ class WorkQueue:
     # Time
 
     async def recover(self) -> None:
-        """At start, before anything is served: gives live leases one full term."""
-        after: int | None = 0
+        """At start, before anything is served: gives live leases one full term, unless their clock went on."""
+        after: int | None = None if self.engine.capabilities.own_clock else 0
         while after is not None:
             after = await self._write(partial(steps.recover, after_seq=after))
 
@@ -364,8 +364,8 @@ class WorkQueue:
     async def _write(self, step: Callable[[Transaction, steps.Context], T]) -> T:
         """Runs a step and, once it is durable, publishes what it did."""
 
-        def run(tx: Transaction) -> tuple[T, list[Event]]:
-            now = self.now()
+        def run(tx: Transaction) -> tuple[T, list[Noted]]:
+            now = tx.now() or self.now()
             ctx = steps.Context(now, Ledger(now.wall_ms), self._chance.jitter, self.strict_queues)
             return step(tx, ctx), ctx.ledger.events
 
@@ -373,16 +373,16 @@ class WorkQueue:
         self._publish(events)
         return result
 
-    def _publish(self, events: list[Event]) -> None:
+    def _publish(self, events: list[Noted]) -> None:
         self.events.publish(events)
-        ready: Counter[str] = Counter()
-        for event in events:
-            self._alarm.note(event.row)
-            self.happened[event.row.queue_id, event.type] += 1
-            if event.row.state == State.READY and event.type != EventType.DELETED:
-                ready[event.row.queue_id] += 1
-            elif event.row.state in FINISHED or event.type == EventType.DELETED:
-                self._ended.wake(event.row.task_id, 1 << 30)
+        self._alarm.note([row for _, row, _ in events])
+        happened: Counter[tuple[str, EventType]] = Counter((row.queue_id, kind) for kind, row, _ in events)
+        self.happened.update(happened)
+        if self._ended:
+            for kind, row, _ in events:
+                if kind in ENDS:
+                    self._ended.wake(row.task_id, 1 << 30)
+        ready = Counter(row.queue_id for kind, row, _ in events if row.state is State.READY and kind in STARTS)
         for queue_id, count in ready.items():
             self._ready.wake(queue_id, count)
 

@@ -87,6 +87,9 @@ class _Store:
             if not self._depth:
                 self._undo.clear()
 
+    def now(self) -> None:
+        """The server's clocks count."""
+
     def savepoint(self) -> AbstractContextManager[None]:
         return self._undoing()
 
