@@ -2,8 +2,9 @@
 
 import pytest
 from contract.conftest import serve
+from faults.tables import pytest_terminal_summary, row
 
-__all__ = ["serve"]
+__all__ = ["pytest_terminal_summary", "row", "serve"]
 
 SCHEDULES = 1_600
 """As many as CI plays: some 20 s of one core."""
