@@ -72,6 +72,8 @@ class NoBlobs:
 
     async def delete(self, blob_id: str, age_ms: int) -> None: ...
 
+    async def room(self) -> None: ...
+
 
 class Bench:
     """A queue with short words for what tests do most."""

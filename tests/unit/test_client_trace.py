@@ -36,8 +36,9 @@ def test_a_child_stays_in_the_trace_and_is_a_new_span() -> None:
 def test_work_runs_in_the_producers_trace_and_what_it_enqueues_continues_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRACEPARENT", raising=False)
     assert trace.current() == ""
-    with trace.consuming("q", "t", VALID) as inside:
-        assert trace.current() == trace.outgoing() == inside
+    with trace.consuming("q", "t", VALID) as work:
+        inside = trace.current()
+        assert trace.outgoing() == inside == work.traceparent
         assert inside.split("-")[1] == VALID.split("-")[1]
     assert trace.current() == ""
     assert trace.parse(trace.outgoing()) is not None, "without a trace a new one begins"

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import signal
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from retinue_server.runtime import owners
 from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.errors import RetinueError
+from retinue_server.runtime.files import make_directory
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -187,7 +189,7 @@ class DataDirLock:
         if self._descriptor is not None:
             return
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_directory(self._path.parent, 0o700)
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StartError(f"cannot use the data directory {self._path.parent}: {error.strerror}") from None
@@ -197,9 +199,10 @@ class DataDirLock:
             owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
             os.close(descriptor)
             raise StartError(_held(self._path.parent, owner)) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._descriptor = descriptor
+        with suppress(OSError):  # on a full disk too the lock holds; the pid is for the message alone
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """As `stop`, for callers without a loop."""

@@ -70,6 +70,8 @@ class Capabilities(Struct, frozen=True):
     engine: str
     durability: Durability
     many_coordinators: bool = False
+    own_clock: bool = False
+    """Transactions tell the time, by a clock that outlives coordinators: their leases need no recovery at a start."""
 
 
 class Instant(NamedTuple):
@@ -201,6 +203,14 @@ class QueueTotals(Struct, frozen=True):
     workers: int
 
 
+class Room(NamedTuple):
+    """What is left for new data, as it was looked at last."""
+
+    free_bytes: int
+    admitting: bool
+    """False while new data is refused, so that what is there can be worked off."""
+
+
 class View(Protocol):
     """Reads one consistent snapshot that includes every change acknowledged before it was opened."""
 
@@ -231,6 +241,9 @@ class View(Protocol):
 
 class Transaction(View, Protocol):
     """What a step may do. Reads see the step's own writes; rows read are locked until it ends."""
+
+    def now(self) -> Instant | None:
+        """Now, by the clock of an engine that has its own (the same throughout the transaction); else None."""
 
     def savepoint(self) -> AbstractContextManager[None]:
         """Undoes, when left by an exception, all that was written inside it."""
@@ -273,6 +286,12 @@ class Transaction(View, Protocol):
 
     def next_times(self) -> tuple[int | None, int | None]:
         """When `due` or `expired` (wall clock) and `lapsed` (lease clock) will next have something."""
+
+    def claim_room(self, size: int) -> None:
+        """Asked before new data of about `size` bytes comes in, but not before what lets work end.
+
+        Raises ResourceExhausted (DISK_FULL) when the rest of the disk is kept for that.
+        """
 
     def insert(self, tasks: Sequence[Task]) -> None:
         """Stores new tasks and gives each the next seq (the rows' own is ignored)."""
@@ -320,6 +339,9 @@ class Engine(Protocol):
     async def read(self, query: Callable[[View], T]) -> T:
         """Runs a query that changes nothing, beside the writes."""
 
+    def room(self) -> Room | None:
+        """What is left for new tasks, as of the last second or so; None if the engine does not know."""
+
 
 class BlobStat(Struct, frozen=True):
     """A kept blob."""
@@ -333,7 +355,7 @@ class BlobWriter(Protocol):
     """An upload that is under way; nothing of it can be seen before `commit`."""
 
     async def write(self, data: bytes) -> None:
-        """Appends."""
+        """Appends. Raises ResourceExhausted (DISK_FULL, PAYLOAD_TOO_LARGE)."""
 
     async def commit(self, expected_id: str, expected_size: int) -> BlobStat:
         """Makes it durable and visible; raises InvalidArgument (BLOB_MISMATCH), keeping nothing, if it is another."""
@@ -365,3 +387,6 @@ class BlobStore(Protocol):
 
     async def delete(self, blob_id: str, age_ms: int) -> None:
         """Removes it if it is still idle."""
+
+    async def room(self) -> Room | None:
+        """Looks what is left for new blobs; None if the store does not know."""

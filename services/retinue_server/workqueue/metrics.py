@@ -27,7 +27,11 @@ def families(queue: WorkQueue) -> Iterable[Family]:
         Sample({"queue": name, "event": event.name.lower()}, count)
         for (name, event), count in list(queue.happened.items())
     ]
+    free = [Sample({"for": what}, room.free_bytes) for what, room in queue.rooms.items()]
+    admitting = [Sample({"for": what}, int(room.admitting)) for what, room in queue.rooms.items()]
     return (
+        Family("retinue_workqueue_disk_free_bytes", "What is free on disk, the reserve included.", "gauge", free),
+        Family("retinue_workqueue_admitting", "1 while new data is taken in, 0 while refused.", "gauge", admitting),
         Family("retinue_workqueue_tasks", "Tasks by queue and state.", "gauge", depths),
         Family("retinue_workqueue_oldest_ready_seconds", "How long the first in line has been ready.", "gauge", ages),
         Family("retinue_workqueue_workers", "Workers that have leases.", "gauge", workers),

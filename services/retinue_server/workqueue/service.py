@@ -123,7 +123,7 @@ class WorkQueueService:
     async def CompleteTasks(self, request: wq.CompleteTasksRequest, call: Call) -> wq.CompleteTasksResponse:
         read = translate.Reader()
         traceparent = telemetry.current()
-        asked = [read.completion(item, f"completions[{i}]", traceparent) for i, item in enumerate(request.completions)]
+        asked = read.completions(request.completions, traceparent)
         settled = await self._queue.settle(asked, [*read.violations, *_required(asked, "completions")])
         self._tell_durability(call)
         return wq.CompleteTasksResponse(

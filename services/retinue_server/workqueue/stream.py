@@ -101,7 +101,7 @@ class WorkerStream:
         read = translate.Reader()
         traceparent = telemetry.current()
         settlements: list[Settlement] = [
-            *(read.completion(item, f"completions[{i}]", traceparent) for i, item in enumerate(request.completions)),
+            *read.completions(request.completions, traceparent),
             *(read.failure(item, f"failures[{i}]") for i, item in enumerate(request.failures)),
             *(read.release(item, f"releases[{i}]") for i, item in enumerate(request.releases)),
         ]

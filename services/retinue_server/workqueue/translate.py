@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from retinue.workqueue.v1 import queue_pb2, task_pb2
@@ -80,16 +81,18 @@ class Reader:
 
     def task(self, spec: task_pb2.TaskSpec, at: str, traceparent: str) -> NewTask:
         """A task as a producer describes it."""
-        self.enum(spec.conflict_policy, task_pb2.ConflictPolicy, f"{at}.conflict_policy")
+        if spec.conflict_policy:
+            self.enum(spec.conflict_policy, task_pb2.ConflictPolicy, f"{at}.conflict_policy")
+        content = spec.input
         return NewTask(
             queue_id=spec.queue_id,
             body=TaskBody(
-                input=_payload_bytes(spec.input) if spec.HasField("input") else b"",
+                input=_payload_bytes(content),
                 task_type=spec.task_type,
-                labels=dict(spec.labels),
+                labels=dict(spec.labels) if spec.labels else {},
                 retry=self.retry(spec.retry_policy, f"{at}.retry_policy.") if spec.HasField("retry_policy") else None,
                 traceparent=spec.traceparent or traceparent,
-                input_blob=spec.input.blob.blob_id,
+                input_blob=content.blob.blob_id if content.HasField("blob") else "",
             ),
             task_id=spec.task_id,
             priority=spec.priority,
@@ -100,7 +103,7 @@ class Reader:
             attempt_ms=self.duration(spec, "attempt_duration", f"{at}."),
             idempotency_key=spec.idempotency_key,
             reject_conflict=spec.conflict_policy == task_pb2.CONFLICT_POLICY_REJECT,
-            inline_bytes=self.payload(spec.input, f"{at}.input"),
+            inline_bytes=self.payload(content, f"{at}.input"),
         )
 
     def payload(self, payload: task_pb2.Payload, at: str) -> int:
@@ -112,7 +115,7 @@ class Reader:
             self.violations.append(Violation(f"{at}.blob.blob_id", "is required"))
         if kind == "json":
             return payload.json.ByteSize()
-        return len(payload.data) or len(payload.text.encode())
+        return len(payload.data) if kind == "data" else len(payload.text.encode())
 
     def retry(self, policy: task_pb2.RetryPolicy, at: str) -> RetryOverrides:
         """A policy; 0 and unset mean the queue's."""
@@ -157,14 +160,21 @@ class Reader:
         wanted = self.filter(request.filter) if request.HasField("filter") else None
         return Selection(tuple(request.task_ids), wanted, request.max_count or 1_000, request.dry_run)
 
-    def completion(self, item: wq.Completion, at: str, traceparent: str) -> Complete:
-        """A success."""
+    def completions(self, items: Sequence[wq.Completion], traceparent: str) -> list[Complete]:
+        """Successes."""
+        return [self._completion(item, index, traceparent) for index, item in enumerate(items)]
+
+    def _completion(self, item: wq.Completion, index: int, traceparent: str) -> Complete:
+        lease = LeaseRef.parse(item.lease_token)
+        if lease is not None and not item.follow_ups and not item.HasField("result"):
+            return Complete(lease)
+        at, result = f"completions[{index}]", item.result
         return Complete(
-            self.lease(item.lease_token, f"{at}."),
-            _payload_bytes(item.result) if item.HasField("result") else b"",
-            item.result.blob.blob_id,
+            lease or self.lease(item.lease_token, f"{at}."),
+            _payload_bytes(result),
+            result.blob.blob_id,
             tuple(self.task(spec, f"{at}.follow_ups[{i}]", traceparent) for i, spec in enumerate(item.follow_ups)),
-            self.payload(item.result, f"{at}.result"),
+            self.payload(result, f"{at}.result"),
         )
 
     def failure(self, item: wq.TaskFailure, at: str) -> Fail:
@@ -199,21 +209,28 @@ def status(error: RetinueError | None) -> task_pb2.ItemStatus | None:
 def lease(granted: steps.Granted) -> task_pb2.Lease:
     """A task in a worker's hands."""
     row, body = granted.task
-    left_ms = granted.attempt_left_ms
-    return task_pb2.Lease(
+    message = task_pb2.Lease(
         lease_token=LeaseRef.of(row).token(),
         task_id=row.task_id,
         queue_id=row.queue_id,
-        input=task_pb2.Payload.FromString(body.input) if body.input else None,
         attempt=row.attempt,
         lease_epoch=row.lease_epoch,
-        lease_duration=wire.to_duration(granted.lease_left_ms),
-        attempt_duration=wire.to_duration(left_ms) if left_ms is not None else None,
         task_type=body.task_type,
-        labels=body.labels,
         traceparent=body.traceparent,
         max_attempts=granted.max_attempts,
     )
+    message.lease_duration.CopyFrom(_duration(granted.lease_left_ms))
+    if body.input:
+        message.input.MergeFromString(body.input)
+    if granted.attempt_left_ms is not None:
+        message.attempt_duration.CopyFrom(_duration(granted.attempt_left_ms))
+    if body.labels:
+        message.labels.update(body.labels)
+    return message
+
+
+_duration = lru_cache(1024)(wire.to_duration)
+"""Most leases of a moment last equally long. For copying only: all who ask get the same message."""
 
 
 def task(whole: Task) -> task_pb2.Task:

@@ -28,7 +28,9 @@ async def wire(settings: Settings, section: WorkQueueSettings) -> Pattern:
     if settings.upstream is not None:
         return _relay(settings.upstream)
     engine = _engine(settings, section)
-    blobs = LocalBlobs(settings.data_dir / NAME / "blobs", section.max_blob_bytes)
+    blobs = LocalBlobs(
+        settings.data_dir / NAME / "blobs", section.max_blob_bytes, fatal, reserve_bytes=section.disk_reserve_bytes
+    )
     queue = WorkQueue(engine, blobs, strict_queues=section.strict_queues, drain_ms=int(settings.drain_seconds * 1000))
     sweeper = Sweeper(queue, section.blob_idle_seconds * 1000)
     admin = admin_service.WorkQueueAdminService(queue, section.max_blob_bytes)
@@ -71,4 +73,4 @@ def _engine(settings: Settings, section: WorkQueueSettings) -> Engine:
         from retinue_server.workqueue.engines.sqlite import SqliteEngine  # noqa: PLC0415 - the chosen engine only
     except ImportError as error:
         raise ConfigError("cannot use engine sqlite: install it with pip install 'retinue-server[sqlite]'") from error
-    return SqliteEngine(settings.data_dir / NAME / "queue.db", fatal)
+    return SqliteEngine(settings.data_dir / NAME / "queue.db", fatal, reserve_bytes=section.disk_reserve_bytes)

@@ -335,7 +335,7 @@ def token_of(lease: Token) -> bytes:
     return lease if isinstance(lease, bytes) else lease.lease_token
 
 
-def completion(lease: Token, result: pb.Payload, follow_ups: Iterable[pb.TaskSpec] = ()) -> api.Completion:
+def completion(lease: Token, result: pb.Payload | None, follow_ups: Iterable[pb.TaskSpec] = ()) -> api.Completion:
     return api.Completion(lease_token=token_of(lease), result=result, follow_ups=follow_ups)
 
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Outcome: TypeAlias = api.Completion | api.TaskFailure | api.Release
+Answer: TypeAlias = tuple[Outcome, pb.ItemStatus | None]
+"""An outcome and why it was refused; None = it is durable."""
 
 HEARTBEAT = 10.0
 """The longest time between renewals: what a cancellation takes to arrive, and a dead connection to show."""
@@ -48,10 +50,8 @@ class Listener(Protocol):
 
     def leased(self, leases: Sequence[pb.Lease], received: float) -> None: ...
 
-    def settled(self, outcome: Outcome, status: pb.ItemStatus | None) -> None:
-        """The server's word on an outcome; None = durable. Unless its reason says that the lease is gone, it
-        is held.
-        """
+    def settled(self, answers: Sequence[Answer]) -> None:
+        """The server's word on outcomes. Unless its reason says that the lease is gone, it is held."""
 
     def cancel_requested(self, token: bytes) -> None: ...
 
@@ -66,7 +66,7 @@ class Listener(Protocol):
         """The server will never take this worker; there are no more events."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Held:
     lease: pb.Lease
     stream: int
@@ -113,6 +113,7 @@ class TaskStream:
         self._drained = -1
         self._sequence = 0
         self._renew_at = 0.0
+        self._wakes_at = 0.0  # how long the renewer sleeps
         self._renew = False
         self._call: Any = None
         self._live = False
@@ -140,13 +141,16 @@ class TaskStream:
             self._credit += credit
             self._to_send.notify_all()
 
-    def settle(self, outcome: Outcome, credit: int = 0) -> None:
-        """Sends an outcome now, and again after every reconnection until it is answered; with it takes more leases."""
+    def settle(self, outcomes: Sequence[Outcome], credit: int = 0) -> None:
+        """Sends outcomes now, and again after every reconnection until they are answered; with them takes more
+        leases.
+        """
         with self._to_send:
             self._credit += credit
-            if held := self._held.get(outcome.lease_token):
-                held.ending = True
-            self._outbox.append(outcome)
+            for outcome in outcomes:
+                if held := self._held.get(outcome.lease_token):
+                    held.ending = True
+            self._outbox.extend(outcomes)
             self._to_send.notify_all()
 
     def stop_leasing(self) -> None:
@@ -271,9 +275,9 @@ class TaskStream:
         """Adds the credit and the outcomes that wait, as many as fit."""
         with self._to_send:
             outcomes = next(blocks(self._outbox, _size), [])
-            for outcome in outcomes:
+            for _ in outcomes:
                 self._outbox.popleft()
-                _fields(request, outcome).append(outcome)
+            _put(request, outcomes)
             self._sequence += 1
             request.sequence, request.credit = self._sequence, min(self._credit, 10_000)
             self._credit -= request.credit
@@ -281,8 +285,8 @@ class TaskStream:
             if request.extend_all:
                 self._renew = False
             if outcomes or request.extend_all:
-                self._sent[self._sequence] = _Sent(time.monotonic(), outcomes, request.extend_all)
-                self._clock.notify_all()
+                self._sent[self._sequence] = sent = _Sent(time.monotonic(), outcomes, request.extend_all)
+                self._wake_renewer(sent.at + HEARTBEAT)
         return request
 
     def _take(self, response: api.StreamTasksResponse) -> None:
@@ -305,10 +309,11 @@ class TaskStream:
         with self._to_send:
             self._granted -= len(leases)
             for lease in leases:
-                seconds = lease.lease_duration.ToTimedelta().total_seconds()
+                lasts = lease.lease_duration
+                seconds = lasts.seconds + lasts.nanos / 1e9
                 self._held[lease.lease_token] = _Held(lease, self._stream, now + seconds, seconds)
                 self._renew_at = min(self._renew_at, now + seconds / 3)
-            self._clock.notify_all()
+            self._wake_renewer(self._renew_at)
         self._tell(self._listener.leased, leases, now)
 
     def _take_settled(self, settled: api.StreamSettled) -> None:
@@ -321,8 +326,7 @@ class TaskStream:
         if sent is None:
             return
         refused = {error.lease_token: error.status for error in settled.errors}
-        for outcome in sent.outcomes:
-            self._answered(outcome, refused.get(outcome.lease_token))
+        self._answered([(outcome, refused.get(outcome.lease_token)) for outcome in sent.outcomes])
         if sent.renewal:
             self._renewed(sent.at, settled)
 
@@ -338,13 +342,15 @@ class TaskStream:
             if held.lease.task_id in asked:
                 self._tell(self._listener.cancel_requested, held.lease.lease_token)
 
-    def _answered(self, outcome: Outcome, status: pb.ItemStatus | None) -> None:
+    def _answered(self, answers: Sequence[Answer]) -> None:
         with self._to_send:
-            if status is None or status.reason in _GONE:
-                self._held.pop(outcome.lease_token, None)
-            elif held := self._held.get(outcome.lease_token):
-                held.ending = False
-        self._tell(self._listener.settled, outcome, status)
+            for outcome, status in answers:
+                if status is None or status.reason in _GONE:
+                    self._held.pop(outcome.lease_token, None)
+                elif held := self._held.get(outcome.lease_token):
+                    held.ending = False
+        if answers:
+            self._tell(self._listener.settled, answers)
 
     # Outcomes by unary calls: after a reconnection, and while no more is leased
 
@@ -369,10 +375,10 @@ class TaskStream:
                     self._settle_block([outcome])
                 return
             statuses = [pb.ItemStatus(code=3, reason=error.reason, message=str(error))]
-        for outcome, status in zip(outcomes, statuses, strict=True):
-            with self._to_send:
+        with self._to_send:
+            for outcome in outcomes:
                 self._outbox.remove(outcome)
-            self._answered(outcome, status if status.code else None)
+        self._answered([(o, s if s.code else None) for o, s in zip(outcomes, statuses, strict=True)])
 
     def _settle_call(self, outcomes: list[Any]) -> list[pb.ItemStatus]:
         results: Any
@@ -393,9 +399,16 @@ class TaskStream:
     def _keep(self) -> None:
         while not self._closed:
             with self._clock:
-                self._clock.wait(max(self._next_due() - time.monotonic(), 0.01))
+                self._wakes_at = self._next_due()
+                self._clock.wait(max(self._wakes_at - time.monotonic(), 0.01))
             if not self._closed:
                 self._keep_once(time.monotonic())
+
+    def _wake_renewer(self, due: float) -> None:
+        """Unless it wakes by itself in time."""
+        with self._clock:
+            if due < self._wakes_at:
+                self._clock.notify_all()
 
     def _next_due(self) -> float:
         running = (held.valid_until for held in self._held.values() if not held.ending)
@@ -480,10 +493,7 @@ def _size(outcome: Outcome) -> int:
     return outcome.ByteSize()
 
 
-def _fields(request: api.StreamTasksRequest, outcome: Outcome) -> Any:
-    match outcome:
-        case api.Completion():
-            return request.completions
-        case api.TaskFailure():
-            return request.failures
-    return request.releases
+def _put(request: api.StreamTasksRequest, outcomes: Sequence[Outcome]) -> None:
+    request.completions.extend([o for o in outcomes if isinstance(o, api.Completion)])
+    request.failures.extend([o for o in outcomes if isinstance(o, api.TaskFailure)])
+    request.releases.extend([o for o in outcomes if isinstance(o, api.Release)])

@@ -8,21 +8,17 @@ own set-up.
 
 from __future__ import annotations
 
-import contextlib
 import os
+import random
 import re
-import secrets
 import sys
 import warnings
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 _PATTERN = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _NO_TRACE, _NO_SPAN = "0" * 32, "0" * 16
-_current: ContextVar[str] = ContextVar("retinue_traceparent", default="")
+_current: ContextVar[_Work | None] = ContextVar("retinue_work", default=None)
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
@@ -49,14 +45,21 @@ def child_of(traceparent: str) -> SpanContext:
     """A new span in the same trace; in a new trace if there is none."""
     parent = parse(traceparent)
     if parent is None:
-        return SpanContext(secrets.token_hex(16), secrets.token_hex(8))
-    return parent._replace(span_id=secrets.token_hex(8))
+        return SpanContext(_random_id(128), _random_id(64))
+    return parent._replace(span_id=_random_id(64))
+
+
+def _random_id(bits: int) -> str:
+    return f"{random.getrandbits(bits) or 1:0{bits // 4}x}"  # noqa: S311 - ids must differ, not be hard to guess
 
 
 def current() -> str:
     """The `traceparent` of the code that runs; empty if it runs in no trace."""
-    span = _otel_context()
-    return str(span or parse(_current.get()) or parse(os.environ.get("TRACEPARENT", "")) or "")
+    if span := _otel_context():
+        return str(span)
+    if work := _current.get():
+        return work.traceparent
+    return str(parse(os.environ.get("TRACEPARENT", "")) or "")
 
 
 def outgoing() -> str:
@@ -76,18 +79,44 @@ def _otel_context() -> SpanContext | None:
     )
 
 
-@contextlib.contextmanager
-def consuming(queue_id: str, task_id: str, traceparent: str) -> Iterator[str]:
-    """Runs its body as the work on one task, a child of the producer's span; gives the body's
-    `traceparent`.
+class consuming:  # noqa: N801 - a context manager, used like a function
+    """Runs its body as the work on one task, a child of the producer's span; gives the work, which knows the
+    body's `traceparent`.
     """
-    with contextlib.ExitStack() as stack:
-        if "opentelemetry.trace" in sys.modules:
-            stack.enter_context(_consumer_span(queue_id, task_id, traceparent))
-        context = _otel_context() or child_of(traceparent)
-        token = _current.set(str(context))
-        stack.callback(_current.reset, token)
-        yield str(context)
+
+    __slots__ = ("_token", "_work")
+
+    def __init__(self, queue_id: str, task_id: str, traceparent: str) -> None:
+        span = _consumer_span(queue_id, task_id, traceparent) if "opentelemetry.trace" in sys.modules else None
+        self._work = _Work(traceparent, span)
+
+    def __enter__(self) -> _Work:
+        if self._work.span is not None:
+            self._work.span.__enter__()
+        self._token = _current.set(self._work)
+        return self._work
+
+    def __exit__(self, *error: object) -> None:
+        _current.reset(self._token)
+        if self._work.span is not None:
+            self._work.span.__exit__(*error)
+
+
+class _Work:
+    """The work on one task. Its place in the trace is worked out when somebody asks: most handlers never do."""
+
+    __slots__ = ("_context", "_parent", "span")
+
+    def __init__(self, parent: str, span: Any) -> None:
+        self._parent = parent
+        self.span = span
+        self._context = ""
+
+    @property
+    def traceparent(self) -> str:
+        if not self._context:
+            self._context = str(_otel_context() or child_of(self._parent))
+        return self._context
 
 
 def _consumer_span(queue_id: str, task_id: str, traceparent: str) -> Any:

@@ -25,18 +25,20 @@ import socket
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from retinue.client import errors, trace
 from retinue.client.channel import backoff
 from retinue.client.queue import completion, failure, release
-from retinue.client.stream import Outcome, TaskStream
+from retinue.client.stream import Answer, Outcome, TaskStream
 from retinue.workqueue.v1 import task_pb2 as pb
 from retinue.workqueue.v1 import workqueue_service_pb2 as api
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+
+    from google.protobuf.duration_pb2 import Duration
 
     from retinue.client.payload import Content
     from retinue.client.queue import Queue, Seconds
@@ -81,7 +83,7 @@ class Released(Exception):
         self.delay = delay
 
 
-@dataclass
+@dataclass(slots=True)
 class Job:
     """One attempt at a task."""
 
@@ -89,8 +91,14 @@ class Job:
     queue: Queue
     received: float
     """When it came, by the monotonic clock."""
-    stopping: threading.Event = field(default_factory=threading.Event)
-    """Set when the outcome no longer counts: a plain function looks at it and returns."""
+    _stopping: threading.Event | None = None
+
+    @property
+    def stopping(self) -> threading.Event:
+        """Set when the outcome no longer counts: a plain function looks at it and returns."""
+        if self._stopping is None:
+            self._stopping = threading.Event()
+        return self._stopping
 
     @property
     def task_id(self) -> str:
@@ -128,8 +136,7 @@ Kind = Literal[
 ]
 
 
-@dataclass(frozen=True)
-class WorkerEvent:
+class WorkerEvent(NamedTuple):
     """What happened: to the connection, or to a job; `reason` and `message` say why."""
 
     kind: Kind
@@ -143,11 +150,12 @@ Handler: TypeAlias = "Callable[[Job], Awaitable[Done | Content]] | Callable[[Job
 _Stop = Literal["", "cancelled", "lost", "expired", "deadline", "shutdown"]
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class _Attempt:
     job: Job
     task: asyncio.Task[None] | None = None
-    work: asyncio.Future[Any] | None = None
+    begun: bool = False
+    """Whether the task runs; what is cancelled before that would never end."""
     stop: _Stop = ""
     refusals: int = 0
     outcome: Outcome | None = None
@@ -160,8 +168,8 @@ class _Attempt:
             return
         self.stop = why
         self.job.stopping.set()
-        if self.work is not None:
-            self.work.cancel(why)
+        if self.begun and self.task is not None:
+            self.task.cancel(why)
 
 
 class Worker:
@@ -192,9 +200,11 @@ class Worker:
         self._left = max_tasks
         self._awaited = max_tasks
         self._lease_duration = lease_duration
-        self._listener = listener or (lambda _: None)
+        self._listener = listener
         self._ready: deque[_Attempt] = deque()
         self._attempts: dict[bytes, _Attempt] = {}
+        self._outbox: list[Outcome] = []
+        self._credit_back = 0
         self._busy = 0
         self._stopping = False
         self._connected: bool | None = None
@@ -322,14 +332,15 @@ class Worker:
         if attempt := self._attempts.get(token):
             self._stop_attempt(attempt, "lost" if told else "expired")
 
-    def settled(self, outcome: Outcome, status: pb.ItemStatus | None) -> None:
-        attempt = self._attempts.get(outcome.lease_token)
-        if attempt is None:
-            return
-        if status is not None and status.reason not in _GONE and isinstance(outcome, api.Completion):
-            self._refused_completion(attempt, status)
-            return
-        self._ended(attempt, status)
+    def settled(self, answers: Sequence[Answer]) -> None:
+        for outcome, status in answers:
+            attempt = self._attempts.get(outcome.lease_token)
+            if attempt is None:
+                continue
+            if status is not None and status.reason not in _GONE and isinstance(outcome, api.Completion):
+                self._refused_completion(attempt, status)
+            else:
+                self._ended(attempt, status)
 
     def connected(self) -> None:
         self._connected = True
@@ -366,22 +377,21 @@ class Worker:
         self._conclude(attempt, None)
 
     async def _attempt(self, attempt: _Attempt) -> None:
-        job, loop = attempt.job, asyncio.get_running_loop()
+        job = attempt.job
+        attempt.begun = True
         if job.lease.HasField("attempt_duration"):
-            limit = job.lease.attempt_duration.ToTimedelta().total_seconds()
-            left = job.received + limit - time.monotonic()
-            attempt.timer = loop.call_later(max(left, 0), attempt.end, "deadline")
+            left = job.received + _seconds(job.lease.attempt_duration) - time.monotonic()
+            attempt.timer = asyncio.get_running_loop().call_later(max(left, 0), attempt.end, "deadline")
         thread: asyncio.Future[Any] | None = None
         outcome: Outcome | None = None
         try:
-            if not attempt.stop:  # it may have ended before it began, when there was nothing yet to cancel
+            if not attempt.stop:  # it may have ended before it began
                 with trace.consuming(job.lease.queue_id, job.task_id, job.lease.traceparent):
                     if self._asynchronous:
-                        attempt.work = asyncio.ensure_future(self._finish(job, self._handler(job)))
+                        outcome = await self._finish(job, self._handler(job))
                     else:
                         thread = _in_thread(self._handler, job)
-                        attempt.work = asyncio.ensure_future(self._finish(job, asyncio.shield(thread)))
-                    outcome = await attempt.work
+                        outcome = await self._finish(job, asyncio.shield(thread))
         except asyncio.CancelledError:
             if not attempt.stop:
                 attempt.stop = "shutdown"
@@ -401,7 +411,8 @@ class Worker:
         try:
             answer = await work
             done = answer if isinstance(answer, Done) else Done(answer)
-            return completion(job.lease, await self.queue.store(done.result), done.follow_ups)
+            result = None if done.result is None else await self.queue.store(done.result)
+            return completion(job.lease, result, done.follow_ups)
         except Failed as error:
             return failure(job.lease, error.reason, error.message, final=error.final, retry_delay=error.retry_delay)
         except Released as error:
@@ -415,7 +426,7 @@ class Worker:
     def _conclude(self, attempt: _Attempt, outcome: Outcome | None, credit: int = 0) -> None:
         lease = attempt.job.lease
         if attempt.stop == "deadline":
-            limit = lease.attempt_duration.ToTimedelta().total_seconds()
+            limit = _seconds(lease.attempt_duration)
             outcome = failure(lease, "ATTEMPT_DEADLINE", f"the attempt took longer than {limit:g} s")
         elif outcome is None or attempt.stop in ("lost", "expired"):
             outcome = release(lease)
@@ -424,8 +435,21 @@ class Worker:
         if attempt.stop == "lost":
             self._grant(credit)
             self._ended(attempt, None)
-        elif self._stream is not None:
-            self._stream.settle(outcome, credit)
+        else:
+            self._send(outcome, credit)
+
+    def _send(self, outcome: Outcome, credit: int = 0) -> None:
+        """Settles with all that ends in the same turn of the loop."""
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append(outcome)
+        self._credit_back += credit
+
+    def _flush(self) -> None:
+        outcomes, self._outbox = self._outbox, []
+        credit, self._credit_back = self._credit_back, 0
+        if self._stream is not None:
+            self._stream.settle(outcomes, credit)
 
     def _refused_completion(self, attempt: _Attempt, status: pb.ItemStatus) -> None:
         """The lease is still held: try again while waiting helps (a full queue, a full disk), else it is a
@@ -442,8 +466,8 @@ class Worker:
         self._settle_again(attempt)
 
     def _settle_again(self, attempt: _Attempt) -> None:
-        if self._stream is not None and attempt.outcome is not None:
-            self._stream.settle(attempt.outcome)
+        if attempt.outcome is not None:
+            self._send(attempt.outcome)
 
     def _ended(self, attempt: _Attempt, status: pb.ItemStatus | None) -> None:
         self._attempts.pop(attempt.job.lease.lease_token, None)
@@ -453,6 +477,8 @@ class Worker:
         self._changed.set()
 
     def _report(self, attempt: _Attempt, status: pb.ItemStatus | None) -> None:
+        if self._listener is None:
+            return
         job, outcome = attempt.job, attempt.outcome
         gone = attempt.stop in ("lost", "expired") or (status is not None and attempt.stop != "deadline")
         if attempt.stop == "cancelled" and not isinstance(outcome, api.Completion):
@@ -476,7 +502,12 @@ class Worker:
         message: str = "",
         result: pb.Payload | None = None,
     ) -> None:
-        self._listener(WorkerEvent(kind, job, reason, message, result))
+        if self._listener is not None:
+            self._listener(WorkerEvent(kind, job, reason, message, result))
+
+
+def _seconds(value: Duration) -> float:
+    return value.seconds + value.nanos / 1e9
 
 
 def default_worker_id() -> str:

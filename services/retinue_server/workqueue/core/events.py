@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from itertools import repeat
 from typing import NamedTuple
 
 from retinue_server.runtime.errors import OutOfRange, Reason, Unavailable
@@ -42,20 +43,29 @@ class Event(NamedTuple):
     wall_ms: int
 
 
+STARTS = frozenset({EventType.ENQUEUED, EventType.READY})
+"""After these a task may be there to lease."""
+ENDS = frozenset({EventType.SUCCEEDED, EventType.DEAD, EventType.CANCELLED, EventType.EXPIRED, EventType.DELETED})
+"""After these nobody need wait for a task any more."""
+
+Noted = tuple[EventType, TaskRow, int]
+"""The fields of an Event; it becomes one when a watcher reads it, which is rare."""
+
+
 class Ledger:
     """Notes what one step does."""
 
     def __init__(self, wall_ms: int) -> None:
-        self.events: list[Event] = []
+        self.events: list[Noted] = []
         self._wall_ms = wall_ms
 
     def add(self, event_type: EventType, row: TaskRow) -> None:
         """Notes one event."""
-        self.events.append(Event(event_type, row, self._wall_ms))
+        self.events.append((event_type, row, self._wall_ms))
 
     def add_all(self, event_type: EventType, rows: Iterable[TaskRow]) -> None:
         """Notes the same event of many tasks."""
-        self.events.extend(Event(event_type, row, self._wall_ms) for row in rows)
+        self.events.extend(zip(repeat(event_type), rows, repeat(self._wall_ms)))  # noqa: B905 - the others have no end
 
     def add_states(self, rows: Iterable[TaskRow]) -> None:
         """Notes the states that tasks came to; a task that was only asked to stop is still LEASED and tells nothing."""
@@ -78,7 +88,7 @@ class EventRing:
     """The last events, numbered from 1; watchers read on from any number that is still there."""
 
     def __init__(self, size: int = REMEMBERED) -> None:
-        self._events: deque[Event] = deque(maxlen=size)
+        self._events: deque[Noted] = deque(maxlen=size)
         self._last = 0
         self._closed = False
         self._news = asyncio.Event()
@@ -88,7 +98,7 @@ class EventRing:
         """The number of the latest event; 0 before the first."""
         return self._last
 
-    def publish(self, events: list[Event]) -> None:
+    def publish(self, events: list[Noted]) -> None:
         """Appends events and wakes the watchers."""
         if not events:
             return
@@ -121,4 +131,4 @@ class EventRing:
                 reason=Reason.WATCH_TOKEN_EXPIRED,
             )
         start = number - first + 1
-        return [self._events[i] for i in range(start, min(start + limit, len(self._events)))]
+        return [Event(*self._events[i]) for i in range(start, min(start + limit, len(self._events)))]

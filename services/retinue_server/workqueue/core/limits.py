@@ -112,21 +112,31 @@ def enqueue(asked: Enqueue, now_ms: int) -> Violations:
 
 
 def new_task(task: NewTask, at: str, now_ms: int) -> Violations:
-    """A task as a producer describes it."""
+    """A task as a producer describes it. What it does not say needs no look: most tasks say little."""
+    body = task.body
     yield from queue_id(task.queue_id, f"{at}.queue_id")
+    if body.traceparent:
+        yield from text(body.traceparent, 64, f"{at}.traceparent")
     if task.task_id:
         yield from task_id(task.task_id, f"{at}.task_id")
-    yield from within(task.priority, -1000, 1000, f"{at}.priority")
-    yield from _start(task.start_ms, task.delay_ms, now_ms, at)
-    yield from _expiry(task, now_ms, at)
-    yield from _labels(task, f"{at}.labels")
-    yield from text(task.idempotency_key, 256, f"{at}.idempotency_key")
-    yield from text(task.body.task_type, 128, f"{at}.task_type")
-    yield from text(task.body.traceparent, 64, f"{at}.traceparent")
-    yield from duration(task.attempt_ms, MIN_ATTEMPT_MS, MAX_DELAY_MS, f"{at}.attempt_duration")
-    yield from retry(task.body.retry, f"{at}.retry_policy")
-    if task.body.input_blob:
-        yield from blob_id(task.body.input_blob, f"{at}.input.blob.blob_id")
+    if task.priority:
+        yield from within(task.priority, -1000, 1000, f"{at}.priority")
+    if task.start_ms is not None or task.delay_ms is not None:
+        yield from _start(task.start_ms, task.delay_ms, now_ms, at)
+    if task.expire_ms is not None or task.expire_delay_ms is not None:
+        yield from _expiry(task, now_ms, at)
+    if body.labels:
+        yield from _labels(task, f"{at}.labels")
+    if task.idempotency_key:
+        yield from text(task.idempotency_key, 256, f"{at}.idempotency_key")
+    if body.task_type:
+        yield from text(body.task_type, 128, f"{at}.task_type")
+    if task.attempt_ms is not None:
+        yield from duration(task.attempt_ms, MIN_ATTEMPT_MS, MAX_DELAY_MS, f"{at}.attempt_duration")
+    if body.retry is not None:
+        yield from retry(body.retry, f"{at}.retry_policy")
+    if body.input_blob:
+        yield from blob_id(body.input_blob, f"{at}.input.blob.blob_id")
 
 
 def payload_error(inline_bytes: int) -> RetinueError | None:
@@ -196,7 +206,8 @@ def settle(asked: Sequence[Settlement], now_ms: int) -> Violations:
     if follow_ups > MAX_BATCH:
         yield Violation("completions", f"must hold at most {MAX_BATCH} follow_ups in all; they hold {follow_ups}")
     for index, completion in enumerate(completions[:MAX_BATCH]):
-        yield from complete(completion, f"completions[{index}]", now_ms)
+        if completion.follow_ups or completion.result_blob:
+            yield from complete(completion, f"completions[{index}]", now_ms)
     for index, failure in enumerate(failures[:MAX_BATCH]):
         yield from fail(failure, f"failures[{index}]")
     for index, given_back in enumerate(releases[:MAX_BATCH]):

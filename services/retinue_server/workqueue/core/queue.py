@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from retinue_server.runtime.errors import NotFound, Reason, Violation
 from retinue_server.workqueue.core import limits, rules, steps
-from retinue_server.workqueue.core.events import Event, EventRing, EventType, Ledger
+from retinue_server.workqueue.core.events import ENDS, STARTS, EventRing, EventType, Ledger, Noted
 from retinue_server.workqueue.core.requests import (
     Complete,
     Enqueue,
@@ -40,6 +40,7 @@ from retinue_server.workqueue.engine import (
     QueueSettings,
     QueueState,
     QueueTotals,
+    Room,
     State,
     Task,
     TaskFilter,
@@ -113,6 +114,8 @@ class WorkQueue:
         """Events by queue since the start, for metrics."""
         self.counted: list[QueueReport] = []
         """All queues as they were counted last, a few seconds ago at most, for metrics."""
+        self.rooms: dict[str, Room] = {}
+        """What was left for tasks and blobs then, where that is known."""
         self._count_again = 0.0
         self._alarm = Alarm()
         self._background: set[asyncio.Future[None]] = set()
@@ -314,16 +317,18 @@ class WorkQueue:
         return await self.engine.read(query)
 
     async def count(self) -> None:
-        """Counts all queues for metrics, if the last time was not just now."""
+        """Counts all queues, and the room for more, for metrics, if the last time was not just now."""
         if time.monotonic() >= self._count_again:
             self.counted = await self.reports([])
+            rooms = {"tasks": self.engine.room(), "blobs": await self.blobs.room()}
+            self.rooms = {what: room for what, room in rooms.items() if room is not None}
             self._count_again = time.monotonic() + COUNT_INTERVAL_S
 
     # Time
 
     async def recover(self) -> None:
-        """At start, before anything is served: gives live leases one full term."""
-        after: int | None = 0
+        """At start, before anything is served: gives live leases one full term, unless their clock went on."""
+        after: int | None = None if self.engine.capabilities.own_clock else 0
         while after is not None:
             after = await self._write(partial(steps.recover, after_seq=after))
 
@@ -359,8 +364,8 @@ class WorkQueue:
     async def _write(self, step: Callable[[Transaction, steps.Context], T]) -> T:
         """Runs a step and, once it is durable, publishes what it did."""
 
-        def run(tx: Transaction) -> tuple[T, list[Event]]:
-            now = self.now()
+        def run(tx: Transaction) -> tuple[T, list[Noted]]:
+            now = tx.now() or self.now()
             ctx = steps.Context(now, Ledger(now.wall_ms), self._chance.jitter, self.strict_queues)
             return step(tx, ctx), ctx.ledger.events
 
@@ -368,16 +373,16 @@ class WorkQueue:
         self._publish(events)
         return result
 
-    def _publish(self, events: list[Event]) -> None:
+    def _publish(self, events: list[Noted]) -> None:
         self.events.publish(events)
-        ready: Counter[str] = Counter()
-        for event in events:
-            self._alarm.note(event.row)
-            self.happened[event.row.queue_id, event.type] += 1
-            if event.row.state == State.READY and event.type != EventType.DELETED:
-                ready[event.row.queue_id] += 1
-            elif event.row.state in FINISHED or event.type == EventType.DELETED:
-                self._ended.wake(event.row.task_id, 1 << 30)
+        self._alarm.note([row for _, row, _ in events])
+        happened: Counter[tuple[str, EventType]] = Counter((row.queue_id, kind) for kind, row, _ in events)
+        self.happened.update(happened)
+        if self._ended:
+            for kind, row, _ in events:
+                if kind in ENDS:
+                    self._ended.wake(row.task_id, 1 << 30)
+        ready = Counter(row.queue_id for kind, row, _ in events if row.state is State.READY and kind in STARTS)
         for queue_id, count in ready.items():
             self._ready.wake(queue_id, count)
 

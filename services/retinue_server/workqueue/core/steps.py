@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 REQUEST_MEMORY_MS = 3_600_000
 _SWEEP = 500
 _ROW_BYTES = 1_024
-"""More than a lease takes on the wire beside input and labels."""
+"""More than a lease takes on the wire beside input and labels; about what a task takes on disk beside its input."""
 
 
 class Enqueued(NamedTuple):
@@ -185,6 +185,8 @@ def _insert(
             admission.admit(new)
             taken.append(new)
             ctx.ledger.add(EventType.ENQUEUED, new.row)
+    if taken and parent is None:
+        tx.claim_room(sum(_ROW_BYTES + len(task.body.input) for task in taken))
     tx.insert(taken)
     return results
 
@@ -405,18 +407,23 @@ class _Desk:
         return Settled(after.state)
 
     def _complete(self, item: Complete, row: TaskRow, ids: Sequence[str]) -> Settled:
+        if error := limits.payload_error(item.inline_bytes) or self._lacking.get(item.result_blob):
+            return Settled(row.state, error=error)
         try:
-            if error := limits.payload_error(item.inline_bytes) or self._lacking.get(item.result_blob):
-                raise error
-            with self._tx.savepoint(), self._ctx.ledger.savepoint():
-                results = _insert(self._tx, item.follow_ups, ids, self._lacking, self._ctx, parent=row)
-                _all_or_none(results)
+            made = self._follow_up(item, row, ids) if item.follow_ups else ()
         except RetinueError as error:
             return Settled(row.state, error=error)
         if item.result or item.result_blob:
             self._tx.save_result(row.seq, item.result, item.result_blob)
         self._put(rules.completed(row, self._queue(row.queue_id).settings, self._ctx.now))
-        return Settled(State.SUCCEEDED, tuple(r.task_id for r in results))
+        return Settled(State.SUCCEEDED, made)
+
+    def _follow_up(self, item: Complete, row: TaskRow, ids: Sequence[str]) -> tuple[str, ...]:
+        """Takes all follow-ups in, or raises why not."""
+        with self._tx.savepoint(), self._ctx.ledger.savepoint():
+            results = _insert(self._tx, item.follow_ups, ids, self._lacking, self._ctx, parent=row)
+            _all_or_none(results)
+        return tuple(result.task_id for result in results)
 
     def _fail(self, item: Fail, row: TaskRow) -> TaskRow:
         queue = self._queue(row.queue_id)

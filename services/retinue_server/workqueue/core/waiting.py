@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
@@ -34,6 +34,10 @@ class Waiters(Generic[K]):
                 self.wake(key, 1)
             if not line and self._waiting.get(key) is line:
                 del self._waiting[key]
+
+    def __bool__(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self._waiting)
 
     def wake(self, key: K, count: int) -> None:
         """Wakes up to `count` waiters that sleep, the first come first."""
@@ -90,11 +94,15 @@ class Alarm:
         """Takes over what the store said: next wall time, next lease time."""
         self._due_ms, self._lapse_ms = _earliest(self._due_ms, times[0]), _earliest(self._lapse_ms, times[1])
 
-    def note(self, row: TaskRow) -> None:
-        """Takes a changed task's times into account."""
-        due = row.ready_ms if row.state in (State.SCHEDULED, State.RETRYING) else None
-        due = _earliest(due, row.expire_ms if row.state in WAITING else None)
-        due_ms, lapse_ms = _earliest(self._due_ms, due), _earliest(self._lapse_ms, row.lease_until)
+    def note(self, rows: Sequence[TaskRow]) -> None:
+        """Takes changed tasks' times into account."""
+        due_ms, lapse_ms = self._due_ms, self._lapse_ms
+        for row in rows:
+            if row.state is State.LEASED:
+                lapse_ms = _earliest(lapse_ms, row.lease_until)
+            elif row.state in WAITING:
+                due_ms = _earliest(due_ms, row.ready_ms if row.state is not State.READY else None)
+                due_ms = _earliest(due_ms, row.expire_ms)
         if (due_ms, lapse_ms) != (self._due_ms, self._lapse_ms):
             self._due_ms, self._lapse_ms = due_ms, lapse_ms
             self._earlier.set()

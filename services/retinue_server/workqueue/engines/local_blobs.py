@@ -9,12 +9,16 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.errors import InvalidArgument, NotFound, Reason, ResourceExhausted, Violation
-from retinue_server.workqueue.engine import BlobStat
+from retinue_server.runtime.files import make_directory, sync_directory
+from retinue_server.workqueue.engine import BlobStat, Room
+from retinue_server.workqueue.engines.room import RESERVE_BYTES, DiskRoom, is_full
 
 T = TypeVar("T")
 
@@ -22,9 +26,12 @@ T = TypeVar("T")
 class LocalBlobs:
     """See engine.BlobStore. Modification time is when a blob was first kept, access time when last asked for."""
 
-    def __init__(self, root: Path, max_bytes: int) -> None:
-        self._root, self._max_bytes = root, max_bytes
+    def __init__(
+        self, root: Path, max_bytes: int, fatal: Callable[[BaseException], None], *, reserve_bytes: int = RESERVE_BYTES
+    ) -> None:
+        self._root, self._max_bytes, self.fatal = root, max_bytes, fatal
         self._uploads = root / "uploads"
+        self.disk = DiskRoom(self._uploads, reserve_bytes, "blobs")
 
     async def start(self) -> None:
         try:
@@ -35,8 +42,12 @@ class LocalBlobs:
     async def stop(self) -> None:
         """Nothing stays open between calls."""
 
+    async def room(self) -> Room:
+        await asyncio.to_thread(self.disk.look)
+        return self.disk.report
+
     def _prepare(self) -> None:
-        self._uploads.mkdir(parents=True, exist_ok=True)
+        make_directory(self._uploads)
         for left in self._uploads.iterdir():
             left.unlink()
 
@@ -96,7 +107,7 @@ class _Upload:
         self._blobs, self._path, self._max_bytes = blobs, path, max_bytes
         self._hash = hashlib.sha256()
         self._size = 0
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
 
     async def write(self, data: bytes) -> None:
         self._size += len(data)
@@ -106,13 +117,16 @@ class _Upload:
                 reason=Reason.PAYLOAD_TOO_LARGE,
                 limit=self._max_bytes,
             )
-        await _disk(lambda: self._append(data))
+        await self._disk(lambda: self._append(data))
 
     def _append(self, data: bytes) -> None:
+        self._blobs.disk.claim(len(data))
         if self._file is None:
-            self._file = self._path.open("xb")
-        self._file.write(data)
+            self._file = self._path.open("xb", buffering=0)  # what a full disk leaves in a buffer fails at close again
         self._hash.update(data)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     async def commit(self, expected_id: str, expected_size: int) -> BlobStat:
         blob_id = self._hash.hexdigest()
@@ -125,7 +139,7 @@ class _Upload:
             error = InvalidArgument("cannot keep the blob: other bytes came than were announced", wrong)
             error.reason = Reason.BLOB_MISMATCH
             raise error
-        return await _disk(lambda: self._publish(blob_id))
+        return await self._disk(lambda: self._publish(blob_id))
 
     def _publish(self, blob_id: str) -> BlobStat:
         if self._file is None:
@@ -133,45 +147,41 @@ class _Upload:
         file, self._file = self._file, None
         assert file is not None
         with file:
-            file.flush()
-            os.fsync(file.fileno())
-        if (kept := self._blobs.find(blob_id)) is not None:
-            self._path.unlink()
-            return kept
+            self._sync(partial(os.fsync, file))
         target = self._blobs.path(blob_id)
-        target.parent.mkdir(exist_ok=True)
-        self._path.replace(target)
-        for directory in (target.parent, target.parent.parent):
-            _sync_directory(directory)
-        return BlobStat(blob_id, self._size, int(time.time() * 1000))
+        kept = self._blobs.find(blob_id)
+        if kept is None:
+            target.parent.mkdir(exist_ok=True)
+            self._path.replace(target)
+        else:
+            self._path.unlink()
+        for directory in (target.parent, target.parent.parent):  # whoever put it there may not have come so far yet
+            self._sync(partial(sync_directory, directory))
+        return kept or BlobStat(blob_id, self._size, int(time.time() * 1000))
+
+    def _sync(self, sync: Callable[[], None]) -> None:
+        """A sync that fails is not tried again: what is on disk is not known, and the process ends."""
+        try:
+            sync()
+        except OSError as error:
+            if not is_full(error):
+                self._blobs.fatal(error)
+            raise
 
     async def abort(self) -> None:
         await asyncio.to_thread(self._drop)
+
+    async def _disk(self, work: Callable[[], T]) -> T:
+        """Runs blocking work; a full disk is the caller's to know."""
+        try:
+            return await asyncio.to_thread(work)
+        except OSError as error:
+            if is_full(error):
+                raise self._blobs.disk.ran_out() from None
+            raise
 
     def _drop(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
         self._path.unlink(missing_ok=True)
-
-
-async def _disk(work: Callable[[], T]) -> T:
-    """Runs blocking work; a full disk is the caller's to know."""
-    try:
-        return await asyncio.to_thread(work)
-    except OSError as error:
-        if error.errno in (28, 122):  # ENOSPC, EDQUOT
-            raise ResourceExhausted(
-                "cannot keep the blob: the disk is full; nothing was kept",
-                reason=Reason.DISK_FULL,
-                retry_ms=5_000,
-            ) from error
-        raise
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

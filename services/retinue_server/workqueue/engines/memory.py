@@ -53,6 +53,9 @@ class MemoryEngine:
     async def read(self, query: Callable[[View], T]) -> T:
         return query(self._store)
 
+    def room(self) -> None:
+        """Not known: the process's memory has no reserve."""
+
 
 class _Store:
     """See engine.Transaction."""
@@ -83,6 +86,9 @@ class _Store:
             self._depth -= 1
             if not self._depth:
                 self._undo.clear()
+
+    def now(self) -> None:
+        """The server's clocks count."""
 
     def savepoint(self) -> AbstractContextManager[None]:
         return self._undoing()
@@ -186,6 +192,9 @@ class _Store:
         due += [r.expire_ms for r in self._expiring() if r.expire_ms is not None]
         lapses = [r.lease_until for r in rows if r.lease_until is not None]
         return min(due, default=None), min(lapses, default=None)
+
+    def claim_room(self, size: int) -> None:
+        """There is room until there is no memory."""
 
     def insert(self, tasks: Sequence[Task]) -> None:
         for task in tasks:

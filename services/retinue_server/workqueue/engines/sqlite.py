@@ -3,17 +3,23 @@
 All steps that wait when the writer is free run in one SQLite transaction, each inside a savepoint of its own; their
 callers are answered after the one commit. A lone step is committed at once. WAL with `synchronous=FULL`: what is
 acknowledged survives power loss. Reads run beside it, on a thread and a connection of their own; only the writer's
-connection checkpoints. After a failed sync the process ends: what is on disk is not known, and the next start
-finds out.
+connection checkpoints, between two groups, and itself rather than by SQLite's automatism, which would swallow its
+errors. After a failed sync, of a commit or a checkpoint, the process ends: what is on disk is not known, and the next
+start finds out.
+
+Disk: new data is refused while less than the reserve is free (`room.py`), free pages of the file counted in, since
+deleting does not shrink it. What is written then is bounded: the log is checkpointed before it has grown far, and its
+file is used again. A group that does not fit all the same is run once more without what takes in new data.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue as queues
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from importlib.resources import files
@@ -24,7 +30,8 @@ import apsw
 import msgspec
 
 from retinue_server.runtime.addresses import StartError
-from retinue_server.runtime.errors import Reason, ResourceExhausted, RetinueError, Unavailable
+from retinue_server.runtime.errors import Reason, RetinueError, Unavailable
+from retinue_server.runtime.files import make_directory
 from retinue_server.workqueue.engine import (
     Capabilities,
     Durability,
@@ -35,6 +42,7 @@ from retinue_server.workqueue.engine import (
     QueueState,
     QueueTotals,
     RetryOverrides,
+    Room,
     State,
     Task,
     TaskBody,
@@ -43,35 +51,26 @@ from retinue_server.workqueue.engine import (
     Transaction,
     View,
 )
+from retinue_server.workqueue.engines.room import RESERVE_BYTES, DiskRoom
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 _GROUP = 256
 """How many steps one commit holds at most."""
+_CHECKPOINT_PAGES = 1_000
+"""How long the log may be before it is moved into the file."""
+_LOG_FILE_BYTES = 16 * 1024**2
+"""To what the log's file is cut when it was longer (a slow reader had kept it from being moved)."""
 
-_MUTABLE = [
-    "state",
-    "priority",
-    "ready_ms",
-    "expire_ms",
-    "attempt",
-    "lease_expirations",
-    "lease_epoch",
-    "lease_nonce",
-    "lease_ms",
-    "lease_until",
-    "attempt_until",
-    "worker_id",
-    "lease_request_id",
-    "outcome",
-    "cancel_requested",
-    "start_ms",
-    "end_ms",
-    "delete_ms",
-]
-_FIXED = ["seq", "task_id", "queue", "create_ms", "attempt_ms", "idempotency_key", "parent_task_id"]
-_COLUMNS = [*_FIXED, *_MUTABLE]
+_COLUMNS = ["queue" if name == "queue_id" else name for name in TaskRow.__struct_fields__]
+"""A column is named as its field and stands in its place."""
+_QUEUE, _STATE, _OUTCOME = (_COLUMNS.index(name) for name in ("queue", "state", "outcome"))
+_CANCEL = _COLUMNS.index("cancel_requested")
+_CACHED = 16_384
+"""How many leased rows are known by heart at most; a worker that settles in time finds its own there."""
 _ROW = ", ".join(f"task.{name}" for name in _COLUMNS)
 _BODY = [
     "input",
@@ -87,8 +86,8 @@ _BODY = [
 _WHOLE = f"{_ROW}, " + ", ".join(f"body.{name}" for name in _BODY)
 _INSERT_TASK = f"INSERT INTO task ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608 - constants
 _INSERT_BODY = f"INSERT INTO body (seq, {', '.join(_BODY)}) VALUES ({', '.join('?' * (1 + len(_BODY)))})"  # noqa: S608 - constants
-_SAVE = f"UPDATE task SET {', '.join(f'{name} = ?' for name in _MUTABLE)} WHERE seq = ?"  # noqa: S608 - constants
 
+_fields = msgspec.structs.astuple
 _encode = msgspec.json.Encoder().encode
 _decode_labels = msgspec.json.Decoder(dict[str, str]).decode
 _decode_retry = msgspec.json.Decoder(RetryOverrides).decode
@@ -101,9 +100,14 @@ class SqliteEngine:
 
     capabilities = Capabilities("sqlite", Durability.DISK)
 
-    def __init__(self, path: Path, fatal: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self, path: Path, fatal: Callable[[BaseException], None], *, reserve_bytes: int = RESERVE_BYTES
+    ) -> None:
         self._path = path
         self._fatal = fatal
+        self._disk = DiskRoom(path.parent, reserve_bytes, "tasks", self._free_inside)
+        self._log_pages = self._checked_pages = 0
+        """How long the log is, and up to where a checkpoint has looked at it."""
         self._steps: queues.SimpleQueue[_Step | None] = queues.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._reader: ThreadPoolExecutor | None = None
@@ -148,20 +152,24 @@ class SqliteEngine:
         return await asyncio.get_running_loop().run_in_executor(self._reader, self._run_query, query)
 
     def _open(self) -> tuple[_Store, _View]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self._path.parent)
         writer = apsw.Connection(str(self._path))
         for pragma in (
             "journal_mode = WAL",
             "synchronous = FULL",
             "busy_timeout = 5000",
             "temp_store = MEMORY",
+            f"journal_size_limit = {_LOG_FILE_BYTES}",
         ):
             writer.pragma(*pragma.split(" = "))
         _migrate(writer, self._path)
+        writer.set_wal_hook(self._note_commit)  # instead of the automatic checkpoint
+        with suppress(apsw.FullError):  # the log goes on where it ended
+            writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
         reader = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READWRITE)
         reader.pragma("query_only", True)  # noqa: FBT003 - apsw's own shape
         reader.pragma("wal_autocheckpoint", 0)
-        store = _Store(writer)
+        store = _Store(writer, self._disk)
         return store, _View(reader, store.tally)
 
     def _close(self) -> None:
@@ -182,10 +190,20 @@ class SqliteEngine:
         while group := self._next_group():
             try:
                 self._recover()
-                self._commit(group)
+                self._run(group)
             except Exception as error:  # noqa: BLE001 - a writer that ends would let every caller wait for ever
                 self._undo(group, error)
             loop.call_soon_threadsafe(_answer, group)
+            self._look_after_disk()
+
+    def _run(self, group: list[_Step]) -> None:
+        try:
+            self._commit(group)
+        except apsw.FullError:  # once more, without what takes in new data: what ends work may still fit
+            self._disk.ran_out()
+            self._failed = True
+            self._recover()
+            self._commit(group)
 
     def _next_group(self) -> list[_Step]:
         """Waits for a step, and takes with it all that wait already."""
@@ -207,15 +225,16 @@ class SqliteEngine:
         for step in group:
             step.run(self._store)
         self._store.db.execute("COMMIT")
-        self._store.tally.commit()
+        self._store.committed()
 
     def _undo(self, group: list[_Step], error: Exception) -> None:
         """Nothing of the group is durable: all of it fails."""
         if _is_failed_sync(error):
             self._fatal(error)
         self._failed = True
+        told = self._disk.ran_out() if isinstance(error, apsw.FullError) else _translated(error)
         for step in group:
-            step.fail(_translated(error))
+            step.fail(told)
         with suppress(Exception):  # it is tried again before the next group, and that one is told
             self._recover()
 
@@ -228,6 +247,39 @@ class SqliteEngine:
         self._store.reload()
         self._failed = False
 
+    # The disk, on the writer thread
+
+    def room(self) -> Room:
+        return self._disk.report
+
+    def _free_inside(self) -> int:
+        db = self._store.db
+        return int(db.pragma("freelist_count")) * int(db.pragma("page_size"))
+
+    def _note_commit(self, _: apsw.Connection, __: str, pages: int) -> int:
+        if pages < self._log_pages:  # it was begun again
+            self._checked_pages = 0
+        self._log_pages = pages
+        return int(apsw.SQLITE_OK)
+
+    def _look_after_disk(self) -> None:
+        """Between two groups: what must not run inside one."""
+        try:
+            self._disk.look()
+            if self._log_pages - self._checked_pages >= _CHECKPOINT_PAGES:
+                self._checkpoint()
+        except apsw.FullError:
+            self._disk.ran_out()
+        except Exception as error:  # noqa: BLE001 - as above; the next group is told, if it concerns it
+            if _is_failed_sync(error):
+                self._fatal(error)
+            _log.warning("cannot look after the disk: %s", error)
+
+    def _checkpoint(self) -> None:
+        """Moves the log into the file, as far as no reader needs it; the next one takes what is left."""
+        self._checked_pages = self._log_pages
+        self._store.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+
 
 class _Step:
     """A step with the caller who waits for it."""
@@ -239,6 +291,7 @@ class _Step:
 
     def run(self, store: _Store) -> None:
         """Runs it; what it raises undoes it alone. Errors of the database undo the group."""
+        self._error = None
         try:
             with store.savepoint():
                 self._result = self._step(store)
@@ -284,10 +337,10 @@ class _Tally:
         self.committed = dict(self.current)
         self._journal.clear()
 
-    def add(self, queue: int, state: int, count: int) -> None:
+    def add(self, changes: Mapping[tuple[int, int], int]) -> None:
         """Counts a change."""
-        self.current[queue, state] += count
-        self._journal.append(((queue, state), count))
+        self.current.update(changes)
+        self._journal.extend(changes.items())
 
     def mark(self) -> int:
         """Where the journal stands, for `undo`."""
@@ -395,7 +448,7 @@ class _View:
         return str(self.db.execute("SELECT queue_id FROM queue WHERE no = ?", (no,)).get)
 
     def _row(self, row: Sequence[Any]) -> TaskRow:
-        return _task_row(self._name(row[2]), row)
+        return _task_row(self._name(row[_QUEUE]), row)
 
     def _task(self, row: Sequence[Any]) -> Task:
         return Task(self._row(row), _body(row[len(_COLUMNS) :]))
@@ -404,16 +457,22 @@ class _View:
 class _Store(_View):
     """Reads and writes inside the writer's transaction; see engine.Transaction. Knows all queues by heart."""
 
-    def __init__(self, db: apsw.Connection) -> None:
+    def __init__(self, db: apsw.Connection, disk: DiskRoom) -> None:
         super().__init__(db, _Tally())
+        self._disk = disk
         self._queues: dict[str, tuple[int, QueueRow]] = {}
         self._names: dict[int, str] = {}
+        self._seen: dict[int, TaskRow] = {}
+        """The rows that this transaction has read or saved, as they are now."""
+        self._leased: dict[int, TaskRow] = {}
+        """Rows that the last transactions left LEASED, as they are now; the oldest first."""
         self._next_seq = 1
         self.queue_changes = 0
         self.reload()
 
     def reload(self) -> None:
         """Forgets what it knows by heart and asks the tables."""
+        self.forget_rows()
         self.reload_queues()
         self._next_seq = (self.db.execute("SELECT max(seq) FROM task").get or 0) + 1
         self.tally.load(self.db.execute("SELECT queue, state, count(*) FROM task GROUP BY queue, state"))
@@ -426,6 +485,9 @@ class _Store(_View):
         }
         self._names = {no: queue_id for queue_id, (no, _) in self._queues.items()}
         self.queue_changes = 0
+
+    def now(self) -> None:
+        """The server's clocks count."""
 
     def savepoint(self) -> AbstractContextManager[None]:
         return _Savepoint(self)
@@ -450,8 +512,32 @@ class _Store(_View):
         del self._names[no]
         self.queue_changes += 1
 
+    def committed(self) -> None:
+        """What was written is durable now."""
+        self.tally.commit()
+        for seq, row in self._seen.items():
+            if row.state is State.LEASED:
+                self._leased[seq] = row
+            else:
+                self._leased.pop(seq, None)
+        self._seen.clear()
+        while len(self._leased) > _CACHED:
+            del self._leased[next(iter(self._leased))]
+
+    def forget_rows(self) -> None:
+        """After something was undone."""
+        self._seen.clear()
+        self._leased.clear()
+
     def by_seq(self, seqs: Sequence[int]) -> dict[int, TaskRow]:
-        return {row.seq: row for row in self._rows_in("seq", seqs)}
+        found = {}
+        for seq in seqs:
+            if (row := self._seen.get(seq) or self._leased.get(seq) or self._read(seq)) is not None:
+                found[seq] = self._seen[seq] = row
+        return found
+
+    def _read(self, seq: int) -> TaskRow | None:
+        return next(iter(self._rows_in("seq", [seq])), None)
 
     def by_key(self, queue_id: str, keys: Sequence[str]) -> dict[str, TaskRow]:
         sql = f"SELECT {_ROW} FROM task WHERE queue = ? AND idempotency_key = ? AND idempotency_key <> ''"  # noqa: S608 - constants
@@ -497,27 +583,48 @@ class _Store(_View):
         due = [self.db.execute(sql).get for sql in (_NEXT_DUE, _NEXT_EXPIRY)]
         return min((d for d in due if d is not None), default=None), self.db.execute(_NEXT_LAPSE).get
 
+    def claim_room(self, size: int) -> None:
+        self._disk.claim(2 * size)  # in the log, then in the file
+
     def insert(self, tasks: Sequence[Task]) -> None:
         if not tasks:
             return
         first = self._next_seq
         self._next_seq += len(tasks)
         nos = [self._queues[row.queue_id][0] for row, _ in tasks]
-        self.db.executemany(
-            _INSERT_TASK, (_fixed(first + i, nos[i], row) + _mutable(row) for i, (row, _) in enumerate(tasks))
-        )
+        self.db.executemany(_INSERT_TASK, (_values(first + i, nos[i], row) for i, (row, _) in enumerate(tasks)))
         self.db.executemany(_INSERT_BODY, ((first + i, *_body_values(body)) for i, (_, body) in enumerate(tasks)))
-        for no, (row, _) in zip(nos, tasks, strict=True):
-            self.tally.add(no, row.state, 1)
+        self.tally.add(Counter((no, int(row.state)) for no, (row, _) in zip(nos, tasks, strict=True)))
 
     def save(self, rows: Sequence[TaskRow]) -> None:
+        """Writes the columns that changed, with one statement for all rows that changed alike.
+
+        Thousands of small statements would hand the interpreter's lock to the event loop as often, and wait for it.
+        """
+        alike: dict[_Changes, list[int]] = {}
+        moved: Counter[tuple[int, int]] = Counter()
         for row in rows:
-            no = self._queues[row.queue_id][0]
-            before = self.db.execute("SELECT state FROM task WHERE seq = ?", (row.seq,)).get
-            self.db.execute(_SAVE, (*_mutable(row), row.seq))
-            if before != row.state:
-                self.tally.add(no, before, -1)
-                self.tally.add(no, row.state, 1)
+            before = self._seen.get(row.seq) or self.by_seq([row.seq])[row.seq]
+            alike.setdefault(_changes(before, row), []).append(row.seq)
+            if before.state is not row.state:
+                no = self._queues[row.queue_id][0]
+                moved[no, int(before.state)] -= 1
+                moved[no, int(row.state)] += 1
+            self._seen[row.seq] = row
+        for changes, seqs in alike.items():
+            self._update(changes, seqs)
+        self.tally.add(moved)
+
+    def _update(self, changes: _Changes, seqs: Sequence[int]) -> None:
+        columns = ", ".join(f"{_COLUMNS[index]} = ?" for index, _ in changes)
+        values = [value for _, value in changes]
+        if not columns:
+            return
+        if len(seqs) == 1:
+            self.db.execute(f"UPDATE task SET {columns} WHERE seq = ?", (*values, seqs[0]))  # noqa: S608 - constants
+            return
+        sql = f"UPDATE task SET {columns} WHERE seq IN (SELECT value FROM json_each(?))"  # noqa: S608 - constants
+        self.db.execute(sql, (*values, _encode(seqs).decode()))
 
     def save_result(self, seq: int, result: bytes, result_blob: str) -> None:
         self.db.execute("UPDATE body SET result = ?, result_blob = ? WHERE seq = ?", (result, result_blob, seq))
@@ -526,10 +633,14 @@ class _Store(_View):
         self.db.execute("UPDATE body SET failure = ? WHERE seq = ?", (_encode(failure).decode(), seq))
 
     def delete(self, rows: Sequence[TaskRow]) -> None:
-        self.db.executemany("DELETE FROM task WHERE seq = ?", ((row.seq,) for row in rows))
-        self.db.executemany("DELETE FROM body WHERE seq = ?", ((row.seq,) for row in rows))
+        seqs = _encode([row.seq for row in rows]).decode()
+        self.db.execute("DELETE FROM task WHERE seq IN (SELECT value FROM json_each(?))", (seqs,))
+        self.db.execute("DELETE FROM body WHERE seq IN (SELECT value FROM json_each(?))", (seqs,))
+        gone = Counter((self._queues[row.queue_id][0], int(row.state)) for row in rows)
+        self.tally.add({key: -count for key, count in gone.items()})
         for row in rows:
-            self.tally.add(self._queues[row.queue_id][0], row.state, -1)
+            self._seen.pop(row.seq, None)
+            self._leased.pop(row.seq, None)
 
     def request(self, request_id: str) -> tuple[bytes, bytes] | None:
         for row in self.db.execute("SELECT fingerprint, reply FROM request WHERE request_id = ?", (request_id,)):
@@ -549,6 +660,12 @@ class _Store(_View):
 
     def _name(self, no: int) -> str:
         return self._names[no]
+
+    def _row(self, row: Sequence[Any]) -> TaskRow:
+        found = self._seen.get(row[0])
+        if found is None:
+            found = self._seen[row[0]] = _task_row(self._names[row[_QUEUE]], row)
+        return found
 
     def _found(self, where: str, *values: int) -> list[TaskRow]:
         return [self._row(row) for row in self.db.execute(f"SELECT {_ROW} FROM task WHERE {where}", values)]  # noqa: S608 - constants
@@ -576,6 +693,7 @@ class _Savepoint:
     def _undo(self) -> None:
         self._store.db.execute("ROLLBACK TO step; RELEASE step")
         self._store.tally.undo(self._tally_mark)
+        self._store.forget_rows()
         if self._store.queue_changes != self._queue_mark:
             self._store.reload_queues()
 
@@ -620,12 +738,6 @@ def _is_failed_sync(error: Exception) -> bool:
 
 
 def _translated(error: Exception) -> RetinueError:
-    if isinstance(error, apsw.FullError):
-        full = ResourceExhausted(
-            "cannot write: the disk is full; nothing was changed", reason=Reason.DISK_FULL, retry_ms=5_000
-        )
-        full.__cause__ = error
-        return full
     down = Unavailable(
         "cannot go on: the engine failed; see the server's log",
         reason=Reason.ENGINE_UNAVAILABLE,
@@ -639,43 +751,32 @@ def _queue(queue_id: str, state: int, settings: str, create_ms: int) -> QueueRow
     return QueueRow(queue_id, QueueState(state), _decode_settings(settings), create_ms)
 
 
-def _fixed(seq: int, no: int, row: TaskRow) -> tuple[Any, ...]:
-    return (seq, row.task_id, no, row.create_ms, row.attempt_ms, row.idempotency_key, row.parent_task_id)
+_Changes = tuple[tuple[int, Any], ...]
+"""Columns, by their place, with their new values."""
 
 
-def _mutable(row: TaskRow) -> tuple[Any, ...]:
-    return (
-        int(row.state),
-        row.priority,
-        row.ready_ms,
-        row.expire_ms,
-        row.attempt,
-        row.lease_expirations,
-        row.lease_epoch,
-        row.lease_nonce,
-        row.lease_ms,
-        row.lease_until,
-        row.attempt_until,
-        row.worker_id,
-        row.lease_request_id,
-        int(row.outcome),
-        int(row.cancel_requested),
-        row.start_ms,
-        row.end_ms,
-        row.delete_ms,
-    )
+def _changes(before: TaskRow, after: TaskRow) -> _Changes:
+    both = zip(_fields(before), _fields(after), strict=True)
+    return tuple([(index, new) for index, (old, new) in enumerate(both) if new is not old and new != old])
+
+
+def _values(seq: int, no: int, row: TaskRow) -> tuple[Any, ...]:
+    """In the order of _COLUMNS."""
+    fields = _fields(row)
+    return (seq, fields[1], no, *fields[_QUEUE + 1 :])
+
+
+_STATES = {int(state): state for state in State}
+_OUTCOMES = {int(outcome): outcome for outcome in Outcome}
 
 
 def _task_row(queue_id: str, row: Sequence[Any]) -> TaskRow:
     """From the columns in the order of _COLUMNS."""
-    seq, task_id, _, create_ms, attempt_ms, key, parent, state, priority, ready_ms, expire_ms, attempt = row[:12]
-    expirations, epoch, nonce, lease_ms, until, attempt_until, worker, request, outcome, cancel = row[12:22]
-    start_ms, end_ms, delete_ms = row[22:25]
-    return TaskRow(
-        seq, task_id, queue_id, State(state), priority, create_ms, ready_ms, expire_ms, attempt_ms, attempt,
-        expirations, epoch, nonce, lease_ms, until, attempt_until, worker, request, Outcome(outcome), bool(cancel),
-        start_ms, end_ms, delete_ms, key, parent,
-    )  # fmt: skip
+    fields = list(row[: len(_COLUMNS)])
+    fields[_QUEUE] = queue_id
+    fields[_STATE], fields[_OUTCOME] = _STATES[fields[_STATE]], _OUTCOMES[fields[_OUTCOME]]
+    fields[_CANCEL] = bool(fields[_CANCEL])
+    return TaskRow(*fields)
 
 
 def _body_values(body: TaskBody) -> tuple[Any, ...]:
