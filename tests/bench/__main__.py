@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
+from bench import results, tables
 from bench.cells import CELLS, play
+from bench.processes import HOME
 from bench.systems import SYSTEMS
 
 
@@ -15,16 +18,27 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--systems", nargs="*", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--tasks", type=int, help="instead of each cell's own number")
+    p.add_argument("--store", type=Path, default=HOME / "last.json", help="where the figures are kept, by cell")
     return p
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
 def main() -> int:
     flags = parser().parse_args()
+    found = results.load(flags.store)
+    found.machine = results.machine()
+    played = results.Results(machine=found.machine)
     for name in flags.cells:
         cell = CELLS[name]
-        print(f"{name}: {cell.title}", flush=True)
+        say(f"{name}: {cell.title}")
         systems = [SYSTEMS[system] for system in flags.systems if cell.takes(SYSTEMS[system])]
-        play(cell, systems, flags.rounds, flags.tasks, lambda line: print(line, flush=True))
+        table = play(cell, systems, flags.rounds, flags.tasks, say)
+        played.cells[name] = found.cells[name] = results.PlayedCell(cell.title, cell.pins, table)
+        results.store(flags.store, found)
+    say("\n" + tables.render(played))
     return 0
 
 

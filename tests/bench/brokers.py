@@ -38,8 +38,8 @@ def free_port() -> int:
 
 
 def fresh(name: str) -> Path:
-    """An empty directory; what an earlier run left there is gone."""
-    where = HOME / "run" / name
+    """An empty directory; what an earlier run left there is gone. BENCH_DATA puts it elsewhere, say in memory."""
+    where = Path(os.environ.get("BENCH_DATA", HOME / "run")) / name
     shutil.rmtree(where, ignore_errors=True)
     where.mkdir(parents=True)
     return where

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bench.brokers import BROKERS, Broker, fresh
 from bench.figures import undelivered
+from bench.install import ensure
 from bench.processes import Adapter, Failure, Usage, peak_rss_mib
+from bench.results import Played
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -182,6 +184,7 @@ class Cell:
     play: Callable[[Entrant, int], Round]
     tasks: int
     mode: str = ""
+    pins: str = "server on core 0, producer and worker on core 1"
 
     def takes(self, system: System) -> bool:
         return not self.mode or self.mode in system.modes
@@ -203,25 +206,13 @@ CELLS = {
 }
 
 
-@dataclass
-class Played:
-    """What a system did in a cell: its rounds, or why it counts for nothing."""
-
-    tasks: int
-    rounds: list[dict[str, float]] = field(default_factory=list)
-    void: str = ""
-
-    def json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def play(
     cell: Cell, systems: list[System], rounds: int, tasks: int | None, say: Callable[[str], None]
 ) -> dict[str, Played]:
     """All systems in every round, each starting at another place; one that fails is out, and says why."""
     table = {system.name: Played(cell.count(system, tasks)) for system in systems}
     with ExitStack() as stack:
-        entrants = list(_enter(stack, systems, table))
+        entrants = list(_enter(stack, systems, table, say))
         for number in range(rounds):
             turn = number % max(len(entrants), 1)
             for entrant in [*entrants[turn:], *entrants[:turn]]:
@@ -229,12 +220,17 @@ def play(
     return table
 
 
-def _enter(stack: ExitStack, systems: list[System], table: dict[str, Played]) -> Iterator[Entrant]:
+def _enter(
+    stack: ExitStack, systems: list[System], table: dict[str, Played], say: Callable[[str], None]
+) -> Iterator[Entrant]:
     for system in systems:
         try:
+            for need in system.needs:
+                ensure(need)
             yield enter(stack, system)
         except (Failure, OSError) as error:
             table[system.name].void = str(error)
+            say(f"  {system.name:14} void: {error}")
 
 
 def _round(cell: Cell, entrant: Entrant, played: Played, say: Callable[[str], None]) -> None:

@@ -26,6 +26,7 @@ class System:
     program: str
     share: Mapping[str, float] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     modes: frozenset[str] = frozenset({"one", "pipelined", "bulk"})
     durability: str = "D2"
 
@@ -46,15 +47,28 @@ class System:
         return {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *ours])}
 
 
+_SINGLE = frozenset({"one", "pipelined"})
+
 SYSTEMS = {
     system.name: system
     for system in (
-        System("retinue", "retinue", "retinue_.py", {"enqueue_one": 0.1, "enqueue_pipelined": 0.5}),
+        System("retinue", "retinue", "retinue_.py", {"enqueue_one": 0.1}),
         System(
-            "bullmq", "redis", "bullmq.mjs", {"process": 0.4, "enqueue_bulk": 0.3, "cycle": 0.3, "enqueue_one": 0.1}
+            "bullmq",
+            "redis",
+            "bullmq.mjs",
+            {"process": 0.5, "enqueue_bulk": 0.4, "cycle": 0.3, "enqueue_one": 0.15},
+            needs=("redis-server", "node"),
         ),
-        System("celery", "redis", "celery_.py", {"": 0.03, "enqueue_one": 0.05}, modes=frozenset({"one", "pipelined"})),
-        System("beanstalkd", "beanstalkd", "beanstalkd_.py", {"": 0.15}, modes=frozenset({"one", "pipelined"})),
+        System(
+            "celery",
+            "redis",
+            "celery_.py",
+            {"": 0.03, "enqueue_one": 0.1},
+            needs=("redis-server", "python"),
+            modes=_SINGLE,
+        ),
+        System("beanstalkd", "beanstalkd", "beanstalkd_.py", {"": 0.2}, needs=("beanstalkd", "python"), modes=_SINGLE),
     )
 }
 """By name, in the order of the tables; Retinue is first, since ratios are to it."""
