@@ -9,13 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.processes import HOME, ROOT, Failure, Server
+from bench.processes import HOME, ROOT, Failure, Server, clean_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,14 +57,24 @@ def await_port(server: Server, port: int) -> None:
     raise Failure(f"the server does not listen; its log ends: {server.log.read_text()[-300:]}")
 
 
+def retinue_command(ready: Path, listen: str = "127.0.0.1:0", *arguments: str) -> list[str]:
+    """The server with its data in its working directory: a relative path, since a socket's name is short."""
+    command = [sys.executable, "-m", "retinue_server", "workqueue", "--listen", listen]
+    return [*command, "--data-dir", "data", "--ready-file", str(ready), *arguments]
+
+
+def retinue_environment(**more: str) -> dict[str, str]:
+    """The code of this tree."""
+    paths = os.pathsep.join(str(ROOT / tree) for tree in ("services", "clients/python"))
+    return clean_environment() | {"PYTHONPATH": paths} | more
+
+
 @contextmanager
 def retinue(where: Path, *arguments: str, **environment: str) -> Iterator[Broker]:
     """SQLite, WAL, synchronous=FULL: every acknowledgement is fsynced (D2)."""
     ready = where / "ready.json"
-    command = [sys.executable, "-m", "retinue_server", "workqueue", "--listen", "127.0.0.1:0"]
-    command += ["--data-dir", "data", "--ready-file", str(ready), *arguments]  # relative: a socket's name is short
-    paths = os.pathsep.join(str(ROOT / tree) for tree in ("services", "clients/python"))
-    server = Server(command, where, PYTHONPATH=paths, **environment)
+    command = retinue_command(ready, "127.0.0.1:0", *arguments)
+    server = Server(command, where, **retinue_environment(**environment))
     try:
         yield Broker(server, _retinue_address(server, ready))
     finally:
@@ -76,6 +88,39 @@ def _retinue_address(server: Server, ready: Path) -> str:
             return str(json.loads(line)["listen"][0])
         time.sleep(0.005)
     raise Failure(f"the server is not ready; its log ends: {server.log.read_text()[-300:]}")
+
+
+@contextmanager
+def retinue_with_metrics(where: Path) -> Iterator[Broker]:
+    """With a listener for metrics that is read four times a second, sixty times as often as is usual."""
+    port = free_port()
+    with retinue(where, "--metrics", f"127.0.0.1:{port}") as broker, _read_often(f"http://127.0.0.1:{port}/metrics"):
+        yield broker
+
+
+@contextmanager
+def _read_often(url: str) -> Iterator[None]:
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.wait(0.25):
+            urllib.request.urlopen(url).read()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        reader.join()
+
+
+@contextmanager
+def retinue_with_tracing(where: Path) -> Iterator[Broker]:
+    """The SDK loaded and an endpoint set, nothing sampled: nothing is ever sent there."""
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_METRICS_EXPORTER": "none"}
+    with retinue(where, OTEL_TRACES_SAMPLER="always_off", **environment) as broker:
+        yield broker
 
 
 @contextmanager
@@ -176,6 +221,8 @@ def _make_database(programs: Path, port: int, server: Server) -> None:
 
 BROKERS: dict[str, Callable[[Path], AbstractContextManager[Broker]]] = {
     "retinue": retinue,
+    "retinue-metrics": retinue_with_metrics,
+    "retinue-tracing": retinue_with_tracing,
     "redis": redis,
     "beanstalkd": beanstalkd,
     "postgres": postgres,

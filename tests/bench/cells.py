@@ -1,195 +1,51 @@
-"""What is measured: a cell is one workload, played by one system in one round."""
+"""The cells: what is measured, in which order, and how often."""
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from bench.brokers import BROKERS, Broker, fresh
-from bench.figures import undelivered
+from bench.closed import cycle, enqueueing, process, whole
+from bench.entrants import Entrant, Round, enter
 from bench.install import ensure
-from bench.processes import Adapter, Failure, Usage, peak_rss_mib
+from bench.life import backlog, idle, restart, start
+from bench.open_loop import open_loop
+from bench.processes import Failure
 from bench.results import Played
+from bench.systems import SYSTEMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from bench.systems import System
 
-PATIENCE = 300.0
-_EMPTY = 30.0
 
-
-@dataclass
-class Entrant:
-    """A system with its server running and its producer connected."""
-
-    system: System
-    where: Path
-    broker: Broker
-    producer: Adapter
-    rounds: int = 0
-
-    def queue(self) -> str:
-        """A queue that nothing was ever in."""
-        self.rounds += 1
-        return f"bench-{self.rounds}"
-
-    def usage(self) -> Usage:
-        return self.broker.server.usage()
-
-    def work(self, queue: str, count: int) -> Work:
-        return Work(self, queue, count)
-
-
-class Work:
-    """A worker process on a queue, until it has handled so many tasks."""
-
-    def __init__(self, entrant: Entrant, queue: str, count: int) -> None:
-        self._entrant, self._queue, self._count = entrant, queue, count
-        self._file = entrant.where / f"{queue}.handled"
-        arguments = [entrant.broker.url, queue, str(count), str(self._file)]
-        environment = entrant.system.environment()
-        self.adapter = Adapter([*entrant.system.command("work"), *arguments], entrant.where, **environment)
-
-    def ready(self) -> None:
-        self.adapter.answer(PATIENCE)
-
-    def done(self) -> dict[str, Any]:
-        """What the worker says after the last task: first_ns, last_ns, cpu_seconds."""
-        while (said := self.adapter.answer(PATIENCE)).get("event") != "done":
-            pass
-        return said
-
-    def delivered(self, expected: range) -> dict[int, int]:
-        """When each task was handled (ns), once the peer's store is empty. Raises Failure if not each exactly once."""
-        self._until_nothing_is_left()
-        self.adapter.tell("write")
-        while self.adapter.answer(PATIENCE).get("event") != "written":
-            pass
-        rows = [_row(line) for line in self._file.read_text().splitlines()]
-        self._file.unlink()
-        if wrong := undelivered(expected, [number for number, _ in rows]):
-            raise Failure(f"not delivered exactly once: {wrong}")
-        return dict(rows)
-
-    def _until_nothing_is_left(self) -> None:
-        end = time.monotonic() + _EMPTY
-        while left := self._entrant.producer.ask(do="left", queue=self._queue)["left"]:
-            if time.monotonic() > end:
-                raise Failure(f"{left} of {self._count} tasks are left in the store after all were handled")
-            time.sleep(0.05)
-
-
-def _row(line: str) -> tuple[int, int]:
-    number, at = line.split()
-    return int(number), int(at)
-
-
-@dataclass
-class Round:
-    """What one round gave: figures by name."""
-
-    figures: dict[str, float] = field(default_factory=dict)
-
-    def cost(self, used: Usage, count: int) -> None:
-        """What the server used, per task."""
-        self.figures["server_cpu_us"] = used.cpu_seconds / count * 1e6
-        self.figures["bytes"] = used.bytes_written / count
-        self.figures["fsyncs"] = used.fsyncs / count
-
-
-def enter(stack: ExitStack, system: System, name: str = "") -> Entrant:
-    """Starts the system's server and its producer."""
-    where = fresh(name or system.name)
-    broker = stack.enter_context(BROKERS[system.broker](where))
-    producer = Adapter([*system.command("produce"), broker.url], where, **system.environment())
-    stack.callback(producer.close)
-    producer.answer(PATIENCE)
-    return Entrant(system, where, broker, producer)
-
-
-def enqueueing(mode: str) -> Callable[[Entrant, int], Round]:
-    """Enqueues `count` tasks; nobody works on them. What was enqueued must be there, by the peer's own count."""
-
-    def play(entrant: Entrant, count: int) -> Round:
-        queue, before = entrant.queue(), entrant.usage()
-        seconds = entrant.producer.ask(do="enqueue", queue=queue, first=0, count=count, mode=mode)["seconds"]
-        used = entrant.usage() - before
-        if (left := entrant.producer.ask(do="left", queue=queue)["left"]) != count:
-            raise Failure(f"{left} tasks are in the store, not {count}")
-        done = Round({"rate": count / seconds, "server_rss_mib": peak_rss_mib(entrant.broker.server.pid)})
-        done.cost(used, count)
-        return done
-
-    return play
-
-
-def process(entrant: Entrant, count: int) -> Round:
-    """Burns down a queue that is full already, with one worker process: from its first to its last task."""
-    queue = entrant.queue()
-    fill(entrant, queue, count)
-    before = entrant.usage()
-    work = entrant.work(queue, count)
-    try:
-        done = work.done()
-        used = entrant.usage() - before
-        found = Round({"worker_rss_mib": peak_rss_mib(work.adapter.pid)})
-        work.delivered(range(count))
-    finally:
-        work.adapter.close()
-    found.figures["rate"] = (count - 1) / (done["last_ns"] - done["first_ns"]) * 1e9
-    found.figures["worker_cpu_us"] = done["cpu_seconds"] / count * 1e6
-    found.figures["server_rss_mib"] = peak_rss_mib(entrant.broker.server.pid)
-    found.cost(used, count)
-    return found
-
-
-def fill(entrant: Entrant, queue: str, count: int) -> None:
-    mode = next(mode for mode in ("bulk", "pipelined", "one") if mode in entrant.system.modes)
-    entrant.producer.ask(do="enqueue", queue=queue, first=0, count=count, mode=mode)
-
-
-def cycle(entrant: Entrant, count: int) -> Round:
-    """Enqueues (pipelined) while a worker that waits already works: from the first call to the last task."""
-    queue = entrant.queue()
-    work = entrant.work(queue, count)
-    try:
-        work.ready()
-        before, start = entrant.usage(), time.monotonic_ns()
-        mode = "pipelined" if "pipelined" in entrant.system.modes else "one"
-        entrant.producer.ask(do="enqueue", queue=queue, first=0, count=count, mode=mode)
-        done = work.done()
-        used = entrant.usage() - before
-        found = Round({"worker_rss_mib": peak_rss_mib(work.adapter.pid)})
-        work.delivered(range(count))
-    finally:
-        work.adapter.close()
-    found.figures["rate"] = count / (done["last_ns"] - start) * 1e9
-    found.figures["worker_cpu_us"] = done["cpu_seconds"] / count * 1e6
-    found.figures["server_rss_mib"] = peak_rss_mib(entrant.broker.server.pid)
-    found.cost(used, count)
-    return found
+_PEERS = tuple(name for name in SYSTEMS if name.partition("-")[0] != "retinue")
+_ALL = ("retinue", *_PEERS)
+_OURS = ("retinue",)
+_OBSERVED = ("retinue", "retinue-metrics", "retinue-tracing")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A workload, what it needs, and how many tasks Retinue plays it with."""
+    """A workload, who plays it, and how many tasks Retinue plays it with."""
 
     name: str
     title: str
     play: Callable[[Entrant, int], Round]
     tasks: int
+    systems: tuple[str, ...] = _ALL
     mode: str = ""
     pins: str = "server on core 0, producer and worker on core 1"
 
     def takes(self, system: System) -> bool:
-        return not self.mode or self.mode in system.modes
+        return system.name in self.systems and (not self.mode or self.mode in system.modes)
 
     def count(self, system: System, tasks: int | None) -> int:
+        """How many tasks a system plays it with; Retinue's own cells keep theirs."""
+        if self.systems == _OURS:
+            return self.tasks
         share = system.share.get(self.name, system.share.get("", 1.0))
         return max(int((tasks or self.tasks) * share), 100)
 
@@ -198,10 +54,16 @@ CELLS = {
     cell.name: cell
     for cell in (
         Cell("process", "Processing by one worker process, real dispatch", process, 60_000),
-        Cell("enqueue_bulk", "Bulk enqueue, 100 per call", enqueueing("bulk"), 60_000, "bulk"),
-        Cell("enqueue_one", "Enqueue, each awaited before the next", enqueueing("one"), 20_000, "one"),
-        Cell("enqueue_pipelined", "Enqueue, 64 awaited at once", enqueueing("pipelined"), 20_000, "pipelined"),
+        Cell("enqueue_bulk", "Bulk enqueue, 100 per call", enqueueing("bulk"), 60_000, mode="bulk"),
+        Cell("enqueue_one", "Enqueue, each awaited before the next", enqueueing("one"), 4_000, mode="one"),
+        Cell("enqueue_pipelined", "Enqueue, 64 awaited at once", enqueueing("pipelined"), 30_000, mode="pipelined"),
         Cell("cycle", "Enqueue (64 at once) and process at the same time", cycle, 30_000),
+        Cell("open", "Open loop: from due to started, at shares of the own capacity", open_loop, 20_000),
+        Cell("backlog", "Lease rate with a million waiting, 100 per call", backlog, 20_000, _OURS),
+        Cell("restart", "Restart after SIGKILL, 1,000,000 tasks, 10,000 leases", restart, 1_000_000, _OURS),
+        Cell("idle", "An idle server, and one with 1,000 workers that wait", idle, 1_000, _OURS),
+        Cell("start", "Starting a server, its memory and modules", start, 5, _OURS),
+        Cell("observed", "Metrics and unsampled tracing: enqueue and process", whole, 60_000, _OBSERVED),
     )
 }
 

@@ -30,6 +30,10 @@ class Goal:
         return f"{sign} {self.bound:g}× {self.against}" if self.against else f"{sign} {self.bound:g} {self.unit}"
 
 
+def _most(what: str, cell: str, bound: float, figure: str, unit: str) -> Goal:
+    return Goal(what, cell, bound, figure=figure, at_most=True, unit=unit)
+
+
 GOALS = (
     Goal("processing per worker process", "process", 2, "bullmq"),
     Goal("processing per worker process", "process", 25, "celery"),
@@ -37,6 +41,16 @@ GOALS = (
     Goal("bulk enqueue, 100 per call", "enqueue_bulk", 3.5, "bullmq"),
     Goal("enqueue one by one, awaited", "enqueue_one", 1, "celery"),
     Goal("enqueue pipelined", "enqueue_pipelined", 3, "celery"),
+    _most("open loop at 50 %, p99.9 of due to started", "open", 25, "p999_50", "ms"),
+    Goal("lease rate with 1,000,000 waiting, of empty", "backlog", 0.8, figure="deep_share"),
+    _most("restart after SIGKILL to the first lease", "restart", 1000, "restart_ms", "ms"),
+    _most("idle server", "idle", 0.002, "idle_share", "cores"),
+    _most("1,000 idle workers on streams", "idle", 0.05, "workers_share", "cores"),
+    _most("1,000 idle workers on streams", "idle", 150, "workers_rss_mib", "MiB"),
+    _most("server start", "start", 150, "start_ms", "ms"),
+    _most("server memory after start", "start", 45, "rss_mib", "MiB"),
+    Goal("CPU per task with metrics read", "observed", 1.03, "retinue", "cpu_us", "retinue-metrics", at_most=True),
+    Goal("CPU per task, unsampled tracing", "observed", 1.05, "retinue", "cpu_us", "retinue-tracing", at_most=True),
 )
 
 

@@ -81,12 +81,19 @@ def bytes_written(pid: int) -> int:
 
 def peak_rss_mib(pid: int) -> float:
     """The sum of the peaks of a process tree; shared pages count in each."""
-    total = 0
-    for member in tree(pid):
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path(f"/proc/{member}/status").read_text().split("\n")
-            total += next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    return total / 1024
+    return sum(_status_mib(member, "VmHWM") for member in tree(pid))
+
+
+def rss_mib(pid: int) -> float:
+    """What a process tree has in memory now."""
+    return sum(_status_mib(member, "VmRSS") for member in tree(pid))
+
+
+def _status_mib(pid: int, key: str) -> float:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{pid}/status").read_text().split("\n")
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+    return 0.0
 
 
 class Syncs:

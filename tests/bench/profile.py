@@ -20,8 +20,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import cells
-from bench.cells import CELLS, Cell, Entrant, enter
+from bench import closed
+from bench.cells import CELLS, Cell
+from bench.entrants import Entrant, enter
 from bench.processes import HOME, tree
 from bench.systems import SYSTEMS
 
@@ -72,8 +73,8 @@ def sampled(entrant: Entrant, samplers: Samplers, play: object) -> Iterator[None
     """Samples server and client while the cell is played; a worker and its server from its first second on."""
     roles = {"server": entrant.broker.server.pid, "producer": entrant.producer.pid}
     stop = threading.Event()
-    watch = threading.Thread(target=_attach_worker, args=(roles, samplers, stop, play is cells.process))
-    if play in (cells.process, cells.cycle):
+    watch = threading.Thread(target=_attach_worker, args=(roles, samplers, stop, play is closed.process))
+    if play in (closed.process, closed.cycle):
         watch.start()
     else:
         _attach(roles, samplers)

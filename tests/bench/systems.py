@@ -52,7 +52,9 @@ _SINGLE = frozenset({"one", "pipelined"})
 SYSTEMS = {
     system.name: system
     for system in (
-        System("retinue", "retinue", "retinue_.py", {"enqueue_one": 0.1}),
+        System("retinue", "retinue", "retinue_.py"),
+        System("retinue-metrics", "retinue-metrics", "retinue_.py"),
+        System("retinue-tracing", "retinue-tracing", "retinue_.py"),
         System(
             "bullmq",
             "redis",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from bench.results import Played, PlayedCell, Results
 
-_COSTS = {
+COSTS = {
     "server_cpu_us": "server CPU, ms per 1,000",
     "worker_cpu_us": "worker CPU, ms per 1,000",
     "bytes": "bytes written per task",
@@ -20,6 +20,27 @@ _COSTS = {
     "server_rss_mib": "server RSS, MiB",
     "worker_rss_mib": "worker RSS, MiB",
 }
+"""What a task costs, besides its time."""
+
+FIGURES = {
+    "capacity": "capacity, tasks/s",
+    **{
+        f"{name}_{load}": f"{text} at {load} %, ms"
+        for load in (25, 50, 75)
+        for name, text in (("p50", "p50"), ("p99", "p99"), ("p999", "p99.9"))
+    },
+    "empty_rate": "leases/s, no more waiting",
+    "deep_rate": "leases/s, 1,000,000 waiting",
+    "deep_share": "share",
+    "restart_ms": "from start to first lease, ms",
+    "idle_share": "idle, cores",
+    "workers_share": "1,000 workers wait, cores",
+    "workers_rss_mib": "with them, RSS in MiB",
+    "start_ms": "start, ms",
+    "rss_mib": "RSS, MiB",
+    "modules": "modules",
+}
+"""What cells without a rate tell."""
 
 
 def render(results: Results) -> str:
@@ -38,20 +59,39 @@ def goals(results: Results) -> str:
 
 
 def table(name: str, cell: PlayedCell) -> str:
-    """One row per system; the ratio is Retinue's rate over the peer's."""
-    costs = [key for key in _COSTS if any(played.values(key) for played in cell.systems.values())]
-    header = ["system", "tasks a round", "tasks/s: median (range)", "Retinue is", *(_COSTS[key] for key in costs)]
+    """One row per system; rates with how many times a peer's ours is, other figures as they are."""
+    rows = rated(cell) if any(played.values("rate") for played in cell.systems.values()) else plain(cell)
+    return f"`{name}`; {cell.pins}\n\n{rows}"
+
+
+def rated(cell: PlayedCell) -> str:
+    costs = [key for key in COSTS if any(played.values(key) for played in cell.systems.values())]
+    header = ["system", "tasks a round", "tasks/s: median (range)", "Retinue is", *(COSTS[key] for key in costs)]
     ours = cell.systems.get("retinue")
-    rows = [_row(system, played, ours, costs) for system, played in cell.systems.items()]
-    return f"`{name}`; {cell.pins}\n\n{grid(header, rows)}"
+    return grid(header, [_rated(system, played, ours, costs) for system, played in cell.systems.items()])
 
 
-def _row(system: str, played: Played, ours: Played | None, costs: Sequence[str]) -> list[str]:
-    if played.void or not played.rounds:
-        return [system, f"{played.tasks:,}", f"void: {played.void or 'not played'}", "", *("" for _ in costs)]
-    against = ranged(ratio(ours.values("rate"), played.values("rate")), "×") if ours and ours.values("rate") else ""
+def _rated(system: str, played: Played, ours: Played | None, costs: Sequence[str]) -> list[str]:
+    if void := _void(played):
+        return [system, f"{played.tasks:,}", void, "", *("" for _ in costs)]
+    rates = played.values("rate")
+    against = ranged(ratio(ours.values("rate"), rates), "×") if ours and len(ours.values("rate")) == len(rates) else ""
     medians = [number(spread(values).median) if (values := played.values(key)) else "" for key in costs]
-    return [system, f"{played.tasks:,}", ranged(spread(played.values("rate"))), against, *medians]
+    return [system, f"{played.tasks:,}", ranged(spread(rates)), against, *medians]
+
+
+def plain(cell: PlayedCell) -> str:
+    """Median and range of every figure."""
+    found = [key for key in FIGURES if any(played.values(key) for played in cell.systems.values())]
+    rows = []
+    for system, played in cell.systems.items():
+        texts = [ranged(spread(values)) if (values := played.values(key)) else "" for key in found]
+        rows.append([system, *([_void(played), *texts[1:]] if _void(played) else texts)])
+    return grid(["system", *(FIGURES[key] for key in found)], rows)
+
+
+def _void(played: Played) -> str:
+    return "" if played.rounds and not played.void else f"void: {played.void or 'not played'}"
 
 
 def ranged(found: Spread, unit: str = "") -> str:

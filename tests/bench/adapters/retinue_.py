@@ -5,17 +5,21 @@ JSON travels as text with its media type, which load() parses.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import sys
 import time
 from typing import Any
 
-from bench.adapters.protocol import WINDOW, Record, blocks, produce, say, task
+import grpc.aio
+from bench.adapters.protocol import BULK, WINDOW, Record, blocks, produce, say, task
 
 from retinue.client import Job, Queue, Worker
 from retinue.workqueue.v1 import workqueue_admin_service_pb2 as admin
 from retinue.workqueue.v1 import workqueue_admin_service_pb2_grpc as admin_rpc
+from retinue.workqueue.v1 import workqueue_service_pb2 as api
+from retinue.workqueue.v1 import workqueue_service_pb2_grpc as rpc
 
 CONCURRENCY = int(os.environ.get("BENCH_CONCURRENCY", "64"))
 PREFETCH = int(os.environ.get("BENCH_PREFETCH", "448"))
@@ -78,6 +82,36 @@ async def left(queue: Queue) -> dict[str, Any]:
     return {"left": found.scheduled + found.ready + found.leased + found.retrying + found.dead}
 
 
+async def lease(queue: Queue, count: int) -> dict[str, Any]:
+    """Leases tasks, 100 a call, one call after the other."""
+    start, leased = time.perf_counter(), 0
+    while leased < count:
+        found = len(await queue.lease("bench", max_tasks=BULK, lease_duration=3600))
+        if not found:
+            raise ValueError(f"the queue gave only {leased} tasks")
+        leased += found
+    return {"seconds": time.perf_counter() - start}
+
+
+async def idle(address: str, count: int) -> None:
+    """Workers that wait: a connection and a stream each, a sign of life every 10 s, as the client's own worker does."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    calls = []
+    for number in range(count):
+        channel = grpc.aio.insecure_channel(address, options=options)
+        call = rpc.WorkQueueServiceStub(channel).StreamTasks()
+        opening = api.StreamOpen(queue_id="bench-idle", worker_id=f"idle-{number}")
+        await call.write(api.StreamTasksRequest(open=opening, extend_all=True, sequence=1, credit=1))
+        await call.read()
+        calls.append((channel, call))
+    say(event="ready")
+    for sequence in itertools.count(2):
+        for _, call in calls:
+            await call.write(api.StreamTasksRequest(extend_all=True, sequence=sequence))
+            await asyncio.sleep(10 / count)
+            await call.read()
+
+
 def produce_all(address: str) -> None:
     runner = asyncio.Runner()
     queues: dict[str, Queue] = {}
@@ -90,7 +124,8 @@ def produce_all(address: str) -> None:
 
         return lambda queue, **arguments: runner.run(run(queue, arguments))
 
-    produce({"enqueue": command(enqueue), "open": command(open_loop), "left": command(left)})
+    commands = {"enqueue": enqueue, "open": open_loop, "left": left, "lease": lease}
+    produce({name: command(function) for name, function in commands.items()})
 
 
 async def work(address: str, name: str, count: int, path: str) -> None:
@@ -107,5 +142,7 @@ async def work(address: str, name: str, count: int, path: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "produce":
         produce_all(sys.argv[2])
+    elif sys.argv[1] == "idle":
+        asyncio.run(idle(sys.argv[2], int(sys.argv[3])))
     else:
         asyncio.run(work(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]))
