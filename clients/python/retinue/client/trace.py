@@ -50,7 +50,7 @@ def child_of(traceparent: str) -> SpanContext:
 
 
 def _random_id(bits: int) -> str:
-    return f"{random.getrandbits(bits) or 1:0{bits // 4}x}"  # noqa: S311 - ids must differ, not be hard to guess
+    return f"{random.getrandbits(bits) or 1:0{bits // 4}x}"
 
 
 def current() -> str:

@@ -219,7 +219,12 @@ class WorkQueue:
             return
         releasing = asyncio.ensure_future(self.give_back(granting.result()))
         self._background.add(releasing)
-        releasing.add_done_callback(self._background.discard)
+        releasing.add_done_callback(self._given_back)
+
+    def _given_back(self, releasing: asyncio.Future[None]) -> None:
+        self._background.discard(releasing)
+        if not releasing.cancelled():
+            releasing.exception()  # looked at: these leases lapse instead
 
     async def give_back(self, granted: Sequence[steps.Granted]) -> None:
         """Releases leases whose answer can't be delivered."""
@@ -234,10 +239,10 @@ class WorkQueue:
     async def settle(self, asked: Sequence[Settlement], found: Found = ()) -> list[steps.Settled]:
         """Ends leases; see CompleteTasks, FailTasks, ReleaseTasks."""
         limits.refuse("settle", [*found, *limits.settle(asked, self.now().wall_ms)])
-        completions = [item for item in asked if isinstance(item, Complete)]
-        follow_ups = [task for item in completions for task in item.follow_ups]
+        rich = [item for item in asked if isinstance(item, Complete) and (item.follow_ups or item.result_blob)]
+        follow_ups = [task for item in rich for task in item.follow_ups]
         ids = self._chance.ids(len(follow_ups), self.now().wall_ms) if follow_ups else ()
-        blobs = (*(item.result_blob for item in completions), *(task.body.input_blob for task in follow_ups))
+        blobs = (*(item.result_blob for item in rich), *(task.body.input_blob for task in follow_ups))
         lacking = await self._lacking(blobs)
         return await self._write(lambda tx, ctx: steps.settle(tx, asked, ids, lacking, ctx))
 
@@ -318,11 +323,12 @@ class WorkQueue:
 
     async def count(self) -> None:
         """Counts all queues, and the room for more, for metrics, if the last time was not just now."""
-        if time.monotonic() >= self._count_again:
+        clock = asyncio.get_running_loop().time
+        if clock() >= self._count_again:
             self.counted = await self.reports([])
             rooms = {"tasks": self.engine.room(), "blobs": await self.blobs.room()}
             self.rooms = {what: room for what, room in rooms.items() if room is not None}
-            self._count_again = time.monotonic() + COUNT_INTERVAL_S
+            self._count_again = clock() + COUNT_INTERVAL_S
 
     # Time
 
