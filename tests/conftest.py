@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 from servers import start_server
+from support.postgres import Postgres, shared
 
 ENGINES = ("sqlite", "memory")
 
@@ -45,6 +46,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
         named = metafunc.config.getoption("--target")
         metafunc.parametrize("target", ("target",) if named else ENGINES, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL that all workers of this run share."""
+    with shared(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
