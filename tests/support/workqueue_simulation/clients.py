@@ -122,8 +122,8 @@ class Producer(Client):
         results = await self.call("enqueue", asked)
         taken = [r.task_id for r in results if r.error is None]
         if taken and self.chance.happens(0.4):
-            wait_ms = self.chance.among((0, 2_000, 20_000))
-            await self.call("wait", self.chance.among(taken), wait_ms, timeout_s=wait_ms / 1000 + 2)
+            wait_ms = self.chance.among((0, 2_000, 8_000))
+            await self.call("wait", self.chance.among(taken), wait_ms, timeout_s=wait_ms / 1000 + 2, tries=2)
 
     def _task(self) -> NewTask:
         chance, taste = self.chance, self._taste
@@ -168,6 +168,7 @@ class Worker(Client):
     def __init__(self, world: World, name: str, queue_id: str, conduct: Conduct, max_tasks: int) -> None:
         super().__init__(world, name)
         self.queue_id, self._conduct, self._max_tasks = queue_id, conduct, max_tasks
+        self._streams = world.chance.happens(0.4)
 
     async def run(self) -> None:
         """For ever."""
@@ -180,13 +181,23 @@ class Worker(Client):
                 await asyncio.sleep(self.chance.between(0.01, 0.2))
 
     async def _lease(self) -> list[Granted]:
-        wait_ms = _CALM_POLL_MS if self.world.calm else self.chance.among((0, 1_000, 5_000, 20_000))
+        wait_ms = _CALM_POLL_MS if self.world.calm else self.chance.among((0, 1_000, 5_000, 10_000))
         lease_ms = self.chance.among((None, None, 1_000, 3_000))
+        if self._streams:
+            return await self._stream(LeaseAsk(self.queue_id, self.node.name, self._max_tasks, lease_ms), wait_ms)
         ask = LeaseAsk(self.queue_id, self.node.name, self._max_tasks, lease_ms, self.request_id())
         timeout_s = wait_ms / 1000 + self.chance.among((2.0, 2.0, 2.0, -0.2 if wait_ms else 2.0))
         try:
             granted: list[Granted] = await self.call("lease", ask, wait_ms, timeout_s=timeout_s, tries=3)
         except GaveUpError:
+            return []
+        return granted
+
+    async def _stream(self, ask: LeaseAsk, lives_ms: int) -> list[Granted]:
+        """What a stream brings, until it breaks; then another is opened, without a word on the leases of the first."""
+        try:
+            granted: list[Granted] = await self.world.network.call(self.node, "stream", (ask,), 1 + lives_ms / 1000)
+        except (Cut, TimedOut, RetinueError):
             return []
         return granted
 

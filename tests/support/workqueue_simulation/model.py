@@ -54,6 +54,8 @@ PROMPT = "nobody waits for what is there"
 ENDS = "every task ends"
 UNSEEN = "no error goes unseen"
 
+_LEASING = ("lease", "stream")
+
 
 class Violation(NamedTuple):
     """What was broken, and how."""
@@ -129,6 +131,7 @@ class Model:
         self._check: dict[str, Callable[[Answered], None]] = {
             "enqueue": self._enqueued,
             "lease": self._granted,
+            "stream": self._granted,
             "settle": self._settled_all,
             "extend": self._extended_all,
             "cancel": self._cancel_answered,
@@ -437,11 +440,11 @@ class Model:
         if record.verb == "settle":
             for item in record.args[0]:
                 self._asked[item.lease].append(item)
-        elif record.verb == "lease":
+        elif record.verb in _LEASING:
             self._lessees[record.call] = record.args[0].worker_id
 
     def _arrived(self, record: Arrived) -> None:
-        if record.verb in ("lease", "wait"):
+        if record.verb in (*_LEASING, "wait"):
             self._waiting[record.call] = record
         elif record.verb == "settle":
             for item in record.args[0]:
@@ -555,7 +558,7 @@ class Model:
             del self._ready_since[row.seq]
 
     def _wait_is_over(self, waiting: Arrived) -> None:
-        if waiting.verb == "lease":
+        if waiting.verb in _LEASING:
             self._overdue(list(self._ready_since), [waiting])
         else:
             self._overdue_waits([waiting])
@@ -565,7 +568,7 @@ class Model:
         if self._running_since is None:
             return
         for call in list(self._waiting.values()) if waiting is None else waiting:
-            if call.verb != "lease":
+            if call.verb not in _LEASING:
                 continue
             queue_id = call.args[0].queue_id
             queue = self._queues.get(queue_id)
