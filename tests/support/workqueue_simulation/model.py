@@ -28,6 +28,7 @@ from retinue_server.workqueue.engine import (
 )
 from support.simulation.records import Answered, Arrived, Called, HungUp, Noted
 from support.workqueue_simulation.history import (
+    REFUSED,
     Booted,
     Changed,
     Ended,
@@ -39,7 +40,9 @@ from support.workqueue_simulation.history import (
 )
 
 LATE_S = 4.0
-"""What a running server has to do is overdue after this long: sweeps come every second, commits take less."""
+"""What time brings is overdue after this long: sweeps come every second."""
+WOKEN_S = 2.0
+"""Who waits for what is there is overdue after this long: three commits of the slowest disk."""
 
 DURABLE = "G1 answered is durable"
 EXPLAINED = "G2 every second execution is explained"
@@ -107,7 +110,8 @@ class Model:
         self._zero: dict[str, int] = {}
         self._server = ""
         self._running_since: float | None = None
-        self._jumped = 0.0
+        self._jumped = self._refused = 0.0
+        """When the wall clock was last set, and when the disk last refused a group: the sweep of it may be late."""
         self._ready_since: dict[int, float] = {}
         self._ended_since: dict[str, float] = {}
         self._open_since: dict[str, float] = {}
@@ -186,6 +190,8 @@ class Model:
     def _noted(self, record: Noted) -> None:
         if record.node == "clock":
             self._jumped = record.at
+        elif record.what == REFUSED:
+            self._refused = record.at
 
     # Queues
 
@@ -362,7 +368,7 @@ class Model:
         if self._running_since is None or self._timed_by[before.seq] != record.node:
             return False
         over = ((before.lease_until or 0) - self._zero[record.node]) / 1000
-        return record.at - max(over, self._running_since) > LATE_S
+        return record.at - max(over, self._running_since, self._refused) > LATE_S
 
     def _was_asked(self, before: TaskRow, outcome: Outcome) -> bool:
         if any(item.outcome == outcome for item in self._asked[LeaseRef.of(before)]):
@@ -422,7 +428,7 @@ class Model:
     def _due_late(self, record: Changed, after: TaskRow) -> bool:
         if self._running_since is None or record.now.wall_ms - after.ready_ms <= LATE_S * 1000:
             return False
-        return record.at - max(self._running_since, self._jumped) > LATE_S
+        return record.at - max(self._running_since, self._jumped, self._refused) > LATE_S
 
     @staticmethod
     def _wrong_redrive(before: TaskRow, after: TaskRow) -> Iterator[tuple[str, str]]:
@@ -576,7 +582,7 @@ class Model:
                 if self.rows[seq].queue_id != queue_id:
                     continue
                 since = max(self._ready_since[seq], call.at, self._running_since, self._open_since[queue_id])
-                if self._at - since > LATE_S:
+                if self._at - since > WOKEN_S:
                     self.broken(PROMPT, f"{self.rows[seq].task_id} was ready, call {call.call} waited: since {since}")
 
     def _overdue_waits(self, waiting: list[Arrived]) -> None:
@@ -584,7 +590,7 @@ class Model:
             if call.verb != "wait" or self._running_since is None:
                 continue
             ended = self._ended_since.get(call.args[0])
-            if ended is not None and self._at - max(ended, call.at, self._running_since) > LATE_S:
+            if ended is not None and self._at - max(ended, call.at, self._running_since) > WOKEN_S:
                 self.broken(PROMPT, f"{call.args[0]} has ended, call {call.call} waited on: since {ended}")
 
 

@@ -52,6 +52,8 @@ class World:
     task_ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     haste: float = 0.0
     """That a caller has hardly any time for a call."""
+    quiet: bool = False
+    """Little happens, so that nothing makes good what was forgotten: few tasks, patient workers, hasty producers."""
     calm: bool = False
     """Faults have stopped."""
 
