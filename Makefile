@@ -54,8 +54,8 @@ contract: $(VENV)/.dev ## Runs the conformance suite against TARGET=host:port (C
 e2e: $(VENV)/.dev ## Runs pods, the clients of every language and the printed lines
 	@$(BIN)/python -m pytest -q tests/e2e $(PYTEST)
 
-faults: $(VENV)/.dev ## Kills things while they work, and looks what is left
-	@$(BIN)/python -m pytest -q tests/faults $(PYTEST)
+faults: $(VENV)/.dev ## Kills things while they work, and looks what is left (SCHEDULES=1000000: so many simulated worlds)
+	@$(BIN)/python -m pytest -q tests/faults $(if $(SCHEDULES),--schedules $(SCHEDULES) -n auto) $(PYTEST)
 
 proto: $(VENV)/.dev ## Lints and formats the contract, and compares it with the last release
 	@$(BIN)/buf lint

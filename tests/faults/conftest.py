@@ -5,7 +5,7 @@ from contract.conftest import serve
 
 __all__ = ["serve"]
 
-SCHEDULES = 1_600
+SCHEDULES = 1_200
 """As many as CI plays: some 20 s of one core."""
 BLOCK = 200
 """Schedules a test: pytest's workers share them out."""

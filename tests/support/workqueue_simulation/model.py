@@ -72,7 +72,7 @@ class _Lease:
     """What the history says of one lease."""
 
     def __init__(self, row: TaskRow) -> None:
-        self.worker_id = row.worker_id
+        self.task_id, self.worker_id = row.task_id, row.worker_id
         self.outcome = Outcome.NONE
         """How it ended, once that was durable."""
         self.lasts: set[int] = set()
@@ -99,7 +99,7 @@ class Model:
         """Follow-ups that the current step has inserted, by parent."""
         self._step = 0
         self._asked: defaultdict[LeaseRef, list[Settlement]] = defaultdict(list)
-        self._accepted: dict[int, LeaseRef] = {}
+        self._accepted: dict[str, LeaseRef] = {}
         self._replies: dict[str, list[Any]] = {}
         self._known: dict[tuple[int, LeaseRef, Outcome], Outcome] = {}
         """How a lease had ended when a call that would end it arrived."""
@@ -262,7 +262,6 @@ class Model:
         self._ready_over(row)
         self._deleted.add(row.task_id)
         del self.rows[row.seq]
-        self._accepted.pop(row.seq, None)
 
     def _move(self, record: Changed, before: TaskRow, after: TaskRow) -> None:
         if before == after and before.state != State.LEASED:
@@ -516,8 +515,10 @@ class Model:
             self.broken(DURABLE, f"{item.outcome.name} of {item.lease} was accepted and is not on disk")
         elif lease.outcome != item.outcome:
             self.broken(ONCE, f"{item.outcome.name} of {item.lease} was accepted, and it ended {lease.outcome.name}")
-        if isinstance(item, Complete) and self._accepted.setdefault(item.lease.seq, item.lease) != item.lease:
-            self.broken(ONCE, f"{item.lease} was accepted after {self._accepted[item.lease.seq]}")
+        if not isinstance(item, Complete) or lease is None:
+            return
+        if (first := self._accepted.setdefault(lease.task_id, item.lease)) != item.lease:
+            self.broken(ONCE, f"{item.lease} of {lease.task_id} was accepted after {first}")
 
     def _replayed(self, record: Answered, item: Settlement, settled: Settled) -> None:
         """A lease that had ended before the call came, and is still the task's latest, tells how."""
