@@ -56,8 +56,8 @@ e2e: $(VENV)/.dev ## Runs pods, the clients of every language and the printed li
 
 FAULTS := $(if $(LONG),--kills 200 --tasks 100000,--kills 30 --tasks 10000)
 
-faults: $(VENV)/.dev ## Kills things while they work, and looks what is left (LONG=1: 200 kills over 100,000 tasks; SEED=n)
-	@$(BIN)/python -m pytest -q tests/faults $(PYTEST)
+faults: $(VENV)/.dev ## Kills things while they work, and looks what is left (LONG=1: 200 kills over 100,000 tasks; SEED=n; SCHEDULES=1000000: so many simulated worlds)
+	@$(BIN)/python -m pytest -q tests/faults $(if $(SCHEDULES),--schedules $(SCHEDULES) -n auto) $(PYTEST)
 	@for engine in sqlite; do \
 	  PYTHONPATH=tests:services:clients/python $(BIN)/python -m support.faults --engine $$engine $(FAULTS) $(if $(SEED),--seed $(SEED)) || exit 1; done
 
