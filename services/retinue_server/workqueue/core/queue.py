@@ -196,11 +196,16 @@ class WorkQueue:
         return leased
 
     async def try_lease(self, asked: LeaseAsk) -> list[steps.Granted]:
-        """Ready tasks, or none. Leases that a cancelled caller can't take go back at once."""
+        """Ready tasks, or none.
+
+        Leases that a cancelled caller can't take go back at once, unless it named its request: then it may be repeating
+        it already, and these leases are the answer.
+        """
         if self.stopping:
             return []
         nonce = self._chance.nonce()
-        leased = await self._write(lambda tx, ctx: steps.lease(tx, asked, nonce, ctx), unheard=self._give_back)
+        back = _keep if asked.request_id else self._give_back
+        leased = await self._write(lambda tx, ctx: steps.lease(tx, asked, nonce, ctx), unheard=back)
         if len(leased) == asked.max_tasks:
             self._ready.wake(asked.queue_id, 1)
         return leased
@@ -407,6 +412,10 @@ class WorkQueue:
         """Those of the blobs that are not there; the others live on for a while."""
         asked = {blob_id for blob_id in blob_ids if blob_id}
         return {blob_id: blob_not_found(blob_id) for blob_id in asked if await self.blobs.stat(blob_id) is None}
+
+
+def _keep(_: list[steps.Granted]) -> None:
+    """What is done with leases that may be asked for again."""
 
 
 def patched(settings: QueueSettings, patch: SettingsPatch) -> QueueSettings:
