@@ -25,12 +25,13 @@ from contract.client import Client, Refused
 from contract.conftest import new_line
 from contract.line import Line, seconds, text
 from faults.disks import KINDS, MIB, Filler, mounted, why_not
-from faults.tables import LONG, Row
+from faults.tables import LONG, PATIENT, Row
 from servers import RunningServer, start_server
 
 from retinue.workqueue.v1 import task_pb2
 from retinue.workqueue.v1.blob_service_pb2 import UploadBlobRequest
 
+pytestmark = PATIENT
 SIZE_MIB = 64
 RESERVE = SIZE_MIB * MIB // 8
 BODY = task_pb2.Payload(data=bytes(60_000))

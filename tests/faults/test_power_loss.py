@@ -21,7 +21,7 @@ from contract.client import Client, Refused
 from contract.conftest import new_line
 from contract.line import Line, text
 from faults import power
-from faults.tables import LONG, Row
+from faults.tables import LONG, PATIENT, Row
 from servers import RunningServer, environment, start_server
 
 from retinue.workqueue.v1 import task_pb2
@@ -29,6 +29,7 @@ from retinue.workqueue.v1.blob_service_pb2 import UploadBlobRequest
 from retinue_server.workqueue.engines.local_blobs import LocalBlobs
 from retinue_server.workqueue.engines.sqlite import SqliteEngine
 
+pytestmark = PATIENT
 SEEDS = 2_000 if LONG else 30
 RECORDING_BYTES = (400 if LONG else 24) * 1024 * 1024
 BODY = task_pb2.Payload(data=bytes(range(250)) * 8)
