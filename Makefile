@@ -7,7 +7,7 @@ GENERATE := .retinue/generate
 PROTOS := $(shell find protos -name '*.proto' | sort)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run demo test generate check-generated proto lint types contract faults e2e check lock clean
+.PHONY: help setup setup-dev run demo test generate check-generated proto lint types contract faults e2e bench bench-profile check lock clean
 
 help: ## Shows this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,8 +54,18 @@ contract: $(VENV)/.dev ## Runs the conformance suite against TARGET=host:port (C
 e2e: $(VENV)/.dev ## Runs pods, the clients of every language and the printed lines
 	@$(BIN)/python -m pytest -q tests/e2e $(PYTEST)
 
-faults: $(VENV)/.dev ## Kills things while they work, and looks what is left
+FAULTS := $(if $(LONG),--kills 200 --tasks 100000,--kills 30 --tasks 10000)
+
+faults: $(VENV)/.dev ## Kills things while they work, and looks what is left (LONG=1: 200 kills over 100,000 tasks; SEED=n)
 	@$(BIN)/python -m pytest -q tests/faults $(PYTEST)
+	@for engine in sqlite; do \
+	  PYTHONPATH=tests:services:clients/python $(BIN)/python -m support.faults --engine $$engine $(FAULTS) $(if $(SEED),--seed $(SEED)) || exit 1; done
+
+bench: $(VENV)/.dev ## Plays the scoreboard beside the peers (CELLS="process" SYSTEMS="retinue bullmq" ROUNDS=5 TASKS=60000)
+	@PYTHONPATH=tests $(BIN)/python -m bench $(if $(CELLS),--cells $(CELLS)) $(if $(SYSTEMS),--systems $(SYSTEMS)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(TASKS),--tasks $(TASKS))
+
+bench-profile: $(VENV)/.dev ## Shows where server, producer and worker spend their time in a cell (CELL=process TASKS=60000)
+	@PYTHONPATH=tests $(BIN)/python -m bench.profile $(or $(CELL),process) $(if $(TASKS),--tasks $(TASKS))
 
 proto: $(VENV)/.dev ## Lints and formats the contract, and compares it with the last release
 	@$(BIN)/buf lint

@@ -32,6 +32,7 @@ class RunningServer:
     ready: dict[str, Any]
     args: tuple[str, ...] = ()
     env: Mapping[str, str] | None = None
+    module: str = "retinue_server"
 
     def kill(self) -> None:
         """SIGKILL, as a crash."""
@@ -49,7 +50,9 @@ class RunningServer:
 
     def restart(self, *args: str) -> RunningServer:
         """A new process on the same port and data, with the arguments of the first one unless others are given."""
-        return start_server(self.data_dir.parent, *(args or self.args), listen=self.address, env=self.env)
+        return start_server(
+            self.data_dir.parent, *(args or self.args), listen=self.address, env=self.env, module=self.module
+        )
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -59,7 +62,11 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def start_server(
-    where: Path, *args: str, listen: str = "127.0.0.1:0", env: Mapping[str, str] | None = None
+    where: Path,
+    *args: str,
+    listen: str = "127.0.0.1:0",
+    env: Mapping[str, str] | None = None,
+    module: str = "retinue_server",
 ) -> RunningServer:
     """Starts `retinue_server` with its data under `where` and waits until it is ready.
 
@@ -68,7 +75,7 @@ def start_server(
     """
     where = where.resolve()
     control = where / "control.sock"
-    command = [sys.executable, "-m", "retinue_server", "--listen", listen, "--control", f"unix:{control}"]
+    command = [sys.executable, "-m", module, "--listen", listen, "--control", f"unix:{control}"]
     command += ["--http", "127.0.0.1:0", "--data-dir", str(where / "data"), *args]
     environ = environment(**(env or {}))
     with (where / "server.log").open("a") as log:
@@ -76,7 +83,7 @@ def start_server(
     ready = _await_ready(process, where / "server.log")
     address = next(item for item in ready["listen"] if not item.startswith("unix:"))
     http = str(ready.get("http") or "")
-    return RunningServer(address, f"unix:{control}", http, process, where / "data", ready, args, env)
+    return RunningServer(address, f"unix:{control}", http, process, where / "data", ready, args, env, module)
 
 
 def _await_ready(process: subprocess.Popen[str], log: Path) -> dict[str, Any]:

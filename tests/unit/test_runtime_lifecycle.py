@@ -332,8 +332,10 @@ from retinue_server import __main__ as command
 from retinue_server.runtime import lifecycle
 command.PATTERNS = {"workqueue": "support.echo_wiring"}
 def announce(*_):
-    heavy = {"opentelemetry", "prometheus_client", "uvicorn", "rich", "click", "yaml", "h11"}
-    print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}), flush=True)
+    heavy = {"opentelemetry", "prometheus_client", "uvicorn", "rich", "click", "yaml", "h11", "psycopg", "tempfile"}
+    heavy |= {"google.protobuf.json_format", "grpc_reflection.v1alpha.reflection", "importlib.resources", "difflib"}
+    print(sorted(name for name in sys.modules if {name, name.partition(".")[0]} & heavy), len(sys.modules) // 400)
+    sys.stdout.flush()
 command.announce = announce
 sys.exit(command.main())
 """
@@ -348,7 +350,7 @@ sys.exit(command.main())
         "127.0.0.1:0",
         code=code,
     ) as server:
-        assert await server.line() == "[]\n"
+        assert await server.line() == "[] 0\n"
         server.process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(server.process.wait(), 5) == 0
 

@@ -7,7 +7,6 @@ nearest one.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -252,6 +251,8 @@ def _unknown(
     where: Naming,
     spell: Naming,
 ) -> str:
+    import difflib  # noqa: PLC0415 - for mistakes only
+
     near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
     names = [spell((*path[:-1], name)) for name in (near or known)]
     hint = f"did you mean {names[0]}?" if near else f"known are {', '.join(names)}"

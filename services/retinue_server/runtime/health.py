@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final
 
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2
-from grpc_reflection.v1alpha import reflection, reflection_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
 from retinue_server.runtime.dispatch import Call, Method, Pattern, Service
 from retinue_server.runtime.errors import Code
@@ -124,8 +124,15 @@ class ReflectionService:
     """Answers by grpcio-reflection; a reflection stream that idles ends when the process stops."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._answers: Any = reflection.aio.ReflectionServicer(sorted(names), pool=_Symbols())
+        self._names = sorted(names)
         self._closed = asyncio.Event()
+
+    @cached_property
+    def _answers(self) -> Any:
+        """Made when somebody asks: few servers are ever asked, and it loads a lot."""
+        from grpc_reflection.v1alpha import reflection  # noqa: PLC0415 - as said
+
+        return reflection.aio.ReflectionServicer(self._names, pool=_Symbols())
 
     def close(self) -> None:
         """Ends every stream."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 from typing import TYPE_CHECKING
 
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -51,7 +51,7 @@ def refusal(error: RetinueError) -> Refusal:
 
 def unexpected(error: BaseException, method: str) -> Refusal:
     """INTERNAL with an id that finds the traceback in the log; nothing of the cause goes out."""
-    error_id = secrets.token_hex(6)
+    error_id = os.urandom(6).hex()
     log.error("%s failed unexpectedly, error id %s", method, error_id, exc_info=error)
     message = f"internal error {error_id}: the server's log says more under this id"
     return refusal(RetinueError(message, reason=Reason.INTERNAL, error_id=error_id))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from retinue_server.runtime import addresses, tls
 from retinue_server.runtime.addresses import StartError, Tcp
 from retinue_server.runtime.authority import Authority, TokenFile, TokenFileError
-from retinue_server.runtime.codec import Codec, json_codec, proto_codec
+from retinue_server.runtime.codec import Codec, proto_codec
 from retinue_server.runtime.dispatch import Method, Pattern, Role, Service
 from retinue_server.runtime.health import HEALTH, HealthService, ReflectionService
 from retinue_server.runtime.interceptors import Interceptors, Limits, unguarded
@@ -151,6 +151,7 @@ def _wrapped(methods: Iterable[Method], wrap: Callable[[Method, Codec], Endpoint
 
 def _http(shared: _Shared, address: Tcp) -> Listener:
     from retinue_server.runtime.http import ConnectApp, Hosts, HttpListener  # noqa: PLC0415 - optional
+    from retinue_server.runtime.json_codec import json_codec  # noqa: PLC0415 - for HTTP only
 
     wrap = _interceptors(shared, Role.APP).wrap
     codecs = [(method, json_codec(method)) for method in shared.methods]

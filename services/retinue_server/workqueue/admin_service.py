@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import os
 from typing import TYPE_CHECKING
 
 from retinue.workqueue.v1 import queue_pb2
@@ -36,7 +36,7 @@ class WorkQueueAdminService:
     def __init__(self, queue: WorkQueue, max_blob_bytes: int) -> None:
         self._queue = queue
         self._max_blob_bytes = max_blob_bytes
-        self._process = secrets.token_hex(8)
+        self._process = os.urandom(8).hex()
         """Resume tokens of another process are not ours."""
 
     async def CreateQueue(self, request: admin.CreateQueueRequest, call: Call) -> admin.CreateQueueResponse:

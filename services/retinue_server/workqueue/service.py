@@ -49,8 +49,10 @@ class WorkQueueService:
         self._tell_durability(call)
         return wq.EnqueueTasksResponse(
             results=[
-                wq.EnqueueResult(task_id=r.task_id, existing=r.existing, status=translate.status(r.error))
-                for r in results
+                wq.EnqueueResult(task_id=task_id)
+                if error is None and not existing
+                else wq.EnqueueResult(task_id=task_id, existing=existing, status=translate.status(error))
+                for task_id, existing, error in results
             ]
         )
 

@@ -39,7 +39,8 @@ class WorkerStream:
         self._has_credit = asyncio.Event()
         self._writing = asyncio.Lock()
         self._answers: asyncio.Queue[asyncio.Task[wq.StreamSettled] | None] = asyncio.Queue(_IN_FLIGHT)
-        self._held: dict[bytes, LeaseRef] = {}
+        self._held: dict[LeaseRef, None] = {}
+        """The leases of this stream, in the order in which they were granted."""
         self._open: wq.StreamOpen
         self._lease_ms: int | None = None
 
@@ -64,7 +65,7 @@ class WorkerStream:
         if not first.HasField("open"):
             limits.refuse("stream", [Violation("open", "is required in the first message")])
         self._open = first.open
-        self._lease_ms = read.duration(first.open, "lease_duration", "open.")
+        self._lease_ms = read.duration(first.open, "lease_duration", "open")
         _, found = self._found(first)
         limits.refuse("stream", [*read.violations, *limits.lease(self._ask(1), "open."), *found])
 
@@ -112,25 +113,25 @@ class WorkerStream:
     async def _settle(self, sequence: int, settlements: Sequence[Settlement], *, extend_all: bool) -> wq.StreamSettled:
         answer = wq.StreamSettled(sequence=sequence)
         if settlements:
-            for item, settled in zip(settlements, await self._queue.settle(settlements), strict=True):
-                token = item.lease.token()
-                if settled.error is None or settled.error.reason in _ENDED:
-                    self._held.pop(token, None)
-                if settled.error is not None:
-                    answer.errors.append(wq.SettledError(lease_token=token, status=translate.status(settled.error)))
+            for item, (_, _, error) in zip(settlements, await self._queue.settle(settlements), strict=True):
+                if error is None or error.reason in _ENDED:
+                    self._held.pop(item.lease, None)
+                if error is not None:
+                    token = item.lease.token()
+                    answer.errors.append(wq.SettledError(lease_token=token, status=translate.status(error)))
         if extend_all:
             await self._extend_all(answer)
         return answer
 
     async def _extend_all(self, answer: wq.StreamSettled) -> None:
-        held = list(self._held.items())
+        held = list(self._held)
         for start in range(0, len(held), limits.MAX_BATCH):
             block = held[start : start + limits.MAX_BATCH]
-            extended = await self._queue.extend([Extend(ref, self._lease_ms) for _, ref in block])
-            for (token, _), result in zip(block, extended, strict=True):
+            extended = await self._queue.extend([Extend(lease, self._lease_ms) for lease in block])
+            for lease, result in zip(block, extended, strict=True):
                 if result.error is not None:
-                    self._held.pop(token, None)
-                    answer.lost_lease_tokens.append(token)
+                    self._held.pop(lease, None)
+                    answer.lost_lease_tokens.append(lease.token())
                 elif result.cancel_requested:
                     answer.cancel_requested_task_ids.append(result.task_id)
 
@@ -169,8 +170,7 @@ class WorkerStream:
         if not self._credit:
             self._has_credit.clear()
         leases: list[task_pb2.Lease] = [translate.lease(item) for item in granted]
-        for item, lease in zip(granted, leases, strict=True):
-            self._held[lease.lease_token] = LeaseRef.of(item.task.row)
+        self._held.update(dict.fromkeys(LeaseRef.of(item.task.row) for item in granted))
         written = asyncio.Event()
         try:
             await self._write(wq.StreamTasksResponse(leases=wq.StreamLeases(leases=leases)), written)

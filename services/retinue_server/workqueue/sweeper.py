@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from typing import TYPE_CHECKING
 
 from retinue_server.runtime.errors import RetinueError
@@ -29,7 +28,8 @@ class Sweeper:
     def __init__(self, queue: WorkQueue, blob_idle_ms: int) -> None:
         self._queue, self._blob_idle_ms = queue, blob_idle_ms
         self._sweeping: asyncio.Task[None] | None = None
-        self._next_blobs = time.monotonic() + _BLOB_INTERVAL_S
+        self._next_blobs = 0.0
+        """On the loop's clock, once started."""
         self._healthy = False
         self._listeners: list[Callable[[bool], None]] = []
 
@@ -42,6 +42,7 @@ class Sweeper:
         await self._queue.recover()
         await self._queue.count()
         self._tell(healthy=True)
+        self._next_blobs = asyncio.get_running_loop().time() + _BLOB_INTERVAL_S
         self._sweeping = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:
@@ -77,6 +78,7 @@ class Sweeper:
                 listener(healthy)
 
     async def _collect_blobs(self) -> None:
-        if time.monotonic() >= self._next_blobs:
-            self._next_blobs = time.monotonic() + _BLOB_INTERVAL_S
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_blobs:
+            self._next_blobs = now + _BLOB_INTERVAL_S
             await self._queue.collect_blobs(self._blob_idle_ms)

@@ -53,13 +53,13 @@ class Reader:
         """Milliseconds; None if unset."""
         if not message.HasField(field):
             return None
-        return wire.duration_ms(getattr(message, field), at + field, self.violations)
+        return wire.duration_ms(getattr(message, field), _path(at, field), self.violations)
 
     def timestamp(self, message: Message, field: str, at: str = "") -> int | None:
         """Milliseconds since the epoch; None if unset."""
         if not message.HasField(field):
             return None
-        return wire.timestamp_ms(getattr(message, field), at + field, self.violations)
+        return wire.timestamp_ms(getattr(message, field), _path(at, field), self.violations)
 
     def enum(self, value: int, known: object, field: str) -> None:
         """Refuses a number that the enum does not know."""
@@ -92,17 +92,17 @@ class Reader:
                 input=_payload_bytes(content),
                 task_type=spec.task_type,
                 labels=dict(spec.labels) if spec.labels else {},
-                retry=self.retry(spec.retry_policy, f"{at}.retry_policy.") if spec.HasField("retry_policy") else None,
+                retry=self.retry(spec.retry_policy, f"{at}.retry_policy") if spec.HasField("retry_policy") else None,
                 traceparent=spec.traceparent or traceparent,
                 input_blob=content.blob.blob_id if content.HasField("blob") else "",
             ),
             task_id=spec.task_id,
             priority=spec.priority,
-            start_ms=self.timestamp(spec, "schedule_time", f"{at}."),
-            delay_ms=self.duration(spec, "delay_duration", f"{at}."),
-            expire_ms=self.timestamp(spec, "expire_time", f"{at}."),
-            expire_delay_ms=self.duration(spec, "expire_duration", f"{at}."),
-            attempt_ms=self.duration(spec, "attempt_duration", f"{at}."),
+            start_ms=self.timestamp(spec, "schedule_time", at),
+            delay_ms=self.duration(spec, "delay_duration", at),
+            expire_ms=self.timestamp(spec, "expire_time", at),
+            expire_delay_ms=self.duration(spec, "expire_duration", at),
+            attempt_ms=self.duration(spec, "attempt_duration", at),
             idempotency_key=spec.idempotency_key,
             reject_conflict=spec.conflict_policy == task_pb2.CONFLICT_POLICY_REJECT,
             inline_bytes=self.payload(content, f"{at}.input"),
@@ -132,12 +132,12 @@ class Reader:
 
     def settings(self, settings: queue_pb2.QueueSettings) -> SettingsPatch:
         """The settings that are named."""
-        at = "settings."
+        at = "settings"
         named_retry = settings.HasField("retry_policy")
         return SettingsPatch(
             lease_ms=self.duration(settings, "lease_duration", at),
             attempt_ms=self.duration(settings, "attempt_duration", at),
-            retry=self.retry(settings.retry_policy, f"{at}retry_policy.") if named_retry else None,
+            retry=self.retry(settings.retry_policy, f"{at}.retry_policy") if named_retry else None,
             max_lease_expirations=settings.max_lease_expirations or None,
             retention_ms=self.duration(settings, "retention_duration", at),
             dead_retention_ms=self.duration(settings, "dead_retention_duration", at),
@@ -154,8 +154,8 @@ class Reader:
             states=tuple(State(s) for s in wanted.states if s in State._value2member_map_),
             labels=dict(wanted.labels),
             task_type=wanted.task_type,
-            created_after_ms=self.timestamp(wanted, "created_after_time", "filter."),
-            created_before_ms=self.timestamp(wanted, "created_before_time", "filter."),
+            created_after_ms=self.timestamp(wanted, "created_after_time", "filter"),
+            created_before_ms=self.timestamp(wanted, "created_before_time", "filter"),
             parent_task_id=wanted.parent_task_id,
         )
 
@@ -187,16 +187,20 @@ class Reader:
             self.lease(item.lease_token, f"{at}."),
             Failure(item.failure.reason, item.failure.message),
             item.final,
-            self.duration(item, "retry_delay_duration", f"{at}."),
+            self.duration(item, "retry_delay_duration", at),
         )
 
     def release(self, item: wq.Release, at: str) -> Release:
         """A task given back."""
-        return Release(self.lease(item.lease_token, f"{at}."), self.duration(item, "delay_duration", f"{at}.") or 0)
+        return Release(self.lease(item.lease_token, f"{at}."), self.duration(item, "delay_duration", at) or 0)
 
     def extension(self, item: wq.Extension, at: str) -> Extend:
         """A lease that shall last longer."""
-        return Extend(self.lease(item.lease_token, f"{at}."), self.duration(item, "lease_duration", f"{at}."))
+        return Extend(self.lease(item.lease_token, f"{at}."), self.duration(item, "lease_duration", at))
+
+
+def _path(at: str, field: str) -> str:
+    return f"{at}.{field}" if at else field
 
 
 def _is_finite(value: struct_pb2.Value) -> bool:

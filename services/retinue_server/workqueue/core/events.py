@@ -65,7 +65,7 @@ class Ledger:
 
     def add_all(self, event_type: EventType, rows: Iterable[TaskRow]) -> None:
         """Notes the same event of many tasks."""
-        self.events.extend(zip(repeat(event_type), rows, repeat(self._wall_ms)))  # noqa: B905 - the others have no end
+        self.events.extend(zip(repeat(event_type), rows, repeat(self._wall_ms)))
 
     def add_states(self, rows: Iterable[TaskRow]) -> None:
         """Notes the states that tasks came to; a task that was only asked to stop is still LEASED and tells nothing."""

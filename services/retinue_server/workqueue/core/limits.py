@@ -111,7 +111,7 @@ def enqueue(asked: Enqueue, now_ms: int) -> Violations:
         yield from new_task(task, f"tasks[{index}]", now_ms)
 
 
-def new_task(task: NewTask, at: str, now_ms: int) -> Violations:
+def new_task(task: NewTask, at: str, now_ms: int) -> Violations:  # noqa: C901 - one look per field, all alike
     """A task as a producer describes it. What it does not say needs no look: most tasks say little."""
     body = task.body
     yield from queue_id(task.queue_id, f"{at}.queue_id")
@@ -196,6 +196,8 @@ def reply_in_time(wait_ms: int, time_left_ms: int | None) -> int:
 
 def settle(asked: Sequence[Settlement], now_ms: int) -> Violations:
     """Successes, failures and tasks given back; each kind is numbered by itself, as in its request."""
+    if len(asked) <= MAX_BATCH and not any(map(_says_more, asked)):
+        return
     completions = [item for item in asked if isinstance(item, Complete)]
     failures = [item for item in asked if isinstance(item, Fail)]
     releases = [item for item in asked if isinstance(item, Release)]
@@ -206,12 +208,15 @@ def settle(asked: Sequence[Settlement], now_ms: int) -> Violations:
     if follow_ups > MAX_BATCH:
         yield Violation("completions", f"must hold at most {MAX_BATCH} follow_ups in all; they hold {follow_ups}")
     for index, completion in enumerate(completions[:MAX_BATCH]):
-        if completion.follow_ups or completion.result_blob:
-            yield from complete(completion, f"completions[{index}]", now_ms)
+        yield from complete(completion, f"completions[{index}]", now_ms)
     for index, failure in enumerate(failures[:MAX_BATCH]):
         yield from fail(failure, f"failures[{index}]")
     for index, given_back in enumerate(releases[:MAX_BATCH]):
         yield from release(given_back, f"releases[{index}]")
+
+
+def _says_more(item: Settlement) -> bool:
+    return not isinstance(item, Complete) or bool(item.follow_ups or item.result_blob)
 
 
 def extend(asked: Sequence[Extend]) -> Violations:

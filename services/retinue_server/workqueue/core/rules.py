@@ -5,7 +5,7 @@ Each takes the row as it stands and gives the row as it shall be; which transiti
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
@@ -62,17 +62,20 @@ def became_due(row: TaskRow) -> TaskRow:
     return replace(row, state=State.READY)
 
 
-def leased(
-    row: TaskRow,
-    settings: QueueSettings,
-    now: Instant,
-    *,
-    worker_id: str,
-    lease_ms: int | None,
-    nonce: int,
-    request_id: str,
-) -> TaskRow:
+class Term(NamedTuple):
+    """What the leases that are granted together have in common; a `lease_ms` of None is the queue's."""
+
+    settings: QueueSettings
+    now: Instant
+    worker_id: str
+    lease_ms: int | None
+    nonce: int
+    request_id: str
+
+
+def leased(row: TaskRow, term: Term) -> TaskRow:
     """READY -> LEASED: a new attempt under a new epoch."""
+    settings, now, worker_id, lease_ms, nonce, request_id = term
     lease_ms = settings.lease_ms if lease_ms is None else lease_ms
     attempt_ms = settings.attempt_ms if row.attempt_ms is None else row.attempt_ms
     attempt_until = now.lease_ms + attempt_ms if attempt_ms else None

@@ -302,29 +302,19 @@ def lease(tx: Transaction, asked: LeaseAsk, nonce: int, ctx: Context) -> list[Gr
     if queue.state == QueueState.PAUSED:
         return []
     ready = _fitting(_startable(tx, asked, queue, ctx), asked.max_bytes)
-    leased = [Task(_leased(row, queue, asked, nonce, ctx.now), body) for row, body in ready]
-    tx.save([task.row for task in leased])
-    ctx.ledger.add_all(EventType.LEASED, (task.row for task in leased))
-    return [_granted(task, queue, ctx.now) for task in leased]
-
-
-def _leased(row: TaskRow, queue: QueueRow, asked: LeaseAsk, nonce: int, now: Instant) -> TaskRow:
-    return rules.leased(
-        row,
-        queue.settings,
-        now,
-        worker_id=asked.worker_id,
-        lease_ms=asked.lease_ms,
-        nonce=nonce,
-        request_id=asked.request_id,
-    )
+    term = rules.Term(queue.settings, ctx.now, asked.worker_id, asked.lease_ms, nonce, asked.request_id)
+    rows = [rules.leased(task.row, term) for task in ready]
+    tx.save(rows)
+    ctx.ledger.add_all(EventType.LEASED, rows)
+    return [_granted(Task(row, task.body), queue, ctx.now) for row, task in zip(rows, ready, strict=True)]
 
 
 def _granted(task: Task, queue: QueueRow, now: Instant) -> Granted:
     row = task.row
+    retry = queue.settings.retry
     return Granted(
         task,
-        rules.effective_retry(queue.settings.retry, task.body.retry).max_attempts,
+        retry.max_attempts if task.body.retry is None else rules.effective_retry(retry, task.body.retry).max_attempts,
         (row.lease_until or now.lease_ms) - now.lease_ms,
         None if row.attempt_until is None else row.attempt_until - now.lease_ms,
     )
@@ -345,15 +335,16 @@ def _startable(tx: Transaction, asked: LeaseAsk, queue: QueueRow, ctx: Context) 
         _expire(tx, [rules.expired(row, queue.settings, ctx.now) for row in late], ctx)
 
 
-def _fitting(tasks: Iterable[Task], max_bytes: int) -> Iterable[Task]:
+def _fitting(tasks: Sequence[Task], max_bytes: int) -> Sequence[Task]:
     """As many as the reply has room for, but at least one."""
-    room = max_bytes or None
-    for index, task in enumerate(tasks):
-        if room is not None:
-            room -= len(task.body.input) + _ROW_BYTES + sum(len(k) + 4 * len(v) for k, v in task.body.labels.items())
-            if room < 0 and index:
-                return
-        yield task
+    room = max_bytes
+    for index, (_, body) in enumerate(tasks if max_bytes else ()):
+        room -= len(body.input) + _ROW_BYTES
+        if body.labels:
+            room -= sum(len(key) + 4 * len(value) for key, value in body.labels.items())
+        if room < 0 and index:
+            return tasks[:index]
+    return tasks
 
 
 def extend(tx: Transaction, asked: Sequence[Extend], ctx: Context) -> list[Extended]:
@@ -396,9 +387,9 @@ class _Desk:
 
     def settle(self, item: Settlement) -> Settled:
         own_ids = [next(self._ids) for _ in item.follow_ups] if isinstance(item, Complete) else []
-        row = self._rows.get(item.lease.seq)
-        live = row is not None and rules.holds(row, *item.lease[1:]) and rules.is_live(row, self._ctx.now)
-        if row is None or not live:
+        seq, epoch, nonce = item.lease
+        row = self._rows.get(seq)
+        if row is None or not rules.holds(row, epoch, nonce) or not rules.is_live(row, self._ctx.now):
             return _repeated(item, row)
         if isinstance(item, Complete):
             return self._complete(item, row, own_ids)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +27,9 @@ class Waiters(Generic[K]):
         line.append(event)
         try:
             yield event
+        except Exception:
+            event.set()  # what it was woken for and could not take is there for another
+            raise
         finally:
             line.remove(event)
             if event.is_set():
@@ -59,11 +61,12 @@ class Patience:
     """How long a caller still waits; it limits the waiting, not the looking, so that nothing is granted too late."""
 
     def __init__(self, wait_ms: int) -> None:
-        self._until = time.monotonic() + wait_ms / 1000
+        self._clock = asyncio.get_running_loop().time
+        self._until = self._clock() + wait_ms / 1000
 
     async def until(self, woken: asyncio.Event) -> bool:
         """True when woken, False when patience is at an end."""
-        left = self._until - time.monotonic()
+        left = self._until - self._clock()
         if left <= 0:
             return False
         with suppress(TimeoutError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -52,7 +51,7 @@ class LocalBlobs:
             left.unlink()
 
     def upload(self) -> _Upload:
-        return _Upload(self, self._uploads / secrets.token_hex(16), self._max_bytes)
+        return _Upload(self, self._uploads / os.urandom(16).hex(), self._max_bytes)
 
     async def stat(self, blob_id: str) -> BlobStat | None:
         return await asyncio.to_thread(self.find, blob_id)

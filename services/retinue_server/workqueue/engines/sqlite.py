@@ -22,7 +22,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from importlib.resources import files
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,7 +69,7 @@ _LOG_FILE_BYTES = 16 * 1024**2
 _COLUMNS = ["queue" if name == "queue_id" else name for name in TaskRow.__struct_fields__]
 """A column is named as its field and stands in its place."""
 _QUEUE, _STATE, _OUTCOME = (_COLUMNS.index(name) for name in ("queue", "state", "outcome"))
-_CANCEL = _COLUMNS.index("cancel_requested")
+_CANCEL, _WIDTH = _COLUMNS.index("cancel_requested"), len(_COLUMNS)
 _CACHED = 16_384
 """How many leased rows are known by heart at most; a worker that settles in time finds its own there."""
 _ROW = ", ".join(f"task.{name}" for name in _COLUMNS)
@@ -84,8 +85,14 @@ _BODY = [
     "failure",
 ]
 _WHOLE = f"{_ROW}, " + ", ".join(f"body.{name}" for name in _BODY)
-_INSERT_TASK = f"INSERT INTO task ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608 - constants
-_INSERT_BODY = f"INSERT INTO body (seq, {', '.join(_BODY)}) VALUES ({', '.join('?' * (1 + len(_BODY)))})"  # noqa: S608 - constants
+_GIVEN = [name for name in TaskRow.__struct_fields__ if name not in ("seq", "queue_id")]
+_INSERT_TASK = f"INSERT INTO task (seq, queue, {', '.join(_GIVEN)}) VALUES "  # noqa: S608 - constants
+_TASK_VALUES = f"({', '.join('?' * len(_COLUMNS))})"
+_INSERT_BODY = f"INSERT INTO body (seq, {', '.join(_BODY)}) VALUES "  # noqa: S608 - constants
+_BODY_VALUES = f"({', '.join('?' * (1 + len(_BODY)))})"
+_given = attrgetter(*_GIVEN)
+_BLOCK = 50
+"""How many rows one statement inserts at most; it stays in the statement cache."""
 
 _fields = msgspec.structs.astuple
 _encode = msgspec.json.Encoder().encode
@@ -592,12 +599,19 @@ class _Store(_View):
     def insert(self, tasks: Sequence[Task]) -> None:
         if not tasks:
             return
-        first = self._next_seq
+        seqs = range(self._next_seq, self._next_seq + len(tasks))
         self._next_seq += len(tasks)
         nos = [self._queues[row.queue_id][0] for row, _ in tasks]
-        self.db.executemany(_INSERT_TASK, (_values(first + i, nos[i], row) for i, (row, _) in enumerate(tasks)))
-        self.db.executemany(_INSERT_BODY, ((first + i, *_body_values(body)) for i, (_, body) in enumerate(tasks)))
+        rows = [(seq, no, *_given(row)) for seq, no, (row, _) in zip(seqs, nos, tasks, strict=True)]
+        self._insert_in_blocks(_INSERT_TASK, _TASK_VALUES, rows)
+        bodies = [(seq, *_body_values(body)) for seq, (_, body) in zip(seqs, tasks, strict=True)]
+        self._insert_in_blocks(_INSERT_BODY, _BODY_VALUES, bodies)
         self.tally.add(Counter((no, int(row.state)) for no, (row, _) in zip(nos, tasks, strict=True)))
+
+    def _insert_in_blocks(self, insert: str, values: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        for start in range(0, len(rows), _BLOCK):
+            block = rows[start : start + _BLOCK]
+            self.db.execute(insert + ", ".join([values] * len(block)), tuple(chain.from_iterable(block)))
 
     def save(self, rows: Sequence[TaskRow]) -> None:
         """Writes the columns that changed, with one statement for all rows that changed alike.
@@ -605,28 +619,37 @@ class _Store(_View):
         Thousands of small statements would hand the interpreter's lock to the event loop as often, and wait for it.
         """
         alike: dict[_Changes, list[int]] = {}
-        moved: Counter[tuple[int, int]] = Counter()
+        moved: Counter[tuple[str, State, State]] = Counter()
+        seen = self._seen
         for row in rows:
-            before = self._seen.get(row.seq) or self.by_seq([row.seq])[row.seq]
-            alike.setdefault(_changes(before, row), []).append(row.seq)
-            if before.state is not row.state:
-                no = self._queues[row.queue_id][0]
-                moved[no, int(before.state)] -= 1
-                moved[no, int(row.state)] += 1
-            self._seen[row.seq] = row
+            seq = row.seq
+            before = seen.get(seq) or self.by_seq([seq])[seq]
+            seen[seq] = row
+            moved[row.queue_id, before.state, row.state] += 1
+            changes = _changes(before, row)
+            if changes in alike:
+                alike[changes].append(seq)
+            else:
+                alike[changes] = [seq]
         for changes, seqs in alike.items():
             self._update(changes, seqs)
-        self.tally.add(moved)
+        self._count_moves(moved)
+
+    def _count_moves(self, moved: Mapping[tuple[str, State, State], int]) -> None:
+        for (queue_id, before, after), count in moved.items():
+            if before is not after:
+                no = self._queues[queue_id][0]
+                self.tally.add({(no, int(before)): -count, (no, int(after)): count})
 
     def _update(self, changes: _Changes, seqs: Sequence[int]) -> None:
-        columns = ", ".join(f"{_COLUMNS[index]} = ?" for index, _ in changes)
-        values = [value for _, value in changes]
+        columns, values = changes
         if not columns:
             return
+        setting = ", ".join([f"{column} = ?" for column in columns])
         if len(seqs) == 1:
-            self.db.execute(f"UPDATE task SET {columns} WHERE seq = ?", (*values, seqs[0]))  # noqa: S608 - constants
+            self.db.execute(f"UPDATE task SET {setting} WHERE seq = ?", (*values, seqs[0]))  # noqa: S608 - constants
             return
-        sql = f"UPDATE task SET {columns} WHERE seq IN (SELECT value FROM json_each(?))"  # noqa: S608 - constants
+        sql = f"UPDATE task SET {setting} WHERE seq IN (SELECT value FROM json_each(?))"  # noqa: S608 - constants
         self.db.execute(sql, (*values, _encode(seqs).decode()))
 
     def save_result(self, seq: int, result: bytes, result_blob: str) -> None:
@@ -731,7 +754,7 @@ def _migrate(db: apsw.Connection, path: Path) -> None:
         )
     if version < 1:
         with db:
-            db.execute(files(__package__).joinpath("schema.sql").read_text())
+            db.execute(Path(__file__).with_name("schema.sql").read_text())
             db.pragma("user_version", 1)
 
 
@@ -759,19 +782,36 @@ def _queue(queue_id: str, state: int, settings: str, create_ms: int) -> QueueRow
     return QueueRow(queue_id, QueueState(state), _decode_settings(settings), create_ms)
 
 
-_Changes = tuple[tuple[int, Any], ...]
-"""Columns, by their place, with their new values."""
+_Changes = tuple[tuple[str, ...], tuple[Any, ...]]
+"""Columns and their new values."""
 
 
 def _changes(before: TaskRow, after: TaskRow) -> _Changes:
-    both = zip(_fields(before), _fields(after), strict=True)
-    return tuple([(index, new) for index, (old, new) in enumerate(both) if new is not old and new != old])
+    usual = _USUAL.get((before.state, after.state))
+    if usual is not None and usual.rest(before) == usual.rest(after):
+        return usual.columns, usual.values(after)
+    both = list(zip(_COLUMNS, _fields(before), _fields(after), strict=True))
+    changed = [(column, new) for column, old, new in both if new != old]
+    return tuple(column for column, _ in changed), tuple(value for _, value in changed)
 
 
-def _values(seq: int, no: int, row: TaskRow) -> tuple[Any, ...]:
-    """In the order of _COLUMNS."""
-    fields = _fields(row)
-    return (seq, fields[1], no, *fields[_QUEUE + 1 :])
+class _Usual:
+    """The columns that a frequent transition changes; nothing is compared one by one where the rest is as it was."""
+
+    def __init__(self, *columns: str) -> None:
+        self.columns = columns
+        self.values = attrgetter(*columns)
+        self.rest = attrgetter(*(name for name in TaskRow.__struct_fields__ if name not in columns))
+
+
+_LEASE = ("lease_until", "attempt_until", "worker_id", "lease_request_id", "outcome")
+_USUAL = {
+    (State.READY, State.LEASED): _Usual(
+        "state", "attempt", "lease_epoch", "lease_nonce", "lease_ms", "start_ms", *_LEASE
+    ),
+    (State.LEASED, State.SUCCEEDED): _Usual("state", "end_ms", "delete_ms", *_LEASE),
+    (State.LEASED, State.LEASED): _Usual("lease_until", "attempt_until"),
+}
 
 
 _STATES = {int(state): state for state in State}
@@ -780,11 +820,11 @@ _OUTCOMES = {int(outcome): outcome for outcome in Outcome}
 
 def _task_row(queue_id: str, row: Sequence[Any]) -> TaskRow:
     """From the columns in the order of _COLUMNS."""
-    fields = list(row[: len(_COLUMNS)])
+    fields = list(row)
     fields[_QUEUE] = queue_id
     fields[_STATE], fields[_OUTCOME] = _STATES[fields[_STATE]], _OUTCOMES[fields[_OUTCOME]]
-    fields[_CANCEL] = bool(fields[_CANCEL])
-    return TaskRow(*fields)
+    fields[_CANCEL] = fields[_CANCEL] == 1
+    return TaskRow(*fields[:_WIDTH])
 
 
 def _body_values(body: TaskBody) -> tuple[Any, ...]:

@@ -1,0 +1,148 @@
+"""Retinue by its own client: `Queue` and `Worker`, a coroutine as handler.
+
+The handler takes less than a round trip, so the worker leases ahead (`prefetch`), as its documentation says.
+JSON travels as text with its media type, which load() parses.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import grpc.aio
+from bench.adapters.protocol import BULK, WINDOW, Record, blocks, produce, say, task
+
+from retinue.client import Job, Queue, Worker
+from retinue.workqueue.v1 import workqueue_admin_service_pb2 as admin
+from retinue.workqueue.v1 import workqueue_admin_service_pb2_grpc as admin_rpc
+from retinue.workqueue.v1 import workqueue_service_pb2 as api
+from retinue.workqueue.v1 import workqueue_service_pb2_grpc as rpc
+
+CONCURRENCY = int(os.environ.get("BENCH_CONCURRENCY", "64"))
+PREFETCH = int(os.environ.get("BENCH_PREFETCH", "448"))
+IN_FLIGHT = int(os.environ.get("BENCH_BULK_CALLS", "4"))
+JSON = "application/json"
+
+
+async def one(queue: Queue, numbers: range) -> None:
+    for number in numbers:
+        await queue.enqueue(json.dumps(task(number)), content_type=JSON)
+
+
+async def bulk(queue: Queue, todo: Any) -> None:
+    for block in todo:
+        answers = await queue.enqueue_many([await queue.spec(json.dumps(task(n)), content_type=JSON) for n in block])
+        if failed := [answer for answer in answers if isinstance(answer, Exception)]:
+            raise failed[0]
+
+
+async def share(queue: Queue, numbers: Any, workers: int) -> None:
+    todo = iter(numbers)
+
+    async def run() -> None:
+        for number in todo:
+            await queue.enqueue(json.dumps(task(number)), content_type=JSON)
+
+    await asyncio.gather(*(run() for _ in range(workers)))
+
+
+async def enqueue(queue: Queue, first: int, count: int, mode: str) -> dict[str, Any]:
+    start = time.perf_counter()
+    numbers = range(first, first + count)
+    if mode == "one":
+        await one(queue, numbers)
+    elif mode == "pipelined":
+        await share(queue, numbers, WINDOW)
+    else:
+        todo = blocks(first, count)
+        await asyncio.gather(*(bulk(queue, todo) for _ in range(IN_FLIGHT)))
+    return {"seconds": time.perf_counter() - start}
+
+
+async def open_loop(queue: Queue, times: list[float]) -> dict[str, Any]:
+    start, loop = time.monotonic_ns(), asyncio.get_running_loop()
+    origin, sending = loop.time(), set()
+    for number, due in enumerate(times):
+        if (wait := origin + due - loop.time()) > 0:
+            await asyncio.sleep(wait)
+        sent = asyncio.create_task(queue.enqueue(json.dumps(task(number)), content_type=JSON))
+        sending.add(sent)
+        sent.add_done_callback(sending.discard)
+    await asyncio.gather(*sending)
+    return {"start_ns": start}
+
+
+async def left(queue: Queue) -> dict[str, Any]:
+    stub = admin_rpc.WorkQueueAdminServiceStub(queue.connection.channel)
+    request = admin.GetQueueStatsRequest(queue_ids=[queue.queue_id])
+    (found,) = (await queue.connection.call(stub.GetQueueStats, request)).stats
+    return {"left": found.scheduled + found.ready + found.leased + found.retrying + found.dead}
+
+
+async def lease(queue: Queue, count: int) -> dict[str, Any]:
+    """Leases tasks, 100 a call, one call after the other."""
+    start, leased = time.perf_counter(), 0
+    while leased < count:
+        found = len(await queue.lease("bench", max_tasks=BULK, lease_duration=3600))
+        if not found:
+            raise ValueError(f"the queue gave only {leased} tasks")
+        leased += found
+    return {"seconds": time.perf_counter() - start}
+
+
+async def idle(address: str, count: int) -> None:
+    """Workers that wait: a connection and a stream each, a sign of life every 10 s, as the client's own worker does."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    calls = []
+    for number in range(count):
+        channel = grpc.aio.insecure_channel(address, options=options)
+        call = rpc.WorkQueueServiceStub(channel).StreamTasks()
+        opening = api.StreamOpen(queue_id="bench-idle", worker_id=f"idle-{number}")
+        await call.write(api.StreamTasksRequest(open=opening, extend_all=True, sequence=1, credit=1))
+        await call.read()
+        calls.append((channel, call))
+    say(event="ready")
+    for sequence in itertools.count(2):
+        for _, call in calls:
+            await call.write(api.StreamTasksRequest(extend_all=True, sequence=sequence))
+            await asyncio.sleep(10 / count)
+            await call.read()
+
+
+def produce_all(address: str) -> None:
+    runner = asyncio.Runner()
+    queues: dict[str, Queue] = {}
+
+    def command(function: Any) -> Any:
+        async def run(queue: str, arguments: dict[str, Any]) -> Any:
+            if queue not in queues:
+                queues[queue] = Queue(queue, address=address)
+            return await function(queues[queue], **arguments)
+
+        return lambda queue, **arguments: runner.run(run(queue, arguments))
+
+    commands = {"enqueue": enqueue, "open": open_loop, "left": left, "lease": lease}
+    produce({name: command(function) for name, function in commands.items()})
+
+
+async def work(address: str, name: str, count: int, path: str) -> None:
+    record = Record(count, path)
+
+    async def handle(job: Job) -> None:
+        record((await job.load())["id"])
+
+    async with Queue(name, address=address) as queue:
+        connected = lambda event: say(event="ready") if event.kind == "connected" else None  # noqa: E731 - one line
+        await Worker(queue, handle, concurrency=CONCURRENCY, prefetch=PREFETCH, listener=connected).run()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "produce":
+        produce_all(sys.argv[2])
+    elif sys.argv[1] == "idle":
+        asyncio.run(idle(sys.argv[2], int(sys.argv[3])))
+    else:
+        asyncio.run(work(sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]))

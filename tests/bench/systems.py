@@ -1,0 +1,76 @@
+"""The systems, how each is started, and how much each is given to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from bench.processes import HERE, HOME, ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PEERS = HOME / "venv" / "bin" / "python"
+OURS = sys.executable
+
+
+@dataclass(frozen=True)
+class System:
+    """One entrant. `share` is its part of a cell's number of tasks, so that a round takes seconds for each."""
+
+    name: str
+    broker: str
+    program: str
+    share: Mapping[str, float] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    modes: frozenset[str] = frozenset({"one", "pipelined", "bulk"})
+    durability: str = "D2"
+
+    def command(self, role: str) -> list[str]:
+        """The adapter's program; its own arguments follow."""
+        path = HERE / "adapters" / self.program
+        if path.suffix == ".mjs":
+            return [shutil.which("node") or "node", str(path), *self.arguments, role]
+        if path.suffix == ".go":
+            return [str(HOME / "go" / path.stem), *self.arguments, role]
+        return [str(OURS if self.program == "retinue_.py" else PEERS), str(path), *self.arguments, role]
+
+    def environment(self) -> dict[str, str]:
+        """Where an adapter finds its peer's packages."""
+        if self.program.endswith(".mjs"):
+            return {"BENCH_NODE_MODULES": str(HOME / "node" / "node_modules")}
+        ours = [str(ROOT / "clients" / "python")] if self.program == "retinue_.py" else []
+        return {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *ours])}
+
+
+_SINGLE = frozenset({"one", "pipelined"})
+
+SYSTEMS = {
+    system.name: system
+    for system in (
+        System("retinue", "retinue", "retinue_.py"),
+        System("retinue-metrics", "retinue-metrics", "retinue_.py"),
+        System("retinue-tracing", "retinue-tracing", "retinue_.py"),
+        System(
+            "bullmq",
+            "redis",
+            "bullmq.mjs",
+            {"process": 0.5, "enqueue_bulk": 0.4, "cycle": 0.3, "enqueue_one": 0.15},
+            needs=("redis-server", "node"),
+        ),
+        System(
+            "celery",
+            "redis",
+            "celery_.py",
+            {"": 0.03, "enqueue_one": 0.1},
+            needs=("redis-server", "python"),
+            modes=_SINGLE,
+        ),
+        System("beanstalkd", "beanstalkd", "beanstalkd_.py", {"": 0.2}, needs=("beanstalkd", "python"), modes=_SINGLE),
+    )
+}
+"""By name, in the order of the tables; Retinue is first, since ratios are to it."""

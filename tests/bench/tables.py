@@ -1,0 +1,110 @@
+"""Results as Markdown. No I/O."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bench.figures import Spread, ratio, spread
+from bench.goals import GOALS, outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bench.results import Played, PlayedCell, Results
+
+COSTS = {
+    "server_cpu_us": "server CPU, ms per 1,000",
+    "worker_cpu_us": "worker CPU, ms per 1,000",
+    "bytes": "bytes written per task",
+    "fsyncs": "fsyncs per task",
+    "server_rss_mib": "server RSS, MiB",
+    "worker_rss_mib": "worker RSS, MiB",
+}
+"""What a task costs, besides its time."""
+
+FIGURES = {
+    "capacity": "capacity, tasks/s",
+    **{
+        f"{name}_{load}": f"{text} at {load} %, ms"
+        for load in (25, 50, 75)
+        for name, text in (("p50", "p50"), ("p99", "p99"), ("p999", "p99.9"))
+    },
+    "empty_rate": "leases/s, no more waiting",
+    "deep_rate": "leases/s, 1,000,000 waiting",
+    "deep_share": "share",
+    "restart_ms": "from start to first lease, ms",
+    "idle_share": "idle, cores",
+    "workers_share": "1,000 workers wait, cores",
+    "workers_rss_mib": "with them, RSS in MiB",
+    "start_ms": "start, ms",
+    "rss_mib": "RSS, MiB",
+    "modules": "modules",
+}
+"""What cells without a rate tell."""
+
+
+def render(results: Results) -> str:
+    """Goals first, then a table per cell."""
+    parts = [goals(results), *(f"### {cell.title}\n\n{table(name, cell)}" for name, cell in results.cells.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def goals(results: Results) -> str:
+    rows = []
+    for goal in GOALS:
+        measured, verdict = outcome(goal, results)
+        unit = "×" if goal.against else f" {goal.unit}"
+        rows.append([goal.what, goal.text, ranged(measured, unit) if measured else "", verdict])
+    return grid(["what", "goal", "measured: median (range)", ""], rows)
+
+
+def table(name: str, cell: PlayedCell) -> str:
+    """One row per system; rates with how many times a peer's ours is, other figures as they are."""
+    rows = rated(cell) if any(played.values("rate") for played in cell.systems.values()) else plain(cell)
+    return f"`{name}`; {cell.pins}\n\n{rows}"
+
+
+def rated(cell: PlayedCell) -> str:
+    costs = [key for key in COSTS if any(played.values(key) for played in cell.systems.values())]
+    header = ["system", "tasks a round", "tasks/s: median (range)", "Retinue is", *(COSTS[key] for key in costs)]
+    ours = cell.systems.get("retinue")
+    return grid(header, [_rated(system, played, ours, costs) for system, played in cell.systems.items()])
+
+
+def _rated(system: str, played: Played, ours: Played | None, costs: Sequence[str]) -> list[str]:
+    if void := _void(played):
+        return [system, f"{played.tasks:,}", void, "", *("" for _ in costs)]
+    rates = played.values("rate")
+    against = ranged(ratio(ours.values("rate"), rates), "×") if ours and len(ours.values("rate")) == len(rates) else ""
+    medians = [number(spread(values).median) if (values := played.values(key)) else "" for key in costs]
+    return [system, f"{played.tasks:,}", ranged(spread(rates)), against, *medians]
+
+
+def plain(cell: PlayedCell) -> str:
+    """Median and range of every figure."""
+    found = [key for key in FIGURES if any(played.values(key) for played in cell.systems.values())]
+    rows = []
+    for system, played in cell.systems.items():
+        texts = [ranged(spread(values)) if (values := played.values(key)) else "" for key in found]
+        rows.append([system, *([_void(played), *texts[1:]] if _void(played) else texts)])
+    return grid(["system", *(FIGURES[key] for key in found)], rows)
+
+
+def _void(played: Played) -> str:
+    return "" if played.rounds and not played.void else f"void: {played.void or 'not played'}"
+
+
+def ranged(found: Spread, unit: str = "") -> str:
+    return f"{number(found.median)}{unit} ({number(found.low)}-{number(found.high)})"
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    if abs(value) >= 1000:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    return f"{float(f'{value:.3g}'):g}"
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

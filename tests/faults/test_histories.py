@@ -1,0 +1,134 @@
+"""G1 to G5 under load and kills, from what clients in two languages asked and were told."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from contract.client import Client as Api
+from servers import start_server
+from support.faults.campaign import QUEUE, Campaign, Size
+from support.faults.clients import PATH, WORKERS, Client, Crew, build_go_worker
+from support.faults.engines import ENGINES, sqlite
+from support.faults.report import summarised, table
+from support.history import Event, Leased, Op, Story, Verdict, read
+from support.history.checks import check
+from workers import eventually
+
+if TYPE_CHECKING:
+    from servers import RunningServer
+
+pytestmark = pytest.mark.timeout(240)  # the first build of the Go worker compiles what the client stands on
+
+LEASE_S = 1.0
+
+
+@pytest.fixture(scope="session")
+def go_worker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The worker of the Go client."""
+    try:
+        return build_go_worker(tmp_path_factory.mktemp("go"))
+    except LookupError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_history_under_kills_breaks_no_rule(engine: str, tmp_path: Path, go_worker: Path) -> None:
+    seed = random.SystemRandom().getrandbits(31)
+    with (
+        ENGINES[engine](tmp_path) as ready,
+        Campaign(tmp_path, ready, seed, go_worker, Size(kills=4, tasks=800)) as campaign,
+    ):
+        began = time.monotonic()
+        campaign.run()
+        campaign.settle()
+        story = campaign.story()
+    faults = {str(kind): count for kind, count in campaign.faults.items()}
+    report, findings = summarised(story, engine, seed, time.monotonic() - began, faults)
+    assert findings == [], table(report)
+    assert report.acknowledged >= 800
+    assert report.second_executions > 0
+
+
+@pytest.mark.parametrize(
+    ("defect", "caught_by"),
+    [
+        ("acknowledge_before_commit", {"lost"}),
+        ("accept_a_stale_completion", {"not_shared"}),
+        ("refund_twice", {"counted"}),
+    ],
+)
+def test_a_broken_server_is_caught(defect: str, caught_by: set[str], tmp_path: Path, go_worker: Path) -> None:
+    """Of a defect that shows under a crash only, the checks must find it after two."""
+    size = Size(kills=2, tasks=500) if defect == "acknowledge_before_commit" else Size(kills=0, tasks=1_500)
+    with sqlite(tmp_path) as engine:
+        broken = replace(
+            engine, env={**engine.env, "DEFECT": defect, "PYTHONPATH": PATH}, module="faults.broken_server"
+        )
+    with Campaign(tmp_path, broken, 7, go_worker, size) as campaign:
+        campaign.run()
+        campaign.settle()
+        story = campaign.story()
+    assert caught_by <= {finding.check for finding in check(story)}
+
+
+class Stage:
+    """A server with workers that hold every lease for a while."""
+
+    def __init__(self, server: RunningServer, history: Path, go_worker: Path) -> None:
+        self.api, self._server, self._history = Api(server.control), server, history
+        self.crew = Crew(QUEUE, 1, history, go_worker)
+
+    def worker(self, kind: str, hold_s: float) -> Client:
+        return self.crew.start(
+            kind, self._server.address, "--lease", str(LEASE_S), "--hold", str(hold_s), "--threads", "1"
+        )
+
+    def has_lease(self, client: Client) -> bool:
+        return any(isinstance(event, Leased) for event in self.events_of(client))
+
+    def events_of(self, client: Client) -> list[Event]:
+        return [event for event in self.events() if event.who == client.name]
+
+    def events(self) -> list[Event]:
+        return read(self._history)
+
+
+@pytest.fixture
+def stage(tmp_path: Path, go_worker: Path) -> Iterator[Stage]:
+    history = tmp_path / "history"
+    history.mkdir()
+    server = start_server(tmp_path)
+    stage = Stage(server, history, go_worker)
+    yield stage
+    stage.crew.kill_all()
+    stage.api.channel.close()
+    server.kill()
+
+
+@pytest.mark.parametrize(("first", "second"), [("python", "library"), ("library", "go"), ("go", "python")])
+def test_a_worker_that_was_stopped_for_three_leases_publishes_nothing(stage: Stage, first: str, second: str) -> None:
+    stopped = stage.worker(first, hold_s=LEASE_S / 2)
+    [result] = stage.api.EnqueueTasks(tasks=[{"queue_id": QUEUE}]).results
+    eventually(lambda: stage.has_lease(stopped), "the first worker has the task")
+    stopped.signal(signal.SIGSTOP)
+    over = time.monotonic() + 3 * LEASE_S
+    other = stage.worker(second, hold_s=0)
+    stage.api.WaitTask(task_id=result.task_id, wait_duration={"seconds": 15})
+    time.sleep(max(0, over - time.monotonic()))  # the claim is about three leases
+    said = len(stage.events_of(stopped))
+    stopped.signal(signal.SIGCONT)
+    eventually(lambda: len(stage.events_of(stopped)) >= said + 2, "the first worker asks, and is answered")
+    stage.crew.end(*WORKERS)
+    story = Story(stage.events(), [])
+    stale, fresh = story.in_order(result.task_id)
+    assert (stale.who, fresh.who) == (stopped.name, other.name)
+    assert [s.reason for s in stale.settlements if s.op == Op.COMPLETE] in ([], ["LEASE_LOST"])
+    assert fresh.of(Op.COMPLETE, Verdict.ACCEPTED)
+    assert list(story.accepted_completions(result.task_id)) == [2]

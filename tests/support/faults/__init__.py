@@ -1,0 +1,1 @@
+"""Faults played against real processes, from a seed."""
