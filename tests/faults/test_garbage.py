@@ -34,7 +34,7 @@ from servers import RunningServer, start_server
 
 pytestmark = PATIENT
 MIB = 1024 * 1024
-EXAMPLES = 1_000 if LONG else 12
+EXAMPLES = 300 if LONG else 12
 ROUNDS = 30 if LONG else 3
 WARM_UP = 3
 """Rounds after which memory has seen its peaks: what is open at once, and what the allocator keeps."""
