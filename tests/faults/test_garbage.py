@@ -35,7 +35,7 @@ from servers import RunningServer, start_server
 pytestmark = PATIENT
 MIB = 1024 * 1024
 EXAMPLES = 300 if LONG else 12
-ROUNDS = 30 if LONG else 3
+ROUNDS = 10 if LONG else 3
 WARM_UP = 3
 """Rounds after which memory has seen its peaks: what is open at once, and what the allocator keeps."""
 FLAT_MIB = 24
@@ -275,7 +275,7 @@ GRPCS_OWN = {
 """Here grpc's own core says INTERNAL before a call gets to us, as its specification has it for most of them."""
 
 
-def exchange(address: str, sent: bytes, patience: float = 0.5) -> str:
+def exchange(address: str, sent: bytes, patience: float = 0.3) -> str:
     """Sends bytes as they are; the code of the first call, or how else the server reacted."""
     host, _, port = address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=10) as wire:
