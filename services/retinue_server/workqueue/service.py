@@ -25,7 +25,7 @@ DESCRIPTOR = wq.DESCRIPTOR.services_by_name["WorkQueueService"]
 REPLY_BYTES = 5 * 512 * 1024
 """Replies are cut here, well under the 3 MiB that no message exceeds."""
 
-_PAGES: wire.PageTokens[tuple[str, int]] = wire.PageTokens("tasks", 1, tuple[str, int])
+_PAGES: wire.PageTokens[tuple[str, int]] = wire.PageTokens("tasks", 1, tuple[str, wire.Int64])
 """Which filter, and below which task to go on."""
 
 
