@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
+from support.postgres import Postgres
 
 from retinue_server.runtime.errors import NotFound
 from retinue_server.workqueue.engine import (
@@ -26,6 +28,7 @@ from retinue_server.workqueue.engine import (
     Transaction,
 )
 from retinue_server.workqueue.engines.memory import MemoryEngine
+from retinue_server.workqueue.engines.postgres import PostgresEngine
 from retinue_server.workqueue.engines.sqlite import SqliteEngine
 
 
@@ -33,13 +36,25 @@ def no_fatal(error: BaseException) -> None:
     raise AssertionError(error)
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@asynccontextmanager
+async def started(engine: Engine) -> AsyncIterator[Engine]:
+    await engine.start()
+    await engine.write(lambda tx: tx.save_queue(QueueRow("q", QueueState.ACTIVE, QueueSettings(), 7)))
+    yield engine
+    await engine.stop()
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgres"])
 async def engine(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Engine]:
-    made: Engine = MemoryEngine() if request.param == "memory" else SqliteEngine(tmp_path / "queue.db", no_fatal)
-    await made.start()
-    await made.write(lambda tx: tx.save_queue(QueueRow("q", QueueState.ACTIVE, QueueSettings(), 7)))
-    yield made
-    await made.stop()
+    if request.param == "memory":
+        made: Engine = MemoryEngine()
+    elif request.param == "sqlite":
+        made = SqliteEngine(tmp_path / "queue.db", no_fatal)
+    else:
+        postgres: Postgres = request.getfixturevalue("postgres")
+        made = PostgresEngine(postgres.url, schema=postgres.schema(), connections=1)
+    async with started(made):
+        yield made
 
 
 def row(task_id: str, state: State = State.READY, **fields: object) -> TaskRow:

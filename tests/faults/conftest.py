@@ -1,5 +1,38 @@
-"""Faults are played against the same servers as the contract suite's."""
+"""Faults are played against the same servers as the contract suite's, and in simulated worlds."""
 
+import pytest
 from contract.conftest import serve
+from faults.tables import pytest_terminal_summary, row
 
-__all__ = ["serve"]
+__all__ = ["pytest_terminal_summary", "row", "serve"]
+
+SCHEDULES = 1_600
+"""As many as CI plays: some 20 s of one core."""
+BLOCK = 200
+"""Schedules a test: pytest's workers share them out."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("simulation", "deterministic simulation (tests/faults/test_simulation.py)")
+    group.addoption(
+        "--schedules",
+        type=int,
+        default=SCHEDULES,
+        metavar="N",
+        help=f"play N schedules, one a seed (default {SCHEDULES}); with -n PROCESSES they are shared out",
+    )
+    group.addoption(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="the first seed (default 0); --seed S --schedules 1 replays one exactly and prints its trace if it fails",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seeds" in metafunc.fixturenames:
+        first, count = metafunc.config.getoption("--seed"), metafunc.config.getoption("--schedules")
+        ends = range(first, first + count, BLOCK)
+        blocks = [range(start, min(start + BLOCK, first + count)) for start in ends]
+        metafunc.parametrize("seeds", blocks, ids=[f"{block.start}-{block.stop - 1}" for block in blocks])

@@ -6,14 +6,16 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from contract.client import Client as Api
 from servers import start_server
-from support.faults.campaign import QUEUE, SQLITE, Campaign, Engine, Size
-from support.faults.clients import PATH, Client, Crew, build_go_worker
+from support.faults.campaign import QUEUE, Campaign, Size
+from support.faults.clients import PATH, WORKERS, Client, Crew, build_go_worker
+from support.faults.engines import ENGINES, sqlite
 from support.faults.report import summarised, table
 from support.history import Event, Leased, Op, Story, Verdict, read
 from support.history.checks import check
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(240)  # the first build of the Go worker compiles what the client stands on
 
-ENGINES = [SQLITE]
 LEASE_S = 1.0
 
 
@@ -37,16 +38,19 @@ def go_worker(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(str(missing))
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
-def test_the_history_under_kills_breaks_no_rule(engine: Engine, tmp_path: Path, go_worker: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_history_under_kills_breaks_no_rule(engine: str, tmp_path: Path, go_worker: Path) -> None:
     seed = random.SystemRandom().getrandbits(31)
-    with Campaign(tmp_path, engine, seed, go_worker, Size(kills=4, tasks=800)) as campaign:
+    with (
+        ENGINES[engine](tmp_path) as ready,
+        Campaign(tmp_path, ready, seed, go_worker, Size(kills=4, tasks=800)) as campaign,
+    ):
         began = time.monotonic()
         campaign.run()
         campaign.settle()
         story = campaign.story()
     faults = {str(kind): count for kind, count in campaign.faults.items()}
-    report, findings = summarised(story, engine.name, seed, time.monotonic() - began, faults)
+    report, findings = summarised(story, engine, seed, time.monotonic() - began, faults)
     assert findings == [], table(report)
     assert report.acknowledged >= 800
     assert report.second_executions > 0
@@ -62,8 +66,11 @@ def test_the_history_under_kills_breaks_no_rule(engine: Engine, tmp_path: Path, 
 )
 def test_a_broken_server_is_caught(defect: str, caught_by: set[str], tmp_path: Path, go_worker: Path) -> None:
     """Of a defect that shows under a crash only, the checks must find it after two."""
-    broken = Engine(defect, {**SQLITE.env, "DEFECT": defect, "PYTHONPATH": PATH}, "faults.broken_server")
     size = Size(kills=2, tasks=500) if defect == "acknowledge_before_commit" else Size(kills=0, tasks=1_500)
+    with sqlite(tmp_path) as engine:
+        broken = replace(
+            engine, env={**engine.env, "DEFECT": defect, "PYTHONPATH": PATH}, module="faults.broken_server"
+        )
     with Campaign(tmp_path, broken, 7, go_worker, size) as campaign:
         campaign.run()
         campaign.settle()
@@ -97,7 +104,7 @@ class Stage:
 def stage(tmp_path: Path, go_worker: Path) -> Iterator[Stage]:
     history = tmp_path / "history"
     history.mkdir()
-    server = start_server(tmp_path, env=SQLITE.env)
+    server = start_server(tmp_path)
     stage = Stage(server, history, go_worker)
     yield stage
     stage.crew.kill_all()
@@ -105,7 +112,7 @@ def stage(tmp_path: Path, go_worker: Path) -> Iterator[Stage]:
     server.kill()
 
 
-@pytest.mark.parametrize(("first", "second"), [("python", "go"), ("go", "python")])
+@pytest.mark.parametrize(("first", "second"), [("python", "library"), ("library", "go"), ("go", "python")])
 def test_a_worker_that_was_stopped_for_three_leases_publishes_nothing(stage: Stage, first: str, second: str) -> None:
     stopped = stage.worker(first, hold_s=LEASE_S / 2)
     [result] = stage.api.EnqueueTasks(tasks=[{"queue_id": QUEUE}]).results
@@ -118,7 +125,7 @@ def test_a_worker_that_was_stopped_for_three_leases_publishes_nothing(stage: Sta
     said = len(stage.events_of(stopped))
     stopped.signal(signal.SIGCONT)
     eventually(lambda: len(stage.events_of(stopped)) >= said + 2, "the first worker asks, and is answered")
-    stage.crew.end("python", "go")
+    stage.crew.end(*WORKERS)
     story = Story(stage.events(), [])
     stale, fresh = story.in_order(result.task_id)
     assert (stale.who, fresh.who) == (stopped.name, other.name)

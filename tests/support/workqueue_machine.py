@@ -13,6 +13,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from msgspec.structs import replace
 
 from retinue_server.runtime.errors import RetinueError
 from retinue_server.workqueue.core.requests import (
@@ -35,6 +36,7 @@ from retinue_server.workqueue.engine import (
     State,
     TaskBody,
     TaskFilter,
+    TaskRow,
 )
 from support.workqueue_core import SECOND, Bench
 
@@ -69,6 +71,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.stores = self.engines()
         self.runner.run(self._start())
         self.leases: list[LeaseRef] = []
+        self.own: dict[tuple[Bench, LeaseRef], LeaseRef] = {}
+        """The same lease as each engine numbers it."""
         self.epochs: Counter[int] = Counter()
         self.completed: dict[int, LeaseRef] = {}
         self.known: list[str] = []
@@ -85,10 +89,14 @@ class QueueMachine(RuleBasedStateMachine):
 
     def all(self, act: Callable[[Bench], Awaitable[Any]]) -> Any:
         """Plays an act on every engine; the one answer."""
+        return self.each(act)[0]
+
+    def each(self, act: Callable[[Bench], Awaitable[Any]]) -> list[Any]:
+        """The same; the answers, which differ in nothing but seq."""
         answers = [self.runner.run(self._answer(act, bench)) for bench in self.benches]
         for answer in answers[1:]:
             assert plain(answer) == plain(answers[0]), f"{answer}\n{answers[0]}"
-        return answers[0]
+        return answers
 
     @staticmethod
     async def _answer(act: Callable[[Bench], Awaitable[Any]], bench: Bench) -> Any:
@@ -118,9 +126,11 @@ class QueueMachine(RuleBasedStateMachine):
     )
     def lease(self, queue_id: str, count: int, lease_ms: int | None, request: str) -> None:
         ask = LeaseAsk(queue_id, "w", count, lease_ms, request)
-        granted = self.all(lambda b: b.queue.lease(ask))
-        for task, *_ in granted:
+        answers = self.each(lambda b: b.queue.lease(ask))
+        for (task, *_), *others in zip(*answers, strict=True):
             ref = LeaseRef.of(task.row)
+            for bench, other in zip(self.benches, ((task,), *others), strict=True):
+                self.own[bench, ref] = LeaseRef.of(other[0].row)
             assert ref in self.leases or task.row.lease_epoch > self.epochs[task.row.seq]
             assert task.row.seq not in self.completed, "a completed task is never leased again"
             self.epochs[task.row.seq] = task.row.lease_epoch
@@ -131,7 +141,7 @@ class QueueMachine(RuleBasedStateMachine):
         if not self.leases:
             return
         ref = data.draw(st.sampled_from(self.leases))
-        settled = self.all(lambda b: b.end(Complete(ref, b"out", "", tuple(follow_ups))))
+        settled = self.all(lambda b: b.end(Complete(self.own[b, ref], b"out", "", tuple(follow_ups))))
         if settled.error is None:
             assert self.completed.setdefault(ref.seq, ref) == ref, "at most one accepted completion"
             self.known += settled.follow_ups
@@ -140,19 +150,19 @@ class QueueMachine(RuleBasedStateMachine):
     def fail(self, data: st.DataObject, final: bool) -> None:  # noqa: FBT001 - hypothesis passes by name
         if self.leases:
             ref = data.draw(st.sampled_from(self.leases))
-            self.all(lambda b: b.end(Fail(ref, Failure("R", "m"), final)))
+            self.all(lambda b: b.end(Fail(self.own[b, ref], Failure("R", "m"), final)))
 
     @rule(data=st.data(), delay_ms=st.sampled_from([0, 0, 0, 3 * SECOND]))
     def release(self, data: st.DataObject, delay_ms: int) -> None:
         if self.leases:
             ref = data.draw(st.sampled_from(self.leases[-3:]))
-            self.all(lambda b: b.end(Release(ref, delay_ms)))
+            self.all(lambda b: b.end(Release(self.own[b, ref], delay_ms)))
 
     @rule(data=st.data())
     def extend(self, data: st.DataObject) -> None:
         if self.leases:
             ref = data.draw(st.sampled_from(self.leases))
-            self.all(lambda b: b.queue.extend([Extend(ref)]))
+            self.all(lambda b: b.queue.extend([Extend(self.own[b, ref])]))
 
     @rule(ms=st.sampled_from([1, SECOND, SECOND, 10 * SECOND, 31 * SECOND]), swept=st.booleans())
     def time_passes(self, ms: int, swept: bool) -> None:  # noqa: FBT001 - hypothesis passes by name
@@ -216,7 +226,9 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 def plain(answer: Any) -> Any:
-    """An answer with errors as values, so that two can be compared."""
+    """An answer with errors as values and without seq, so that two can be compared."""
+    if isinstance(answer, TaskRow):
+        return replace(answer, seq=0)
     if isinstance(answer, RetinueError):
         return type(answer).__name__, answer.reason, answer.message, answer.metadata
     if isinstance(answer, (list, tuple)):

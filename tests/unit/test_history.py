@@ -83,15 +83,20 @@ class Tale:
         """How a task stands when all is over."""
         self.tasks.append(TaskRecord(task, state, attempt, expirations, epoch))
 
+    def end_with(self, result: str, epoch: int) -> None:
+        """It succeeded with this result."""
+        self.tasks.append(TaskRecord("t", "SUCCEEDED", 1, epoch - 1, epoch, result=result))
+
     def child(self, epoch: int, name: str = "c", state: str = "SUCCEEDED") -> None:
         """A follow-up, completed in its turn."""
         self.tasks.append(TaskRecord(name, state, 1, 0, 1, "t", epoch))
         self.lease(1, 9_000, task=name)
         self.ask(Op.COMPLETE, 9_010, Item(name, 1))
 
-    def broken(self) -> set[str]:
+    def broken(self, *, renewed_at_start: bool = True) -> set[str]:
         """The names of the checks that find something."""
-        story = Story([*self.events, Fault(10_000 * MS, "h", "read", "tasks")], self.tasks, Policy(3, 3))
+        read_at = Fault(10_000 * MS, "h", "read", "tasks")
+        story = Story([*self.events, read_at], self.tasks, Policy(3, 3, renewed_at_start))
         return {finding.check for finding in check(story)}
 
 
@@ -191,6 +196,22 @@ def test_a_lease_that_ended_in_two_ways_is_rejected(tale: Tale) -> None:
     assert "ended_once" in tale.broken()
 
 
+def test_a_result_that_is_not_the_accepted_one_is_rejected(tale: Tale) -> None:
+    tale.lease(1, at=10)
+    tale.lease(2, at=1_100)
+    tale.settle(Op.COMPLETE, 2, at=1_200)
+    tale.settle(Op.COMPLETE, 1, at=1_300, answer="LEASE_LOST")
+    tale.end_with("1", epoch=2)
+    assert tale.broken() == {"first_result_stands"}
+
+
+def test_a_result_may_be_that_of_a_completion_whose_answer_was_lost(tale: Tale) -> None:
+    tale.lease(1, at=10)
+    tale.settle(Op.COMPLETE, 1, at=20, answer=None)
+    tale.end_with("1", epoch=1)
+    assert tale.broken() == set()
+
+
 # Second executions
 
 
@@ -276,6 +297,14 @@ def test_a_restart_gives_nothing_to_a_lease_that_may_be_over(tale: Tale) -> None
     tale.lease(2, at=1_500)
     tale.end("READY", 0, 2, expirations=2)
     assert tale.broken() == set()
+
+
+def test_without_such_renewal_a_restart_changes_nothing(tale: Tale) -> None:
+    tale.lease(1, at=10)
+    tale.crash(500, 900)
+    tale.lease(2, at=1_800)
+    tale.end("READY", 0, 2, expirations=2)
+    assert tale.broken(renewed_at_start=False) == set()
 
 
 def test_a_lease_that_may_not_have_been_delivered_may_have_been_given_back(tale: Tale) -> None:

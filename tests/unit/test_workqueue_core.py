@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.workqueue_core import SECOND, Bench
 
-from retinue_server.runtime.errors import FailedPrecondition, InvalidArgument, NotFound, OutOfRange, Reason
+from retinue_server.runtime.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    OutOfRange,
+    Reason,
+    Unavailable,
+)
 from retinue_server.workqueue.core import rules
 from retinue_server.workqueue.core.events import EventRing, EventType, Ledger
 from retinue_server.workqueue.core.requests import (
@@ -31,8 +40,11 @@ from retinue_server.workqueue.engine import (
     TaskBody,
     TaskFilter,
     TaskRow,
+    Transaction,
 )
 from retinue_server.workqueue.engines.memory import MemoryEngine
+
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -159,6 +171,73 @@ async def test_a_waiter_that_goes_away_passes_its_wake_up_on(bench: Bench) -> No
     await bench.put()
     first.cancel()
     assert len(await second) == 1
+
+
+class SlowEngine(MemoryEngine):
+    """Answers when the test says so, or refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers, self.holds = asyncio.Event(), asyncio.Event()
+        self.answers.set()
+        self.refuses: int | None = None
+        """Which of the next writes is refused, counted from 0."""
+
+    async def write(self, step: Callable[[Transaction], T]) -> T:
+        if self.refuses is not None:
+            self.refuses -= 1
+            if self.refuses < 0:
+                self.refuses = None
+                raise Unavailable("not now", retry_ms=500)
+        result = await super().write(step)
+        if not self.answers.is_set():
+            self.holds.set()
+            await self.answers.wait()
+        return result
+
+
+async def test_what_a_cancelled_caller_wrote_is_told_to_those_who_wait(bench: Bench) -> None:
+    bench.queue.engine = engine = SlowEngine()
+    waiting = asyncio.ensure_future(bench.queue.lease(LeaseAsk("q", "w"), 60_000))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    engine.answers.clear()
+    enqueuing = asyncio.ensure_future(bench.put())
+    await engine.holds.wait()
+    enqueuing.cancel()
+    await asyncio.wait([enqueuing])
+    engine.answers.set()
+    async with asyncio.timeout(5):
+        assert len(await waiting) == 1
+
+
+async def test_an_end_that_its_worker_did_not_await_is_told_to_those_who_wait(bench: Bench) -> None:
+    bench.queue.engine = engine = SlowEngine()
+    [task_id] = await bench.put()
+    lease = await bench.take_one()
+    waiting = asyncio.ensure_future(bench.queue.wait(task_id, 60_000))
+    await asyncio.sleep(0)
+    engine.answers.clear()
+    completing = asyncio.ensure_future(bench.complete(lease))
+    await engine.holds.wait()
+    completing.cancel()
+    await asyncio.wait([completing])
+    engine.answers.set()
+    async with asyncio.timeout(5):
+        assert (await waiting).row.state == State.SUCCEEDED
+
+
+async def test_a_waiter_whose_look_fails_passes_its_wake_up_on(bench: Bench) -> None:
+    bench.queue.engine = engine = SlowEngine()
+    first = asyncio.ensure_future(bench.queue.lease(LeaseAsk("q", "w1"), 60_000))
+    second = asyncio.ensure_future(bench.queue.lease(LeaseAsk("q", "w2"), 60_000))
+    await asyncio.sleep(0.01)
+    engine.refuses = 1
+    await bench.put()
+    with pytest.raises(Unavailable):
+        await first
+    async with asyncio.timeout(5):
+        assert len(await second) == 1
 
 
 # Ending

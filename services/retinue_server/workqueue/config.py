@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
 
+class PostgresSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the engine `postgres` finds its database."""
+
+    url: str = ""
+    """postgresql://USER@HOST:PORT/DATABASE?…, as libpq takes it. Give a password by the environment or by a file."""
+    password_file: Path | None = None
+    """A file whose content is the password; read at every connect."""
+    schema: str = "retinue"
+    """Where its tables are; coordinators that share a schema share their queues."""
+    connections: int = 2
+    """How many connections write at the same time; two more read, two carry blobs, one listens."""
+    prepared_statements: bool = True
+    """false behind a pooler that gives each transaction another connection and does not follow them (PgBouncer)."""
+    listen_url: str = ""
+    """A way to the database past the pooler, to hear of others' tasks at once; empty = the url."""
+
+
 class WorkQueueSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What an operator may set."""
 
-    engine: Literal["sqlite", "memory"] = "sqlite"
+    engine: Literal["sqlite", "postgres", "memory"] = "sqlite"
     """Where tasks live."""
+    postgres: PostgresSettings = PostgresSettings()
     strict_queues: bool = False
     """Queues must be created before use."""
     max_blob_bytes: int = 5 * 1024**3

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from retinue_server.runtime.config import ConfigError
 from retinue_server.runtime.dispatch import Pattern, Service
 from retinue_server.runtime.lifecycle import DataDirLock, fatal
 from retinue_server.workqueue import admin_service, blob_service, metrics, service
 from retinue_server.workqueue.config import WorkQueueSettings
-from retinue_server.workqueue.core.queue import WorkQueue
+from retinue_server.workqueue.core.queue import WorkQueue, read_clocks
 from retinue_server.workqueue.engines.local_blobs import LocalBlobs
 from retinue_server.workqueue.sweeper import Sweeper
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from retinue_server.runtime.config import Settings, Upstream
-    from retinue_server.workqueue.engine import Engine
+    from retinue_server.runtime.dispatch import Part
+    from retinue_server.workqueue.engine import BlobStore, Engine, Instant
 
 SETTINGS = WorkQueueSettings
 NAME = "workqueue"
@@ -27,11 +30,15 @@ async def wire(settings: Settings, section: WorkQueueSettings) -> Pattern:
     """The work queue: a coordinator over its engine or, with an upstream, a relay."""
     if settings.upstream is not None:
         return _relay(settings.upstream)
-    engine = _engine(settings, section)
-    blobs = LocalBlobs(
-        settings.data_dir / NAME / "blobs", section.max_blob_bytes, fatal, reserve_bytes=section.disk_reserve_bytes
+    store = _postgres(section) if section.engine == "postgres" else _local(settings, section)
+    engine, blobs = store.engine, store.blobs
+    queue = WorkQueue(
+        engine,
+        blobs,
+        clock=store.clock,
+        strict_queues=section.strict_queues,
+        drain_ms=int(settings.drain_seconds * 1000),
     )
-    queue = WorkQueue(engine, blobs, strict_queues=section.strict_queues, drain_ms=int(settings.drain_seconds * 1000))
     sweeper = Sweeper(queue, section.blob_idle_seconds * 1000)
     admin = admin_service.WorkQueueAdminService(queue, section.max_blob_bytes)
     can = engine.capabilities
@@ -42,7 +49,7 @@ async def wire(settings: Settings, section: WorkQueueSettings) -> Pattern:
             Service(admin_service.DESCRIPTOR, admin, admin_service.ROLES),
             Service(blob_service.DESCRIPTOR, blob_service.BlobService(blobs)),
         ),
-        parts=(DataDirLock(settings.data_dir / NAME), engine, blobs, sweeper),
+        parts=(*store.before, engine, blobs, sweeper),
         health=sweeper,
         quiesce=queue.quiesce,
         metrics=partial(metrics.families, queue),
@@ -64,7 +71,22 @@ def _relay(upstream: Upstream) -> Pattern:
     )
 
 
-def _engine(settings: Settings, section: WorkQueueSettings) -> Engine:
+class _Store(NamedTuple):
+    """Where tasks and blobs live, which clock counts, and what starts first."""
+
+    engine: Engine
+    blobs: BlobStore
+    clock: Callable[[], Instant] = read_clocks
+    before: tuple[Part, ...] = ()
+
+
+def _local(settings: Settings, section: WorkQueueSettings) -> _Store:
+    where, reserve = settings.data_dir / NAME / "blobs", section.disk_reserve_bytes
+    blobs = LocalBlobs(where, section.max_blob_bytes, fatal, reserve_bytes=reserve)
+    return _Store(_local_engine(settings, section), blobs, before=(DataDirLock(settings.data_dir / NAME),))
+
+
+def _local_engine(settings: Settings, section: WorkQueueSettings) -> Engine:
     if section.engine == "memory":
         from retinue_server.workqueue.engines.memory import MemoryEngine  # noqa: PLC0415 - the chosen engine only
 
@@ -74,3 +96,24 @@ def _engine(settings: Settings, section: WorkQueueSettings) -> Engine:
     except ImportError as error:
         raise ConfigError("cannot use engine sqlite: install it with pip install 'retinue-server[sqlite]'") from error
     return SqliteEngine(settings.data_dir / NAME / "queue.db", fatal, reserve_bytes=section.disk_reserve_bytes)
+
+
+def _postgres(section: WorkQueueSettings) -> _Store:
+    try:
+        from retinue_server.workqueue.engines.postgres import PostgresEngine  # noqa: PLC0415 - the chosen engine only
+    except ImportError as error:
+        raise ConfigError(
+            "cannot use engine postgres: install it with pip install 'retinue-server[postgres]'"
+        ) from error
+    said = section.postgres
+    try:
+        engine = PostgresEngine(
+            said.url,
+            password_file=said.password_file,
+            schema=said.schema,
+            connections=said.connections,
+            prepared_statements=said.prepared_statements,
+        )
+    except ValueError as error:
+        raise ConfigError(f"cannot use workqueue.postgres: {error}") from None
+    return _Store(engine, engine.blobs(section.max_blob_bytes), engine.now)

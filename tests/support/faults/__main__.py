@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -15,11 +16,11 @@ from pathlib import Path
 
 from servers import ROOT
 
-from support.faults.campaign import SQLITE, Campaign, Size
+from support.faults.campaign import Campaign, Size
 from support.faults.clients import build_go_worker
+from support.faults.engines import ENGINES
 from support.faults.report import save, summarised, table
 
-ENGINES = {engine.name: engine for engine in (SQLITE,)}
 _SHOWN = 20
 
 
@@ -31,12 +32,16 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(31))
     flags = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     print(f"campaign: engine {flags.engine}, seed {flags.seed}", flush=True)
     directory = Path(tempfile.mkdtemp(prefix="retinue-faults-"))
     began = time.monotonic()
     size = Size(flags.kills, flags.tasks, flags.rate)
-    engine = ENGINES[flags.engine]
-    with Campaign(directory, engine, flags.seed, build_go_worker(directory), size) as campaign:
+    worker = build_go_worker(directory)
+    with (
+        ENGINES[flags.engine](directory) as engine,
+        Campaign(directory, engine, flags.seed, worker, size) as campaign,
+    ):
         campaign.run()
         campaign.settle()
         story = campaign.story()

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import msgspec
 from contract.client import Client as Api
 from contract.line import seconds
-from servers import start_server
+from servers import RunningServer, start_server
 
 from retinue.workqueue.v1 import task_pb2
-from support.faults.clients import Client, Crew
+from support.faults.clients import WORKERS, Client, Crew
+from support.faults.engines import Engine
 from support.faults.proxy import Mode, Proxy
 from support.faults.schedule import Kind, Step, schedule
 from support.history import Call, Item, Op, Outcome, Policy, Reply, Story, TaskRecord, read, read_file
@@ -33,19 +36,8 @@ _MODES = {
     Kind.HALF_OPEN: Mode.HALF_OPEN,
 }
 _PAGE = 500
+_SAMPLE = 500
 _STUCK_S = 60.0
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What is under test: a name for the table, and the server's settings."""
-
-    name: str
-    env: dict[str, str]
-    module: str = "retinue_server"
-
-
-SQLITE = Engine("sqlite", {"RETINUE_WORKQUEUE__ENGINE": "sqlite"})
 
 
 @dataclass(frozen=True)
@@ -66,20 +58,22 @@ class Campaign:
         self._history = directory / "history"
         self._history.mkdir()
         self._engine = engine
+        self._servers: list[RunningServer] = []
         self._where = directory
         self._recorder = Recorder(self._history, "harness")
         self._crew = Crew(QUEUE, seed, self._history, go_worker)
         self._undoing: list[threading.Timer] = []
+        self._tasks, self._grew = 0, time.monotonic()
         self.faults: Counter[Kind] = Counter()
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            self._recorder.fault("start", "server")
-            self._server = start_server(self._where, env=self._engine.env, module=self._engine.module)
-            stack.callback(self._end_server)
-            self._proxy = stack.enter_context(Proxy(self._server.address))
-            self._api = stack.enter_context(Api(self._server.control))
+            stack.callback(self._end_servers)
+            for number in range(self._engine.coordinators):
+                self._start_server(number)
+            self._proxy = stack.enter_context(Proxy(self._servers[0].address))
+            self._api = stack.enter_context(Api(self._servers[0].control))
             stack.callback(self._crew.kill_all)
             self._create_queue()
             for kind, through_proxy in (("producer", False), ("producer", True), *_WORKERS):
@@ -92,8 +86,15 @@ class Campaign:
             timer.cancel()
         self._open.close()
 
-    def _end_server(self) -> None:
-        self._server.kill()
+    def _start_server(self, number: int) -> None:
+        where = self._where / f"server-{number}"
+        where.mkdir()
+        self._recorder.fault("start", "server")
+        self._servers.append(start_server(where, env=self._engine.env, module=self._engine.module))
+
+    def _end_servers(self) -> None:
+        for server in self._servers:
+            server.kill()
 
     def _create_queue(self) -> None:
         self._api.CreateQueue(
@@ -109,17 +110,25 @@ class Campaign:
         )
 
     def _start(self, kind: str, *, through_proxy: bool) -> None:
-        address = self._proxy.address if through_proxy else self._server.address
+        own = self._servers[len(self._crew.running) % len(self._servers)].address
+        address = self._proxy.address if through_proxy else own
         more = ("--rate", str(self._size.rate)) if kind == "producer" else ()
         self._crew.start(kind, address, *more)
 
     def run(self) -> None:
         """Plays faults until there were enough of them and enough tasks."""
-        for step in schedule(self._seed) if self._size.kills else _peace():
+        for step in schedule(self._seed, self._engine.faults) if self._size.kills else _peace():
             time.sleep(step.pause_s)  # the load needs time to get hold of something; nothing waits for it
             self._play(step)
-            if self.faults[Kind.KILL_SERVER] >= self._size.kills and self._acknowledged() >= self._size.tasks:
+            if self.faults[Kind.KILL_SERVER] >= self._size.kills and self._has_enough_tasks():
                 return
+
+    def _has_enough_tasks(self) -> bool:
+        now = self._acknowledged()
+        if now > self._tasks:
+            self._tasks, self._grew = now, time.monotonic()
+        assert time.monotonic() < self._grew + _STUCK_S, f"no more than {now} tasks are acknowledged"
+        return now >= self._size.tasks
 
     def _acknowledged(self) -> int:
         return sum(acknowledged(file) for file in self._history.glob("producer-*.jsonl"))
@@ -130,33 +139,38 @@ class Campaign:
         self.faults[step.kind] += 1
         match step.kind:
             case Kind.KILL_SERVER:
-                self._kill_server(step.lasts_s)
+                self._kill_server(step)
             case Kind.STOP_SERVER:
-                self._stop_server(step.lasts_s)
+                self._stop_server(step)
             case Kind.KILL_WORKER:
-                self._replace(self._picked(step, "python", "go"))
+                self._replace(self._picked(step, *WORKERS))
             case Kind.KILL_PRODUCER:
                 self._replace(self._picked(step, "producer"))
             case Kind.STOP_WORKER:
-                self._stop(self._picked(step, "python", "go"), step.lasts_s)
+                self._stop(self._picked(step, *WORKERS), step.lasts_s)
             case Kind.CUT:
                 self._recorder.fault("cut", "proxy")
                 self._proxy.cut()
+            case kind if play := self._engine.faults.get(kind):
+                self._recorder.fault(kind, "engine")
+                play()
             case _:
                 self._disturb(_MODES[step.kind], step.lasts_s)
 
-    def _kill_server(self, down_s: float) -> None:
-        self._server.kill()
+    def _kill_server(self, step: Step) -> None:
+        number = int(step.pick * len(self._servers))
+        self._servers[number].kill()
         self._recorder.fault("kill", "server")  # after its end: the old one writes nothing any more
-        time.sleep(down_s)
+        time.sleep(step.lasts_s)
         self._recorder.fault("start", "server")
-        self._server = self._server.restart()
+        self._servers[number] = self._servers[number].restart()
 
-    def _stop_server(self, lasts_s: float) -> None:
+    def _stop_server(self, step: Step) -> None:
+        process = self._servers[int(step.pick * len(self._servers))].process
         self._recorder.fault("stop", "server")
-        self._server.process.send_signal(signal.SIGSTOP)
-        time.sleep(lasts_s)
-        self._server.process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(step.lasts_s)
+        process.send_signal(signal.SIGCONT)
 
     def _picked(self, step: Step, *kinds: str) -> Client:
         some = self._crew.of(*kinds)
@@ -192,8 +206,14 @@ class Campaign:
         self._drain()
         self._redrive()
         self._drain()
-        self._crew.end("python", "go")
+        self._crew.end(*WORKERS)
         assert not self._crew.failed, self._crew.failed
+        assert not self._internal_errors(), self._internal_errors()[-1]
+
+    def _internal_errors(self) -> list[str]:
+        """What no server may ever write into its log."""
+        logs = (log.read_text() for log in self._where.glob("server-*/server.log"))
+        return [line for log in logs for line in log.splitlines() if "failed unexpectedly" in line]
 
     def _drain(self) -> None:
         left, since = self._unfinished(), time.monotonic()
@@ -232,12 +252,22 @@ class Campaign:
 
     def story(self) -> Story:
         """What happened, and what it came to."""
-        tasks = [record(task) for task in self._listed()]
+        tasks = {task.task_id: record(task) for task in self._listed()}
+        for task_id, result in self._results([name for name, task in tasks.items() if task.state == "SUCCEEDED"]):
+            tasks[task_id] = msgspec.structs.replace(tasks[task_id], result=result)
         self._recorder.fault("read", "tasks")
-        return Story(read(self._history), tasks, POLICY)
+        return Story(
+            read(self._history), tasks.values(), replace(POLICY, renewed_at_start=self._engine.renewed_at_start)
+        )
+
+    def _results(self, task_ids: list[str]) -> Iterator[tuple[str, str]]:
+        """What some of the tasks gave back."""
+        some = random.Random(self._seed).sample(task_ids, min(_SAMPLE, len(task_ids)))
+        for task_id, call in [(task_id, self._api.begin("GetTask", task_id=task_id)) for task_id in some]:
+            yield task_id, call.result().task.result.text
 
 
-_WORKERS = (("python", False), ("python", True), ("go", False), ("go", True))
+_WORKERS = (("python", True), ("library", False), ("go", True), ("go", False))
 
 
 def _peace() -> Iterator[Step]:

@@ -19,6 +19,9 @@ PATH = os.pathsep.join([str(ROOT / "services"), str(ROOT / "clients/python"), st
 _CLIENTS = ROOT / "tests/faults/clients"
 
 
+WORKERS = ("python", "library", "go")
+
+
 class Client(NamedTuple):
     """A running client."""
 
@@ -45,7 +48,7 @@ def build_go_worker(directory: Path) -> Path:
 
 
 class Crew:
-    """All clients of one run. Kinds: `producer`, `python` (a worker), `go` (another)."""
+    """All clients of one run: kind `producer`, and the workers `python` (unary calls), `library` and `go` (clients)."""
 
     def __init__(self, queue: str, seed: int, history: Path, go_worker: Path) -> None:
         self._common = ["--queue", queue, "--history", str(history), "--seed", str(seed)]
@@ -53,6 +56,7 @@ class Crew:
         self._programs = {
             "producer": [sys.executable, "-m", "faults.clients.producer"],
             "python": [sys.executable, "-m", "faults.clients.worker"],
+            "library": [sys.executable, "-m", "faults.clients.library"],
             "go": [str(go_worker)],
         }
         self._numbers = itertools.count(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -23,6 +23,11 @@ class Kind(StrEnum):
     REPLIES_ONLY = "replies only"
     REQUESTS_ONLY = "requests only"
     HALF_OPEN = "half-open"
+    TERMINATE_BACKENDS = "terminate backends"
+    """pg_terminate_backend for all connections of the coordinators."""
+    RESTART_DATABASE = "restart database"
+    CRASH_DATABASE = "crash database"
+    """An immediate stop, or SIGKILL; then it recovers."""
 
 
 class Step(NamedTuple):
@@ -46,15 +51,23 @@ _BESIDE = {
     Kind.REPLIES_ONLY: 2,
     Kind.REQUESTS_ONLY: 3,
     Kind.HALF_OPEN: 2,
+    Kind.TERMINATE_BACKENDS: 6,
+    Kind.RESTART_DATABASE: 2,
+    Kind.CRASH_DATABASE: 2,
 }
-"""Weights of what happens between two kills of the server."""
+"""Weights of what happens between two kills of a server."""
+_OF_ENGINES = (Kind.TERMINATE_BACKENDS, Kind.RESTART_DATABASE, Kind.CRASH_DATABASE)
 
 
-def schedule(seed: int) -> Iterator[Step]:
-    """Endless: every other fault kills the server, under load that has had time to build up."""
+def schedule(seed: int, of_engine: Container[Kind] = ()) -> Iterator[Step]:
+    """Endless: every other fault kills a server, under load that has had time to build up.
+
+    Of the faults that an engine alone can suffer those are played that it names.
+    """
     chance = random.Random(seed)
+    beside = {kind: weight for kind, weight in _BESIDE.items() if kind not in _OF_ENGINES or kind in of_engine}
     while True:
         yield Step(chance.uniform(0.2, 0.9), Kind.KILL_SERVER, chance.choice((0.0, 0.0, 0.3)), chance.random())
-        [kind] = chance.choices(list(_BESIDE), list(_BESIDE.values()))
+        [kind] = chance.choices(list(beside), list(beside.values()))
         lasts_s = chance.choice((0.1, 0.3, 0.6, 2.5 if kind == Kind.STOP_WORKER else 1.0))
         yield Step(chance.uniform(0.0, 0.2), kind, lasts_s, chance.random())

@@ -51,6 +51,19 @@ def completed_once(story: Story) -> Iterator[Finding]:
             yield Finding("completed_once", task, f"completions were accepted under the leases {epochs}")
 
 
+def first_result_stands(story: Story) -> Iterator[Finding]:
+    """The result is that of the completion that was accepted, whatever was said later."""
+    for task, record in story.tasks.items():
+        if record.state == "SUCCEEDED" and record.result is not None:
+            allowed = sorted(story.accepted_completions(task)) or [
+                s.item.epoch for s in story.possible_completions(task)
+            ]
+            if record.result not in map(str, allowed):
+                yield Finding(
+                    "first_result_stands", task, f"its result is that of lease {record.result}, not {allowed}"
+                )
+
+
 def ended_once(story: Story) -> Iterator[Finding]:
     """A lease ends in one way only."""
     for lease in _leases(story):
@@ -216,6 +229,7 @@ CHECKS: tuple[Check, ...] = (
     lost,
     invented,
     completed_once,
+    first_result_stands,
     ended_once,
     explained,
     not_shared,

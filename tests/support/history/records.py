@@ -121,6 +121,8 @@ class TaskRecord(Struct, frozen=True, omit_defaults=True):
     parent: str = ""
     parent_epoch: int = 0
     """The lease under which its parent was completed, as the completing worker wrote it into a label."""
+    result: str | None = None
+    """The lease that it was completed under, as the completing worker wrote it there; None = not looked at."""
 
 
 decode = msgspec.json.Decoder(Event).decode

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _MS = 1_000_000
-_ROUNDING_MS = 1
-"""The server counts leases in whole milliseconds, so one may end up to that much early by a finer clock."""
+_ROUNDING_MS = 2
+"""Leases are counted in whole milliseconds, by some engines on a clock that NTP slews."""
 
 
 class Verdict(Enum):
@@ -35,6 +35,8 @@ class Policy:
 
     max_attempts: int = 5
     max_lease_expirations: int = 3
+    renewed_at_start: bool = True
+    """A server that starts gives the leases that it finds one full term, since it can't know how old they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ class Story:
         self.calls = {(e.who, e.n): e for e in ordered if isinstance(e, Call)}
         self.replies = {(e.who, e.n): e for e in ordered if isinstance(e, Reply)}
         self.faults = [e for e in ordered if isinstance(e, Fault)]
-        self.restarts = _restarts(self.faults)
+        self.restarts = _restarts(self.faults) if policy.renewed_at_start else []
         self.enqueues: dict[str, list[Settlement]] = defaultdict(list)
         self.redrives: dict[str, list[Settlement]] = defaultdict(list)
         self.executions: dict[str, dict[int, Execution]] = defaultdict(dict)

@@ -1,4 +1,4 @@
-"""A world that one seed decides: time, the order of ready callbacks, the network, crashes, every choice of every client.
+"""A world that one seed decides: time, the order of ready callbacks, the network, crashes, what every client does.
 
     chance.py    the seed's random numbers, in words
     loop.py      an event loop without real time, threads or I/O; nodes that can be stalled and killed

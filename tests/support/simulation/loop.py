@@ -84,7 +84,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self._ready: list[Handle] = []
         self._timers: list[tuple[float, int, Handle]] = []
         self._count = itertools.count()
-        self._tasks: list[asyncio.Task[Any]] = []
+        self._tasks: list[tuple[asyncio.Task[Any], Node | None]] = []
         self._closed = False
         self.finished = False
         """Set to end the run."""
@@ -97,7 +97,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         """Seconds since the world began."""
         return self._now
 
-    def call_soon(  # type: ignore[override] # the base promises *args of any types by a variadic type variable
+    def call_soon(
         self, callback: Callable[..., object], *args: object, context: contextvars.Context | None = None
     ) -> Handle:
         handle = Handle(self._now, callback, args, contextvars.copy_context() if context is None else context)
@@ -105,12 +105,12 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
             self._ready.append(handle)
         return handle
 
-    def call_later(  # type: ignore[override] # as above
+    def call_later(
         self, delay: float, callback: Callable[..., object], *args: object, context: contextvars.Context | None = None
     ) -> Handle:
         return self.call_at(self._now + delay, callback, *args, context=context)
 
-    def call_at(  # type: ignore[override] # as above
+    def call_at(
         self, when: float, callback: Callable[..., object], *args: object, context: contextvars.Context | None = None
     ) -> Handle:
         handle = Handle(when, callback, args, contextvars.copy_context() if context is None else context)
@@ -121,7 +121,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)
 
-    def create_task(  # type: ignore[override] # typeshed's union of generator and coroutine tells callers nothing
+    def create_task(
         self,
         coro: Coroutine[Any, Any, T] | Generator[Any, None, T],
         *,
@@ -129,7 +129,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         context: contextvars.Context | None = None,
     ) -> asyncio.Task[T]:
         task: asyncio.Task[T] = asyncio.Task(coro, loop=self, name=name or "", context=context)
-        self._tasks.append(task)
+        self._tasks.append((task, (contextvars.copy_context() if context is None else context).get(_NODE)))
         return task
 
     def get_debug(self) -> bool:
@@ -195,9 +195,11 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         return True
 
     def failure(self) -> BaseException | None:
-        """What ended a task that nobody looked at, if any did."""
-        for task in self._tasks:
-            if task.done() and not task.cancelled() and task._log_traceback:  # type: ignore[attr-defined] # no other way to ask without answering
+        """What ended a task that nobody looked at, if any did; the dead can't look."""
+        for task, node in self._tasks:
+            if node is not None and node.dead:
+                continue
+            if task.done() and not task.cancelled() and task._log_traceback:
                 return task.exception()
         return None
 
@@ -206,9 +208,9 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self._closed = True
         self._ready.clear()
         self._timers.clear()
-        for task in self._tasks:
+        for task, _ in self._tasks:
             if not task.done():
-                task._log_destroy_pending = False  # type: ignore[attr-defined] # it is meant
+                task._log_destroy_pending = False  # type: ignore[attr-defined] # C tasks have it
                 with suppress(RuntimeError):  # an `async with` that would await on its way out
-                    task.get_coro().close()  # type: ignore[union-attr] # always a coroutine here
+                    task.get_coro().close()
         self._tasks.clear()

@@ -114,4 +114,4 @@ def _said(item: msgspec.Struct) -> list[tuple[str, Any]]:
     return [(f.name, value) for f in fields if (value := getattr(item, f.name)) != f.default and value not in _EMPTY]
 
 
-_EMPTY = (None, "", b"", {}, ())
+_EMPTY: tuple[Any, ...] = (None, "", b"", {}, ())

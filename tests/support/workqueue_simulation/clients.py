@@ -1,4 +1,4 @@
-"""Those who use the queue in a simulated world: producers, workers, operators; honest in calm, otherwise as the seed says.
+"""Who uses the queue in a simulated world: producers, workers, operators; honest in calm, otherwise as the seed says.
 
 They repeat a call as the client helpers do: the same request_id, the same token, with backoff, until it is answered.
 """
@@ -55,6 +55,10 @@ class Client:
         self.world, self.chance = world, world.chance
         self.node = Node(world.loop, name)
         self._requests = itertools.count(1)
+
+    async def run(self) -> None:
+        """What it does from its start on."""
+        raise NotImplementedError
 
     def request_id(self) -> str:
         """A new one."""

@@ -60,10 +60,10 @@ class Store(memory._Store):
         self._next_seq = max(self._rows, default=0) + 1
         self._line_up()
         self.notes: list[_Note] = []
-        self.step, self.now = 0, Instant(0, 0)
+        self.step, self.begun = 0, Instant(0, 0)
 
     def _line_up(self) -> None:
-        """Who is ready, in order: after a start, and when a group was undone in which tasks were taken from the line."""
+        """Who is ready, in order: after a start, and after a group that took some of them was undone."""
         self._heaps.clear()
         for row in self._rows.values():
             if row.state == State.READY:
@@ -81,12 +81,12 @@ class Store(memory._Store):
             raise
 
     def _set(self, table: dict[Any, Any], key: Any, value: Any) -> None:
-        note = _Note(self._names[id(table)], key, table.get(key), value, self.step, self.now)
+        note = _Note(self._names[id(table)], key, table.get(key), value, self.step, self.begun)
         super()._set(table, key, value)
         self.notes.append(note)
 
     def _drop(self, table: dict[Any, Any], key: Any) -> None:
-        note = _Note(self._names[id(table)], key, table.get(key), _GONE, self.step, self.now)
+        note = _Note(self._names[id(table)], key, table.get(key), _GONE, self.step, self.begun)
         super()._drop(table, key)
         self.notes.append(note)
 
@@ -209,6 +209,9 @@ class SimulatedEngine:
         result: T = await asyncio.shield(job.done)
         return result
 
+    def room(self) -> None:
+        """Memory has no end here."""
+
     async def read(self, query: Callable[[View], T]) -> T:
         await asyncio.sleep(self._chance.among((0, 0, 0.001)))
         return query(self._disk.view)
@@ -241,7 +244,7 @@ class SimulatedEngine:
 
     def _run(self, group: Sequence[_Step]) -> None:
         for job in group:
-            self._store.step, self._store.now = self._disk.next_step(), self._clock()
+            self._store.step, self._store.begun = self._disk.next_step(), self._clock()
             job.run(self._store)
 
     def _refuse(self) -> None:
@@ -303,7 +306,9 @@ class _Step:
         self._error = error
 
     def answer(self) -> None:
-        """Tells the caller."""
+        """Tells the caller, once."""
+        if self.done.done():
+            return
         if self._error is None:
             self.done.set_result(self._result)
         else:

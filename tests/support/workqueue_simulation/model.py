@@ -126,6 +126,15 @@ class Model:
             Noted: self._noted,
         }
 
+        self._check: dict[str, Callable[[Answered], None]] = {
+            "enqueue": self._enqueued,
+            "lease": self._granted,
+            "settle": self._settled_all,
+            "extend": self._extended_all,
+            "cancel": self._cancel_answered,
+            "wait": self._told,
+        }
+
     def tell(self, record: Any) -> None:
         """Takes one record into account."""
         self._at = record.at
@@ -452,23 +461,12 @@ class Model:
             self._wait_is_over(waiting)
         if isinstance(record.answer, RetinueError):
             return
-        match record.verb:
-            case "enqueue":
-                self._enqueued(record.args[0], record.answer)
-            case "lease":
-                self._granted(record.args[0], record.answer)
-            case "settle":
-                for item, settled in zip(record.args[0], record.answer, strict=True):
-                    self._settled(record, item, settled)
-            case "extend":
-                for item, extended in zip(record.args[0], record.answer, strict=True):
-                    self._extended(record, item, extended)
-            case "cancel":
-                self._cancel_answered(record.args[0].task_ids, record.answer)
-            case "wait" | "get":
-                self._told(record.answer)
+        if check := self._check.get(record.verb):
+            check(record)
 
-    def _enqueued(self, asked: Enqueue, answer: list[Enqueued]) -> None:
+    def _enqueued(self, record: Answered) -> None:
+        asked: Enqueue = record.args[0]
+        answer: list[Enqueued] = record.answer
         for result in answer:
             if result.error is None and result.task_id not in self._inserted:
                 self.broken(DURABLE, f"{result.task_id} was acknowledged and is not on disk")
@@ -476,7 +474,9 @@ class Model:
         if asked.request_id and self._replies.setdefault(asked.request_id, plain) != plain:
             self.broken(REPLAYS, f"{asked.request_id} got {plain} after {self._replies[asked.request_id]}")
 
-    def _granted(self, asked: LeaseAsk, answer: list[Granted]) -> None:
+    def _granted(self, record: Answered) -> None:
+        asked: LeaseAsk = record.args[0]
+        answer: list[Granted] = record.answer
         for granted in answer:
             ref = LeaseRef.of(granted.task.row)
             lease = self._leases.get(ref)
@@ -486,6 +486,10 @@ class Model:
                 self.broken(EXPLAINED, f"{ref} is of {lease.worker_id} and was given to {asked.worker_id}")
             elif granted.lease_left_ms > max(lease.lasts):
                 self.broken(EXPLAINED, f"{ref} lasts {lease.lasts} ms and {granted.lease_left_ms} were promised")
+
+    def _settled_all(self, record: Answered) -> None:
+        for item, settled in zip(record.args[0], record.answer, strict=True):
+            self._settled(record, item, settled)
 
     def _settled(self, record: Answered, item: Settlement, settled: Settled) -> None:
         lease = self._leases.get(item.lease)
@@ -516,6 +520,10 @@ class Model:
         if reason != (None if ended == item.outcome else Reason.ALREADY_FINALIZED):
             self.broken(REPLAYS, f"{item.outcome.name} of {item.lease}, ended {ended.name}, was answered {reason}")
 
+    def _extended_all(self, record: Answered) -> None:
+        for item, extended in zip(record.args[0], record.answer, strict=True):
+            self._extended(record, item, extended)
+
     def _extended(self, record: Answered, item: Extend, extended: Extended) -> None:
         lease = self._leases.get(item.lease)
         if extended.error is None:
@@ -527,12 +535,14 @@ class Model:
         if row and LeaseRef.of(row) == item.lease and row.state == State.LEASED and (row.lease_until or 0) > now:
             self.broken(HONEST, f"{item.lease} was not extended: {row}")
 
-    def _cancel_answered(self, task_ids: tuple[str, ...], answer: Selected) -> None:
-        for task_id in task_ids:
+    def _cancel_answered(self, record: Answered) -> None:
+        answer: Selected = record.answer
+        for task_id in record.args[0].task_ids:
             if task_id not in answer.errors and task_id not in self._cancelled:
                 self.broken(DURABLE, f"{task_id} was cancelled, and is not on disk")
 
-    def _told(self, task: Task) -> None:
+    def _told(self, record: Answered) -> None:
+        task: Task = record.answer
         seen = self.rows.get(task.row.seq)
         if seen is None and task.row.task_id not in self._inserted:
             self.broken(DURABLE, f"{task.row.task_id} was shown and is not on disk")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from retinue_server.runtime.errors import RetinueError
 from retinue_server.workqueue.core.requests import SettingsPatch
-from retinue_server.workqueue.engine import FINISHED, RetryOverrides
+from retinue_server.workqueue.engine import FINISHED, QueueState, RetryOverrides
 from support.simulation.chance import Chance
 from support.simulation.clocks import WallClock
 from support.simulation.loop import SimulatedLoop
@@ -68,7 +68,7 @@ class Schedule:
     def __init__(self, seed: int, parts: Parts) -> None:
         self.seed = seed
         self.chance = chance = Chance(seed)
-        loop = SimulatedLoop(chance, shuffled=chance.happens(0.7))
+        loop = SimulatedLoop(chance, shuffled=chance.happens(0.7))  # type: ignore[abstract] # no files, sockets, threads
         history = History()
         network = Network(loop, chance, history, RetinueError, CALM)
         disk = Disk(history, loop.time)
@@ -139,7 +139,7 @@ class Schedule:
             half_open=sometimes(1.0),
         )
         world.haste = sometimes(0.3)
-        world.latency = Latency(slow=sometimes(0.2), refuse=sometimes(0.1))
+        world.latency = Latency(slow=sometimes(0.2), refuse=sometimes(0.3))
         if self._server is not None:
             self._server.disk_is(world.latency)
             self._plan_crash(self._server.plan)
@@ -157,7 +157,7 @@ class Schedule:
         for number in range(chance.whole(1, 2)):
             self._producers.append(Producer(world, f"producer{number}", taste, chance.whole(1, 4)))
         self._clients += self._producers
-        for queue_id in ("q", "r", *chance.among(((), ("q",), ("q", "r")))):
+        for queue_id in ("q", "r", *chance.among(((), ("q",), ("q", "r"), ("q", "q")))):
             self._clients.append(self._new_worker(queue_id))
         verbs = tuple(verb for verb in ("cancel", "redrive", "delete", "reschedule", "close") if chance.happens(0.35))
         if verbs:
@@ -227,7 +227,7 @@ class Schedule:
         for side in sides:
             side.add(name)
         self._note(name, "is cut off, " + ("one way" if len(sides) == 1 else "both ways"))
-        self.world.loop.outside(self.chance.between(0.1, 4), self._heal, name)
+        self.world.loop.outside(self.chance.among((0.3, 2.0, 8.0)), self._heal, name)
 
     def _heal(self, name: str) -> None:
         self.world.network.mute.discard(name)
@@ -250,7 +250,7 @@ class Schedule:
         self._clients.remove(worker)
         heir = self._new_worker(worker.queue_id)
         self._clients.append(heir)
-        self.world.loop.outside(self.chance.between(0, 2), self._start, heir)
+        self.world.loop.outside(self.chance.among((0.1, 1.0, 8.0)), self._start, heir)
 
     @staticmethod
     def _start(worker: Worker) -> None:
@@ -282,6 +282,8 @@ class Schedule:
         await operator.node.spawn(operator.open())
         while not self._all_ended():
             await asyncio.sleep(0.25)
+            if any(queue.state != QueueState.ACTIVE for queue in world.disk.tables["_queues"].values()):
+                await operator.node.spawn(operator.open())  # a late request of before has closed it again
         world.loop.finished = True
 
     def _all_ended(self) -> bool:

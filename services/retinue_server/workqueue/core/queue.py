@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
@@ -118,7 +118,7 @@ class WorkQueue:
         """What was left for tasks and blobs then, where that is known."""
         self._count_again = 0.0
         self._alarm = Alarm()
-        self._background: set[asyncio.Future[None]] = set()
+        self._background: set[asyncio.Future[Any]] = set()
 
     def now(self) -> Instant:
         """Now, on both clocks."""
@@ -200,12 +200,7 @@ class WorkQueue:
         if self.stopping:
             return []
         nonce = self._chance.nonce()
-        granting = asyncio.ensure_future(self._write(lambda tx, ctx: steps.lease(tx, asked, nonce, ctx)))
-        try:
-            leased = await asyncio.shield(granting)
-        except asyncio.CancelledError:
-            granting.add_done_callback(self._give_back)
-            raise
+        leased = await self._write(lambda tx, ctx: steps.lease(tx, asked, nonce, ctx), unheard=self._give_back)
         if len(leased) == asked.max_tasks:
             self._ready.wake(asked.queue_id, 1)
         return leased
@@ -214,17 +209,9 @@ class WorkQueue:
         """A context whose event is set when the queue may have something (the stream's way to wait)."""
         return self._ready.waiting(queue_id)
 
-    def _give_back(self, granting: asyncio.Future[list[steps.Granted]]) -> None:
-        if granting.cancelled() or granting.exception() is not None or not granting.result():
-            return
-        releasing = asyncio.ensure_future(self.give_back(granting.result()))
-        self._background.add(releasing)
-        releasing.add_done_callback(self._given_back)
-
-    def _given_back(self, releasing: asyncio.Future[None]) -> None:
-        self._background.discard(releasing)
-        if not releasing.cancelled():
-            releasing.exception()  # looked at: these leases lapse instead
+    def _give_back(self, granted: list[steps.Granted]) -> None:
+        if granted:
+            self._see_through(asyncio.ensure_future(self.give_back(granted)))
 
     async def give_back(self, granted: Sequence[steps.Granted]) -> None:
         """Releases leases whose answer can't be delivered."""
@@ -367,9 +354,22 @@ class WorkQueue:
 
     # Shared
 
-    async def _write(self, step: Callable[[Transaction, steps.Context], T]) -> T:
-        """Runs a step and, once it is durable, publishes what it did."""
+    async def _write(
+        self, step: Callable[[Transaction, steps.Context], T], *, unheard: Callable[[T], None] = lambda _: None
+    ) -> T:
+        """Runs a step and, once it is durable, publishes what it did.
 
+        A caller that is cancelled changes nothing of that: the step takes effect, and who waits for it must be told;
+        `unheard` then gets the answer.
+        """
+        writing = asyncio.ensure_future(self._written(step))
+        try:
+            return await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            self._see_through(writing, unheard)
+            raise
+
+    async def _written(self, step: Callable[[Transaction, steps.Context], T]) -> T:
         def run(tx: Transaction) -> tuple[T, list[Noted]]:
             now = tx.now() or self.now()
             ctx = steps.Context(now, Ledger(now.wall_ms), self._chance.jitter, self.strict_queues)
@@ -378,6 +378,17 @@ class WorkQueue:
         result, events = await self.engine.write(run)
         self._publish(events)
         return result
+
+    def _see_through(self, work: asyncio.Future[T], then: Callable[[T], None] = lambda _: None) -> None:
+        """Lets work end that nobody awaits; its errors were for the caller who went."""
+
+        def ended(work: asyncio.Future[T]) -> None:
+            self._background.discard(work)
+            if not work.cancelled() and work.exception() is None:
+                then(work.result())
+
+        self._background.add(work)
+        work.add_done_callback(ended)
 
     def _publish(self, events: list[Noted]) -> None:
         self.events.publish(events)

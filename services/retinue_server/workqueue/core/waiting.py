@@ -27,6 +27,9 @@ class Waiters(Generic[K]):
         line.append(event)
         try:
             yield event
+        except Exception:
+            event.set()  # what it was woken for and could not take is there for another
+            raise
         finally:
             line.remove(event)
             if event.is_set():

@@ -38,6 +38,7 @@ class DiskRoom:
         self._report = Room(0, admitting=True)
         self._left = 0
         """What may still be let in until the next look."""
+        self._reopen_at = 0
         self._look_again = self._closed_until = 0.0
         self._ran_out = False
 
@@ -51,9 +52,12 @@ class DiskRoom:
         with self._lock:
             self._look_if_due()
             if self._report.admitting and self._left < size:
-                self._close("the rest is kept for work that is there")
+                self._look()
+                if self._left < size:
+                    self._reopen_at = size
+                    self._close("the rest is kept for work that is there")
             if not self._report.admitting:
-                raise self._full("new data is refused until there is room; what is there can be worked off")
+                raise _full(f"cannot take in {self._what}: the disk is nearly full; what is there can be worked off")
             self._left -= size
 
     def look(self) -> None:
@@ -68,19 +72,22 @@ class DiskRoom:
                 self._close("the disk is full and nothing can be written")
             self._ran_out = True
             self._closed_until = time.monotonic() + _HOLD_S
-        return self._full("nothing was changed")
+        return _full("cannot write: the disk is full; nothing was changed")
 
     def _look_if_due(self) -> None:
+        if time.monotonic() >= self._look_again:
+            self._look()
+
+    def _look(self) -> None:
         now = time.monotonic()
-        if now < self._look_again:
-            return
         self._look_again = now + _LOOK_S
         disk = os.statvfs(self._directory)
         reserve = min(self._reserve_bytes, disk.f_blocks * disk.f_frsize // _SMALL_DISK)
         free = disk.f_bavail * disk.f_frsize + self._spare()
         self._left = free - reserve
         self._report = Room(free, self._report.admitting)
-        if not self._report.admitting and now >= self._closed_until and self._left >= max(reserve // 8, 1024**2):
+        margin = self._reopen_at + max(reserve // 8, 1024**2)  # else it would open and close all the time
+        if not self._report.admitting and now >= self._closed_until and self._left >= margin:
             self._open()
 
     def _close(self, why: str) -> None:
@@ -93,10 +100,9 @@ class DiskRoom:
         self._ran_out = False
         log.warning("%s are taken in again: there is room in %s", self._what, self._directory)
 
-    def _full(self, rest: str) -> ResourceExhausted:
-        return ResourceExhausted(
-            f"cannot take in {self._what}: the disk is full; {rest}", reason=Reason.DISK_FULL, retry_ms=_RETRY_MS
-        )
+
+def _full(message: str) -> ResourceExhausted:
+    return ResourceExhausted(message, reason=Reason.DISK_FULL, retry_ms=_RETRY_MS)
 
 
 def is_full(error: BaseException) -> bool:

@@ -206,8 +206,10 @@ class SqliteEngine:
     def _run(self, group: list[_Step]) -> None:
         try:
             self._commit(group)
-        except apsw.FullError:  # once more, without what takes in new data: what ends work may still fit
-            self._disk.ran_out()
+        except apsw.Error as error:
+            if not _is_full(error):
+                raise
+            self._disk.ran_out()  # once more, without what takes in new data: what ends work may still fit
             self._failed = True
             self._recover()
             self._commit(group)
@@ -239,7 +241,7 @@ class SqliteEngine:
         if _is_failed_sync(error):
             self._fatal(error)
         self._failed = True
-        told = self._disk.ran_out() if isinstance(error, apsw.FullError) else _translated(error)
+        told = self._disk.ran_out() if _is_full(error) else _translated(error)
         for step in group:
             step.fail(told)
         with suppress(Exception):  # it is tried again before the next group, and that one is told
@@ -275,12 +277,13 @@ class SqliteEngine:
             self._disk.look()
             if self._log_pages - self._checked_pages >= _CHECKPOINT_PAGES:
                 self._checkpoint()
-        except apsw.FullError:
-            self._disk.ran_out()
         except Exception as error:  # noqa: BLE001 - as above; the next group is told, if it concerns it
             if _is_failed_sync(error):
                 self._fatal(error)
-            _log.warning("cannot look after the disk: %s", error)
+            if _is_full(error):
+                self._disk.ran_out()
+            else:
+                _log.warning("cannot look after the disk: %s", error)
 
     def _checkpoint(self) -> None:
         """Moves the log into the file, as far as no reader needs it; the next one takes what is left."""
@@ -753,6 +756,11 @@ def _migrate(db: apsw.Connection, path: Path) -> None:
         with db:
             db.execute(Path(__file__).with_name("schema.sql").read_text())
             db.pragma("user_version", 1)
+
+
+def _is_full(error: Exception) -> bool:
+    """The index beside the log is full by an error of its own."""
+    return isinstance(error, apsw.FullError) or getattr(error, "extendedresult", 0) == apsw.SQLITE_IOERR_SHMSIZE
 
 
 def _is_failed_sync(error: Exception) -> bool:

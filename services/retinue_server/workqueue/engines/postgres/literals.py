@@ -1,0 +1,61 @@
+"""Python values as PostgreSQL reads them: arrays as one literal, and texts that may hold a NUL.
+
+psycopg would adapt lists element by element; one join is several times cheaper, and every parameter being untyped text
+or bytes, a statement is prepared once. PostgreSQL's text can't hold NUL, protobuf's strings can: it is escaped by ESC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+_ESC = "\x1b"
+
+
+def ints(values: Iterable[int | None]) -> str:
+    """An array of integers or booleans."""
+    return "{" + ",".join(["NULL" if value is None else int.__repr__(value) for value in values]) + "}"
+
+
+def sparse(values: Sequence[int | None], default: int | None) -> str:
+    """The same, empty if all are the default."""
+    return "{}" if values.count(default) == len(values) else ints(values)
+
+
+def texts(values: Sequence[str | None]) -> str:
+    """An array of texts."""
+    joined = '","'.join([value for value in values if value is not None])
+    plain = "\\" not in joined and "\x00" not in joined and _ESC not in joined
+    if plain and None not in values and joined.count('"') == 2 * (len(values) - 1):
+        return '{"' + joined + '"}'
+    return "{" + ",".join(["NULL" if value is None else _quoted(escaped(value)) for value in values]) + "}"
+
+
+def sparse_texts(values: Sequence[str | None], default: str | None) -> str:
+    """The same, empty if all are the default."""
+    return "{}" if values.count(default) == len(values) else texts(values)
+
+
+def blobs(values: Sequence[bytes | None]) -> str:
+    """An array of bytea; empty if all are None."""
+    if values.count(None) == len(values):
+        return "{}"
+    return "{" + ",".join(["NULL" if value is None else f'"\\\\x{value.hex()}"' for value in values]) + "}"
+
+
+def escaped(value: str) -> str:
+    """A text without NUL."""
+    if "\x00" not in value and _ESC not in value:
+        return value
+    return value.replace(_ESC, _ESC + "e").replace("\x00", _ESC + "0")
+
+
+def unescaped(value: str) -> str:
+    """What `escaped` was given."""
+    if _ESC not in value:
+        return value
+    return value.replace(_ESC + "0", "\x00").replace(_ESC + "e", _ESC)
+
+
+def _quoted(value: str) -> str:
+    value = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{value}"'

@@ -1,0 +1,214 @@
+"""Rows and bodies as the tables have them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from retinue_server.workqueue.engine import (
+    FINISHED,
+    Failure,
+    Outcome,
+    QueueRow,
+    QueueSettings,
+    QueueState,
+    RetryOverrides,
+    State,
+    Task,
+    TaskBody,
+    TaskFilter,
+    TaskRow,
+)
+from retinue_server.workqueue.engines.postgres.literals import (
+    blobs,
+    escaped,
+    ints,
+    sparse,
+    sparse_texts,
+    texts,
+    unescaped,
+)
+from retinue_server.workqueue.engines.postgres.statements import ROW
+
+DAY_MS = 86_400_000
+ROW_BY_ROW = -1
+"""The `drop_day` of what is deleted row by row."""
+
+_encode = msgspec.json.Encoder().encode
+_decode_labels = msgspec.json.Decoder(dict[str, str]).decode
+_decode_retry = msgspec.json.Decoder(RetryOverrides).decode
+_decode_failure = msgspec.json.Decoder(Failure).decode
+_decode_settings = msgspec.json.Decoder(QueueSettings).decode
+_STATES = {int(state): state for state in State}
+_OUTCOMES = {int(outcome): outcome for outcome in Outcome}
+
+
+def queue(values: Sequence[Any]) -> QueueRow:
+    """From queue_id, state, settings, create_ms."""
+    queue_id, state, settings, create_ms = values
+    return QueueRow(queue_id, QueueState(state), _decode_settings(settings), create_ms)
+
+
+def queue_settings(row: QueueRow) -> str:
+    """As stored."""
+    return _encode(row.settings).decode()
+
+
+def task_row(values: Sequence[Any]) -> TaskRow:
+    """From the columns of ROW."""
+    (
+        seq, task_id, queue_id, state, priority, create_ms, ready_ms, expire_ms, attempt_ms, attempt, expirations,
+        epoch, nonce, lease_ms, lease_until, attempt_until, worker_id, request_id, outcome, cancel, start_ms, end_ms,
+        delete_ms, key, parent,
+    ) = values  # fmt: skip
+    return TaskRow(
+        seq, task_id, queue_id, _STATES[state], priority, create_ms, ready_ms, expire_ms, attempt_ms, attempt,
+        expirations, epoch, nonce, lease_ms, lease_until, attempt_until, unescaped(worker_id), unescaped(request_id),
+        _OUTCOMES[outcome], cancel, start_ms, end_ms, delete_ms, unescaped(key), parent,
+    )  # fmt: skip
+
+
+def task(values: Sequence[Any]) -> Task:
+    """From the columns of ROW, then those of BODY."""
+    return Task(task_row(values[: len(ROW)]), body(values[len(ROW) :]))
+
+
+def body(values: Sequence[Any]) -> TaskBody:
+    """From the columns of BODY."""
+    given, task_type, labels, retry, traceparent, input_blob, result, result_blob, failure = values
+    return TaskBody(
+        given,
+        unescaped(task_type),
+        {} if labels == "{}" else _labels(labels),
+        _decode_retry(retry) if retry else None,
+        unescaped(traceparent),
+        input_blob,
+        result,
+        result_blob,
+        _decode_failure(failure) if failure else None,
+    )
+
+
+def left(wide: TaskBody, result: tuple[bytes, str] | None, failure: str | None) -> TaskBody:
+    """A body with what an attempt left on it since it was read."""
+    if result is not None:
+        wide = replace(wide, result=result[0], result_blob=result[1])
+    return wide if failure is None else replace(wide, failure=_decode_failure(failure))
+
+
+def drop_day(row: TaskRow, days: frozenset[int]) -> int:
+    """The partition of history for a row: its day's, if there is one."""
+    day = ROW_BY_ROW if row.delete_ms is None else row.delete_ms // DAY_MS
+    return day if day in days else ROW_BY_ROW
+
+
+def failure_text(failure: Failure) -> str:
+    """As stored."""
+    return _encode(failure).decode()
+
+
+def labels_text(labels: Mapping[str, str]) -> str:
+    """As stored: JSON whose texts have no NUL, so that PostgreSQL can look into it."""
+    return _encode({escaped(key): escaped(value) for key, value in labels.items()}).decode() if labels else "{}"
+
+
+def _labels(text: str) -> dict[str, str]:
+    return {unescaped(key): unescaped(value) for key, value in _decode_labels(text).items()}
+
+
+def is_fresh(new: Task) -> bool:
+    """Whether a task is as producers' are: waiting, and never touched by a worker."""
+    row, wide = new
+    plain = TaskRow(
+        0, row.task_id, row.queue_id, row.state, row.priority, row.create_ms, row.ready_ms, row.expire_ms,
+        row.attempt_ms, idempotency_key=row.idempotency_key, parent_task_id=row.parent_task_id,
+    )  # fmt: skip
+    return plain == row and row.state in (State.READY, State.SCHEDULED) and not left_something(wide)
+
+
+def left_something(wide: TaskBody) -> bool:
+    """Whether an attempt left anything on a body."""
+    return bool(wide.result or wide.result_blob or wide.failure)
+
+
+def inserted(tasks: Sequence[Task]) -> list[str]:
+    """The parameters of `insert`."""
+    rows, bodies = [task.row for task in tasks], [task.body for task in tasks]
+    return [
+        texts([row.queue_id for row in rows]),
+        ints([row.state for row in rows]),
+        sparse([row.priority for row in rows], 0),
+        ints([row.create_ms for row in rows]),
+        ints([row.ready_ms for row in rows]),
+        sparse([row.expire_ms for row in rows], None),
+        sparse([row.attempt_ms for row in rows], None),
+        texts([row.task_id for row in rows]),
+        sparse_texts([row.idempotency_key for row in rows], ""),
+        sparse_texts([row.parent_task_id for row in rows], ""),
+        sparse_texts([wide.task_type for wide in bodies], ""),
+        sparse_texts([labels_text(wide.labels) for wide in bodies], "{}"),
+        sparse_texts([_encode(wide.retry).decode() if wide.retry else None for wide in bodies], None),
+        sparse_texts([wide.traceparent for wide in bodies], ""),
+        sparse_texts([wide.input_blob for wide in bodies], ""),
+        blobs([wide.input for wide in bodies]),
+    ]
+
+
+def saved(rows: Sequence[TaskRow]) -> list[str]:
+    """The parameters of `save`, and the first ones of `finish`."""
+    return [
+        ints([row.seq for row in rows]),
+        ints([row.state for row in rows]),
+        sparse([row.priority for row in rows], 0),
+        ints([row.ready_ms for row in rows]),
+        sparse([row.expire_ms for row in rows], None),
+        ints([row.attempt for row in rows]),
+        sparse([row.lease_expirations for row in rows], 0),
+        ints([row.lease_epoch for row in rows]),
+        ints([row.lease_nonce for row in rows]),
+        ints([row.lease_ms for row in rows]),
+        sparse([row.lease_until for row in rows], None),
+        sparse([row.attempt_until for row in rows], None),
+        sparse_texts([row.worker_id for row in rows], ""),
+        sparse_texts([row.lease_request_id for row in rows], ""),
+        sparse([row.outcome for row in rows], Outcome.NONE),
+        sparse([row.cancel_requested for row in rows], False),  # noqa: FBT003 - the default that is left out
+        sparse([row.start_ms for row in rows], None),
+        sparse([row.end_ms for row in rows], None),
+        sparse([row.delete_ms for row in rows], None),
+    ]
+
+
+def conditions(wanted: TaskFilter, *, old: bool, first: int) -> tuple[str, list[str]]:
+    """A filter as SQL over `t` and `b`, or over `h`, with its parameters numbered from `first`."""
+    hot, wide = ("h", "h") if old else ("t", "b")
+    terms: list[tuple[str, str]] = []
+    if wanted.queue_id:
+        terms.append((f"{wide}.queue_id = ${{}}::text", wanted.queue_id))
+    if wanted.states:
+        terms.append((f"{hot}.state = ANY (${{}}::smallint[])", ints(wanted.states)))
+    if wanted.task_type:
+        terms.append((f"{wide}.task_type = ${{}}::text", escaped(wanted.task_type)))
+    if wanted.parent_task_id:
+        terms.append((f"{wide}.parent_task_id = ${{}}::text AND {wide}.parent_task_id <> ''", wanted.parent_task_id))
+    if wanted.created_after_ms is not None:
+        terms.append((f"{wide}.create_ms >= ${{}}::bigint", str(wanted.created_after_ms)))
+    if wanted.created_before_ms is not None:
+        terms.append((f"{wide}.create_ms < ${{}}::bigint", str(wanted.created_before_ms)))
+    if wanted.labels:
+        terms.append((f"{wide}.labels::jsonb @> ${{}}::jsonb", labels_text(wanted.labels)))
+    sql = [term.format(first + index) for index, (term, _) in enumerate(terms)]
+    return " AND ".join(["true", *sql]), [value for _, value in terms]
+
+
+def may_be_hot(wanted: TaskFilter) -> bool:
+    """Whether unfinished tasks can match."""
+    return not wanted.states or any(state not in FINISHED for state in wanted.states)
+
+
+def may_be_old(wanted: TaskFilter) -> bool:
+    """Whether finished tasks can match."""
+    return not wanted.states or any(state in FINISHED for state in wanted.states)

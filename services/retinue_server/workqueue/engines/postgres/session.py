@@ -1,0 +1,149 @@
+"""One connection to PostgreSQL, used by one thread at a time; statements go in pipelines, so that a round trip is rare.
+
+Nothing lives in the session but prepared statements, which can be switched off: what is set, is set for the
+transaction, so that PgBouncer may give every transaction another connection of the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import errors
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import TransactionStatus
+
+from retinue_server.runtime.errors import Reason, ResourceExhausted, RetinueError, Unavailable
+
+Statement = tuple[str, Sequence[Any]]
+
+CONNECT_SECONDS = 3
+
+
+class Address:
+    """Where the database is. Raises ValueError, which does not repeat the URL: a password may be in it."""
+
+    def __init__(self, url: str, password_file: Path | None = None) -> None:
+        try:
+            known = conninfo_to_dict(url)
+        except psycopg.ProgrammingError:
+            raise ValueError("its url is none that libpq takes: postgresql://USER@HOST:PORT/DATABASE") from None
+        if not known:
+            raise ValueError("it needs a url: postgresql://USER@HOST:PORT/DATABASE")
+        self._url, self._password_file = url, password_file
+
+    def connect(self, **options: Any) -> psycopg.Connection[tuple[Any, ...]]:
+        """Connects; the password is read anew."""
+        if self._password_file is not None:
+            options["password"] = self._password(self._password_file)
+        return psycopg.connect(self._url, **options)
+
+    @staticmethod
+    def _password(path: Path) -> str:
+        try:
+            return path.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise psycopg.OperationalError(f"cannot read the password from {path}: {error}") from None
+
+
+class Session:
+    """A connection that is opened when it is needed, and again when it was lost."""
+
+    def __init__(self, where: Address, name: str, *, prepared: bool) -> None:
+        self._where, self._name, self._prepared = where, name, prepared
+        self._connection: psycopg.Connection[tuple[Any, ...]] | None = None
+
+    @property
+    def connection(self) -> psycopg.Connection[tuple[Any, ...]]:
+        """The open connection; connects if there is none."""
+        if self._connection is None or self._connection.closed:
+            self._connection = self._connect()
+        return self._connection
+
+    def _connect(self) -> psycopg.Connection[tuple[Any, ...]]:
+        connection = self._where.connect(
+            autocommit=True,
+            prepare_threshold=0 if self._prepared else None,
+            cursor_factory=psycopg.RawCursor,
+            connect_timeout=CONNECT_SECONDS,
+            application_name=self._name,
+            client_encoding="UTF8",
+            keepalives_idle=10,
+            keepalives_interval=3,
+            keepalives_count=3,
+            tcp_user_timeout=10_000,
+        )
+        connection.prepared_max = 1_000
+        return connection
+
+    def run(self, statements: Sequence[Statement]) -> list[tuple[Any, ...]]:
+        """Runs them in one round trip; the rows of the last one, or its status in one row."""
+        connection = self.connection
+        if len(statements) == 1:
+            cursor = self._execute(connection, *statements[0])
+        else:
+            with connection.pipeline():
+                for statement in statements:
+                    cursor = self._execute(connection, *statement)
+        return cursor.fetchall() if cursor.description else [(cursor.statusmessage,)]
+
+    @staticmethod
+    def _execute(
+        connection: psycopg.Connection[tuple[Any, ...]], sql: str, values: Sequence[Any]
+    ) -> psycopg.Cursor[tuple[Any, ...]]:
+        cursor = connection.cursor(binary=True)
+        cursor.execute(sql, values or None)
+        return cursor
+
+    def rollback(self) -> None:
+        """Ends the transaction, if there is one; a connection that can't do that is dropped."""
+        connection = self._connection
+        if connection is None or connection.closed:
+            return
+        try:
+            if connection.info.transaction_status != TransactionStatus.IDLE:
+                self.run([("ROLLBACK", ())])
+        except psycopg.Error:
+            self.close()
+
+    def close(self) -> None:
+        """Closes the connection; the next use opens another."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(psycopg.Error):
+                connection.close()
+
+    @property
+    def lost(self) -> bool:
+        """Whether there is no connection (any more)."""
+        return self._connection is None or self._connection.closed
+
+
+AGAIN = (
+    errors.UniqueViolation,
+    errors.SerializationFailure,
+    errors.DeadlockDetected,
+    errors.LockNotAvailable,
+    errors.CheckViolation,
+)
+"""Another transaction was faster: what is run again sees what that one did. (CheckViolation: a partition is gone.)"""
+
+
+def translated(error: BaseException) -> RetinueError:
+    """As callers are told."""
+    told: RetinueError
+    if isinstance(error, errors.DiskFull):
+        told = ResourceExhausted(
+            "cannot write: the database's disk is full; nothing was changed", reason=Reason.DISK_FULL, retry_ms=5_000
+        )
+    else:
+        told = Unavailable(
+            "cannot go on: the database is away or failed; see the server's log",
+            reason=Reason.ENGINE_UNAVAILABLE,
+            retry_ms=1_000,
+        )
+    told.__cause__ = error
+    return told

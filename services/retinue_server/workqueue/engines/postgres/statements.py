@@ -1,0 +1,54 @@
+"""The SQL of this folder: named statements, with the names of schema and columns put in."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+
+ROW = (
+    "seq", "task_id", "queue_id", "state", "priority", "create_ms", "ready_ms", "expire_ms", "attempt_ms", "attempt",
+    "lease_expirations", "lease_epoch", "lease_nonce", "lease_ms", "lease_until", "attempt_until", "worker_id",
+    "lease_request_id", "outcome", "cancel_requested", "start_ms", "end_ms", "delete_ms", "idempotency_key",
+    "parent_task_id",
+)  # fmt: skip
+"""The columns of a row, in the order of the fields of TaskRow."""
+
+BODY = (
+    "input", "task_type", "labels", "retry", "traceparent", "input_blob", "result", "result_blob", "failure",
+)  # fmt: skip
+"""The columns of a body, in the order of the fields of TaskBody."""
+
+_IN_BODY = {"task_id", "create_ms", "attempt_ms", "idempotency_key", "parent_task_id"}
+"""The columns of a row that never change."""
+_HEAVY = {"input", "result"}
+_SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,62}")
+_NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
+
+
+class Statements:
+    """The statements for one schema, by name: `statements["ready"]`."""
+
+    def __init__(self, schema: str) -> None:
+        if not _SCHEMA.fullmatch(schema):
+            raise ValueError(f"{schema!r} is no name for a schema: use lower-case letters, digits and _")
+        self.schema = schema
+        self._names = {
+            "schema": schema,
+            "now_ms": "(extract(epoch FROM clock_timestamp()) * 1000)::bigint",
+            "row": ", ".join(f"{'b' if name in _IN_BODY else 't'}.{name}" for name in ROW),
+            "body": ", ".join(f"b.{name}" for name in BODY),
+            "light": ", ".join("''::bytea" if name in _HEAVY else f"b.{name}" for name in BODY),
+            "old_row": ", ".join(f"h.{name}" for name in ROW),
+            "old_body": ", ".join(f"h.{name}" for name in BODY),
+            "old_light": ", ".join("''::bytea" if name in _HEAVY else f"h.{name}" for name in BODY),
+        }
+        _, *parts = _NAME.split(files(__package__).joinpath("statements.sql").read_text())
+        self._texts = {name: self.fill(text) for name, text in zip(parts[::2], parts[1::2], strict=True)}
+
+    def __getitem__(self, name: str) -> str:
+        return self._texts[name]
+
+    def fill(self, text: str) -> str:
+        """Puts the names into a text; other braces stay as they are."""
+        lines = [line for line in text.splitlines() if not line.startswith("--")]
+        return re.sub(r"\{(\w+)\}", lambda found: self._names[found[1]], "\n".join(lines).strip())
