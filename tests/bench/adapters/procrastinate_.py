@@ -1,5 +1,5 @@
-"""procrastinate on PostgreSQL: `batch_defer_async` for many jobs; a worker with a concurrency and jobs deleted when they
-succeeded, as its guide "Delete jobs" advises for throughput. The handler is a coroutine.
+"""procrastinate on PostgreSQL: `batch_defer_async` for many jobs; a worker with a concurrency, jobs deleted when they
+succeeded as its guide "Delete jobs" advises for throughput. The handler is a coroutine.
 """
 
 import asyncio

@@ -43,9 +43,9 @@ def open_loop(queue: str, times: list[float]) -> dict[str, Any]:
     return when_due(times, send(queue))
 
 
-def left(name: str) -> dict[str, Any]:
-    queue = Queue(name, connection=Redis.from_url(sys.argv[2]))
-    return {"left": queue.count + queue.started_job_registry.count}
+def left(queue: str) -> dict[str, Any]:
+    found = Queue(queue, connection=Redis.from_url(sys.argv[2]))
+    return {"left": found.count + found.started_job_registry.count}
 
 
 def work(name: str) -> None:
@@ -57,7 +57,7 @@ def work(name: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "produce":
-        produce({"enqueue": enqueue, "open": open_loop, "left": lambda queue: left(queue)})
+        produce({"enqueue": enqueue, "open": open_loop, "left": left})
     else:
         record = Record(int(sys.argv[4]), sys.argv[5])
         work(sys.argv[3])
