@@ -62,7 +62,7 @@ faults: $(VENV)/.dev ## Kills things while they work, and looks what is left (LO
 	  PYTHONPATH=tests:services:clients/python $(BIN)/python -m support.faults --engine $$engine $(FAULTS) $(if $(SEED),--seed $(SEED)) || exit 1; done
 
 bench: $(VENV)/.dev ## Plays the scoreboard beside the peers (CELLS="process" SYSTEMS="retinue bullmq" ROUNDS=5 TASKS=60000)
-	@PYTHONPATH=tests $(BIN)/python -m bench $(if $(CELLS),--cells $(CELLS)) $(if $(SYSTEMS),--systems $(SYSTEMS)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(TASKS),--tasks $(TASKS))
+	@PYTHONPATH=tests $(BIN)/python -m bench $(if $(CELLS),--cells $(CELLS)) $(if $(SYSTEMS),--systems $(SYSTEMS)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(TASKS),--tasks $(TASKS)) $(if $(REFERENCE),--reference)
 
 bench-profile: $(VENV)/.dev ## Shows where server, producer and worker spend their time in a cell (CELL=process TASKS=60000)
 	@PYTHONPATH=tests $(BIN)/python -m bench.profile $(or $(CELL),process) $(if $(TASKS),--tasks $(TASKS))
