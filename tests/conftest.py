@@ -1,6 +1,6 @@
 """Which server the black-box tests speak to: one that is named, or real processes of our own, one per engine.
 
-pytest tests/contract                                     starts a server with engine sqlite and one with memory
+pytest tests/contract                                     starts a server for each engine
 pytest tests/contract --target HOST:PORT                  any server; tests for operators are skipped and say so
 pytest tests/contract --target HOST:PORT --control unix:PATH
 """
@@ -55,6 +55,16 @@ def postgres() -> Iterator[Postgres]:
         yield server
 
 
+def environment(request: pytest.FixtureRequest) -> dict[str, str]:
+    """What tells a server which engine to use."""
+    chosen = {"RETINUE_WORKQUEUE__ENGINE": str(request.param)}
+    if request.param == "postgres":
+        postgres: Postgres = request.getfixturevalue("postgres")
+        chosen["RETINUE_WORKQUEUE__POSTGRES__URL"] = postgres.url
+        chosen["RETINUE_WORKQUEUE__POSTGRES__SCHEMA"] = postgres.schema()
+    return chosen
+
+
 @pytest.fixture(scope="session")
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """The server under test."""
@@ -63,7 +73,7 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         yield Target(named, request.config.getoption("--control"))
         return
     with tempfile.TemporaryDirectory(prefix="retinue-", ignore_cleanup_errors=True) as where:
-        server = start_server(Path(where), env={"RETINUE_WORKQUEUE__ENGINE": request.param})
+        server = start_server(Path(where), env=environment(request))
         try:
             yield Target(server.address, server.control)
         finally:
