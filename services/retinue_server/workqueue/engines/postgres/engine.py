@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,10 +80,11 @@ class PostgresEngine:
         self._reading = ThreadPoolExecutor(_READERS, "workqueue-reader")
         for _ in range(_READERS):
             self._readers.put(self._session("reader"))
+        turn = threading.Lock()
         for number in range(self._connections):
             store = Store(self._session("writer"), self._statements, lambda: self._days)
             store.own_clock = self.capabilities.own_clock
-            writer = _Writer(self._steps, store, loop, self._heard)
+            writer = _Writer(self._steps, store, loop, self._heard, turn)
             writer.thread = threading.Thread(target=writer.run, name=f"workqueue-writer-{number}", daemon=True)
             writer.thread.start()
             self._writers.append(writer)
@@ -202,19 +204,27 @@ class _Writer:
         store: Store,
         loop: asyncio.AbstractEventLoop,
         heard: Callable[[Instant], None],
+        turn: threading.Lock,
     ) -> None:
         self._steps, self.store, self._loop, self._heard = steps, store, loop, heard
+        self._turn = turn
         self._committing = False
         """Whether a commit was sent, so that a lost connection leaves open what came of it."""
 
     def run(self) -> None:
-        """Serves until None comes."""
-        while group := self._next_group():
-            try:
-                self._serve(group)
-            except Exception as error:  # noqa: BLE001 - a writer that ends would let its callers wait for ever
-                self._undo()
-                _fail(group, error)
+        """Serves until None comes.
+
+        The next writer's turn begins before this one's commit: what these steps read is locked, so that its steps find
+        what these ones made of it.
+        """
+        while True:
+            with self._turn:
+                group = self._next_group()
+                error = self._tried(partial(self._run, group)) if group else None
+            if not group:
+                return
+            if error := error or self._tried(self._commit):
+                self._make_up_for(error, group)
             self._loop.call_soon_threadsafe(_answer, group)
 
     def _next_group(self) -> list[_Step]:
@@ -232,59 +242,62 @@ class _Writer:
             group.append(step)
         return group
 
-    def _serve(self, group: list[_Step]) -> None:
-        """The group in one transaction or, if others come between, each step in one of its own."""
+    def _tried(self, action: Callable[[], None]) -> Exception | None:
+        """What an action raised."""
         try:
-            self._run_over_losses(group)
-        except AGAIN:
+            action()
+        except Exception as error:  # noqa: BLE001 - a writer that ends would let its callers wait for ever
+            return error
+        return None
+
+    def _make_up_for(self, error: Exception, group: list[_Step]) -> None:
+        """Makes the best of what came between a group and its commit."""
+        lost = self.store.session.lost and not self._committing
+        if isinstance(error, AGAIN):
+            self._one_by_one(group)
+        elif isinstance(error, Exclusively) or (isinstance(error, psycopg.OperationalError) and lost):
+            self._again(group, exclusive=isinstance(error, Exclusively))
+        else:
+            self._give_up(group, error)
+
+    def _again(self, group: list[_Step], *, exclusive: bool) -> None:
+        """The whole group once more."""
+        self._undo()
+        error = self._tried(lambda: self._run(group, exclusive=exclusive)) or self._tried(self._commit)
+        if isinstance(error, (*AGAIN, Exclusively)):
+            self._one_by_one(group)
+        elif error:
+            self._give_up(group, error)
+
+    def _one_by_one(self, group: list[_Step]) -> None:
+        for step in group:
             self._undo()
-            for step in group:
-                self._persist(step)
+            self._persist(step)
 
     def _persist(self, step: _Step) -> None:
-        """One step, until no other is faster."""
-        for left in reversed(range(_TRIES)):
-            try:
-                self._run_over_losses([step])
-            except AGAIN as error:
-                self._undo()
-                if not left:
-                    step.fail(translated(error))
-                time.sleep(random.uniform(0, 0.01))  # noqa: S311 - so that two do not meet again
-            except psycopg.Error as error:
-                self._undo()
-                step.fail(translated(error))
+        """One step, alone, until no other coordinator is faster."""
+        for number in range(_TRIES):
+            run = partial(self._run, [step], exclusive=number >= _TRIES // 2)
+            error = self._tried(run) or self._tried(self._commit)
+            if error is None:
                 return
-            else:
+            self._give_up([step], error)
+            if not isinstance(error, (*AGAIN, Exclusively)):
                 return
+            time.sleep(random.uniform(0, 0.01))  # noqa: S311 - so that two do not meet again
 
-    def _run_over_losses(self, group: list[_Step]) -> None:
-        """Runs it again if the connection was lost before the commit was sent; after that nobody knows."""
-        try:
-            self._run(group)
-        except psycopg.OperationalError:
-            if self._committing or not self.store.session.lost:
-                raise
-            self._run(group)
-
-    def _run(self, group: list[_Step]) -> None:
-        try:
-            self._commit(group, exclusive=False)
-        except Exclusively:
-            self._undo()
-            self._commit(group, exclusive=True)
-
-    def _commit(self, group: list[_Step], *, exclusive: bool) -> None:
+    def _run(self, group: list[_Step], *, exclusive: bool = False) -> None:
         self._committing = False
         self.store.open(exclusive=exclusive)
         for step in group:
             step.run(self.store)
+
+    def _commit(self) -> None:
         writes = self.store.writes()
         self._committing = True
         [(status,)] = self.store.session.run([*writes, ("COMMIT", ())])
         if status != "COMMIT":
             raise psycopg.OperationalError(f"the commit ended as {status}")
-        self._committing = False
         self._heard(self.store.time)
 
     def _undo(self) -> None:
@@ -292,8 +305,8 @@ class _Writer:
         self.store.session.rollback()
         self.store.forget()
 
-
-def _fail(group: list[_Step], error: BaseException) -> None:
-    told = translated(error)
-    for step in group:
-        step.fail(told)
+    def _give_up(self, group: list[_Step], error: BaseException) -> None:
+        self._undo()
+        told = translated(error)
+        for step in group:
+            step.fail(told)
