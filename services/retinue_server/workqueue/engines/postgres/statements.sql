@@ -74,9 +74,12 @@ WITH done AS MATERIALIZED (
         lease_request_id, outcome, cancel_requested, start_ms, end_ms, delete_ms,
         drop_day, result, result_blob, failure)
 ), hot AS (
-  DELETE FROM {schema}.task USING done WHERE task.seq = done.seq
-), wide AS (
-  DELETE FROM {schema}.body USING done WHERE body.seq = done.seq RETURNING body.*
+  DELETE FROM {schema}.task WHERE seq = ANY ($1::bigint[])
+), n AS (
+  DELETE FROM {schema}.body b USING done WHERE b.seq = done.seq
+  RETURNING done.*, b.create_ms, b.attempt_ms, b.task_id, b.queue_id, b.idempotency_key, b.parent_task_id, b.task_type,
+            b.labels, b.retry, b.traceparent, b.input_blob, b.input, b.result_blob AS old_result_blob,
+            b.failure AS old_failure, b.result AS old_result
 )
 INSERT INTO {schema}.history (
   drop_day, seq, ready_ms, expire_ms, lease_epoch, lease_nonce, lease_until, attempt_until, start_ms, end_ms,
@@ -84,13 +87,12 @@ INSERT INTO {schema}.history (
   worker_id, lease_request_id, task_id, queue_id, idempotency_key, parent_task_id, task_type, labels, retry,
   traceparent, input_blob, result_blob, failure, input, result)
 SELECT
-  n.drop_day, n.seq, n.ready_ms, n.expire_ms, n.lease_epoch, n.lease_nonce, n.lease_until, n.attempt_until,
-  n.start_ms, n.end_ms, n.delete_ms, b.create_ms, b.attempt_ms, coalesce(n.priority, 0), n.attempt,
-  coalesce(n.lease_expirations, 0), n.lease_ms, n.state, coalesce(n.outcome, 0), coalesce(n.cancel_requested, false),
-  coalesce(n.worker_id, ''), coalesce(n.lease_request_id, ''), b.task_id, b.queue_id, b.idempotency_key,
-  b.parent_task_id, b.task_type, b.labels, b.retry, b.traceparent, b.input_blob,
-  coalesce(n.result_blob, b.result_blob), coalesce(n.failure, b.failure), b.input, coalesce(n.result, b.result)
-FROM done n JOIN wide b USING (seq)
+  drop_day, seq, ready_ms, expire_ms, lease_epoch, lease_nonce, lease_until, attempt_until, start_ms, end_ms,
+  delete_ms, create_ms, attempt_ms, coalesce(priority, 0), attempt, coalesce(lease_expirations, 0), lease_ms, state,
+  coalesce(outcome, 0), coalesce(cancel_requested, false), coalesce(worker_id, ''), coalesce(lease_request_id, ''),
+  task_id, queue_id, idempotency_key, parent_task_id, task_type, labels, retry, traceparent, input_blob,
+  coalesce(result_blob, old_result_blob), coalesce(failure, old_failure), input, coalesce(result, old_result)
+FROM n
 
 -- name: revive
 -- Takes tasks out of history again, as they are there.

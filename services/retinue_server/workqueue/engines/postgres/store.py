@@ -526,6 +526,12 @@ SELECT set_config('synchronous_commit',
        set_config('lock_timeout', '5s', true),
        set_config('idle_in_transaction_session_timeout', '10s', true),
        set_config('enable_seqscan', 'off', true),
+       set_config('enable_hashjoin', 'off', true),
+       set_config('enable_mergejoin', 'off', true),
+       set_config('jit', 'off', true),
        {lock}($1::integer, hashtext($2::text))
 """
-"""What holds for a transaction, so that it holds behind PgBouncer, too; then the lock of all queues."""
+"""What holds for a transaction, so that it holds behind PgBouncer, too; then the lock of all queues.
+
+All statements go by indexes; a plan that was made while a table was small must not read all of it when it no longer is.
+"""
