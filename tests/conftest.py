@@ -17,7 +17,7 @@ import pytest
 from servers import start_server
 from support.postgres import Postgres, shared
 
-ENGINES = ("sqlite", "memory")
+ENGINES = ("sqlite", "memory", "postgres")
 
 
 class Target(NamedTuple):

@@ -316,8 +316,10 @@ class WorkQueue:
     async def count(self) -> None:
         """Counts all queues for metrics, if the last time was not just now."""
         if time.monotonic() >= self._count_again:
+            began = time.monotonic()
             self.counted = await self.reports([])
-            self._count_again = time.monotonic() + COUNT_INTERVAL_S
+            took_s = time.monotonic() - began
+            self._count_again = time.monotonic() + max(COUNT_INTERVAL_S, 20 * took_s)
 
     # Time
 
@@ -353,6 +355,24 @@ class WorkQueue:
         self._ready.wake_all()
         self._ended.wake_all()
         self.events.close()
+
+    # Other coordinators
+
+    def hear_ready(self, queue_id: str, count: int) -> None:
+        """Another coordinator made tasks ready."""
+        self._ready.wake(queue_id, count)
+
+    async def look_again(self) -> None:
+        """Finds, for those who wait, what others did and no news told."""
+        if not self.engine.capabilities.many_coordinators:
+            return
+        for queue_id in self._ready.waited_for():
+            self._ready.wake(queue_id, 1)
+        if waited := self._ended.waited_for():
+            rows = await self.engine.read(lambda view: view.by_id(waited))
+            for task_id in waited:
+                if task_id not in rows or rows[task_id].state in FINISHED:
+                    self._ended.wake(task_id, 1 << 30)
 
     # Shared
 

@@ -35,6 +35,10 @@ class Waiters(Generic[K]):
             if not line and self._waiting.get(key) is line:
                 del self._waiting[key]
 
+    def waited_for(self) -> list[K]:
+        """The keys that somebody waits for."""
+        return list(self._waiting)
+
     def wake(self, key: K, count: int) -> None:
         """Wakes up to `count` waiters that sleep, the first come first."""
         for event in self._waiting.get(key, ()):

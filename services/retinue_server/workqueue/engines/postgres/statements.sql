@@ -1,6 +1,6 @@
 -- The engine's statements, by name. {schema} is the schema; {row}, {body} and {light} are the columns of a task's row
 -- and body (light: without input and result) over `t` (task) and `b` (body), {old_row}, {old_body} and {old_light} the
--- same over `h` (history). Arrays come as one literal each; an empty one stands for "the default for all".
+-- same over `h` (history), and {kept} is what of history is still to be seen: a day that is past may not be dropped yet. Arrays come as one literal each; an empty one stands for "the default for all".
 
 -- name: clock
 SELECT version, {now_ms} FROM {schema}.queue_version
@@ -170,7 +170,7 @@ WITH t AS MATERIALIZED (
 SELECT {row} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.expire_ms, t.seq
 
 -- name: deletable
-SELECT {old_row} FROM {schema}.history h WHERE delete_ms <= $1::bigint
+SELECT {old_row} FROM {schema}.history h WHERE drop_day = -1 AND delete_ms <= $1::bigint
 ORDER BY delete_ms, seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 
 -- name: leased
@@ -186,13 +186,13 @@ SELECT least((SELECT min(ready_ms) FROM {schema}.task WHERE state IN (1, 4)),
 SELECT {row} FROM {schema}.task t JOIN {schema}.body b USING (seq) WHERE t.seq = ANY ($1::bigint[]) ORDER BY t.seq
 
 -- name: old_by_seq
-SELECT {old_row} FROM {schema}.history h WHERE h.seq = ANY ($1::bigint[]) ORDER BY h.seq
+SELECT {old_row} FROM {schema}.history h WHERE h.seq = ANY ($1::bigint[]) AND {kept} ORDER BY h.seq
 
 -- name: by_id
 SELECT {row} FROM {schema}.body b JOIN {schema}.task t USING (seq) WHERE b.task_id = ANY ($1::text[]) ORDER BY t.seq
 
 -- name: old_by_id
-SELECT {old_row} FROM {schema}.history h WHERE h.task_id = ANY ($1::text[]) ORDER BY h.seq
+SELECT {old_row} FROM {schema}.history h WHERE h.task_id = ANY ($1::text[]) AND {kept} ORDER BY h.seq
 
 -- name: by_key
 SELECT {row} FROM {schema}.body b JOIN {schema}.task t USING (seq)
@@ -200,7 +200,7 @@ WHERE b.queue_id = $1::text AND b.idempotency_key = ANY ($2::text[]) AND b.idemp
 
 -- name: old_by_key
 SELECT {old_row} FROM {schema}.history h
-WHERE h.queue_id = $1::text AND h.idempotency_key = ANY ($2::text[]) AND h.idempotency_key <> '' ORDER BY h.seq
+WHERE h.queue_id = $1::text AND h.idempotency_key = ANY ($2::text[]) AND h.idempotency_key <> '' AND {kept} ORDER BY h.seq
 
 -- name: lock_name
 -- Whoever comes with the same name waits until the first one is through.
@@ -220,7 +220,7 @@ SELECT h.seq, {old_body} FROM {schema}.history h WHERE h.seq = ANY ($1::bigint[]
 -- name: counts
 SELECT state, count(*) FROM {schema}.task WHERE queue_id = $1::text GROUP BY state
 UNION ALL
-SELECT state, count(*) FROM {schema}.history WHERE queue_id = $1::text GROUP BY state
+SELECT state, count(*) FROM {schema}.history h WHERE queue_id = $1::text AND {kept} GROUP BY state
 
 -- name: totals
 -- The oldest of each priority's first, found by hopping from priority to priority in the index.
