@@ -59,12 +59,13 @@ def current() -> str:
         return str(span)
     if work := _current.get():
         return work.traceparent
-    return str(parse(os.environ.get("TRACEPARENT", "")) or "")
+    given = os.environ.get("TRACEPARENT")
+    return str(parse(given) or "") if given else ""
 
 
 def outgoing() -> str:
     """The `traceparent` for a task: the current one, or that of a new trace."""
-    return current() or str(child_of(""))
+    return current() or f"00-{_random_id(128)}-{_random_id(64)}-01"
 
 
 def _otel_context() -> SpanContext | None:

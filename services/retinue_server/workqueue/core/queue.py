@@ -316,11 +316,12 @@ class WorkQueue:
     async def count(self) -> None:
         """Counts all queues, and the room for more, for metrics, if the last time was not just now."""
         clock = asyncio.get_running_loop().time
-        if clock() >= self._count_again:
+        began = clock()
+        if began >= self._count_again:
             self.counted = await self.reports([])
             rooms = {"tasks": self.engine.room(), "blobs": await self.blobs.room()}
             self.rooms = {what: room for what, room in rooms.items() if room is not None}
-            self._count_again = clock() + COUNT_INTERVAL_S
+            self._count_again = clock() + max(COUNT_INTERVAL_S, 20 * (clock() - began))
 
     # Time
 
@@ -356,6 +357,24 @@ class WorkQueue:
         self._ready.wake_all()
         self._ended.wake_all()
         self.events.close()
+
+    # Other coordinators
+
+    def hear_ready(self, queue_id: str, count: int) -> None:
+        """Another coordinator made tasks ready."""
+        self._ready.wake(queue_id, count)
+
+    async def look_again(self) -> None:
+        """Finds, for those who wait, what others did and no news told."""
+        if not self.engine.capabilities.many_coordinators:
+            return
+        for queue_id in self._ready.waited_for():
+            self._ready.wake(queue_id, 1)
+        if waited := self._ended.waited_for():
+            rows = await self.engine.read(lambda view: view.by_id(waited))
+            for task_id in waited:
+                if task_id not in rows or rows[task_id].state in FINISHED:
+                    self._ended.wake(task_id, 1 << 30)
 
     # Shared
 

@@ -53,7 +53,8 @@ if TYPE_CHECKING:
     from retinue_server.workqueue.core.requests import Release, Reschedule, Selection, Settlement
 
 REQUEST_MEMORY_MS = 3_600_000
-_SWEEP = 500
+_SWEEP, _RECOVERY = 500, 2_000
+"""How many tasks a sweep, or a block of the recovery, touches in one step."""
 _ROW_BYTES = 1_024
 """More than a lease takes on the wire beside input and labels; about what a task takes on disk beside its input."""
 
@@ -457,7 +458,7 @@ def _repeated(item: Settlement, row: TaskRow | None) -> Settled:
 
 def recover(tx: Transaction, ctx: Context, after_seq: int) -> int | None:
     """At start: live leases get one full term. In blocks; gives where to go on, or None at the end."""
-    rows = tx.leased(after_seq, _SWEEP)
+    rows = tx.leased(after_seq, _RECOVERY)
     tx.save([rules.recovered(row, ctx.now, _attempt_ms(tx, row)) for row in rows])
     return rows[-1].seq if rows else None
 

@@ -485,7 +485,7 @@ class _Store(_View):
         self.forget_rows()
         self.reload_queues()
         self._next_seq = (self.db.execute("SELECT max(seq) FROM task").get or 0) + 1
-        self.tally.load(self.db.execute("SELECT queue, state, count(*) FROM task GROUP BY queue, state"))
+        self.tally.load(self.db.execute(_COUNT))
 
     def reload_queues(self) -> None:
         """The same for the queues alone."""
@@ -582,7 +582,8 @@ class _Store(_View):
         return self._found("delete_ms IS NOT NULL AND delete_ms <= ? ORDER BY delete_ms LIMIT ?", wall_ms, limit)
 
     def leased(self, after_seq: int, limit: int) -> list[TaskRow]:
-        return self._found("state = 3 AND seq > ? ORDER BY seq LIMIT ?", after_seq, limit)
+        first = "SELECT seq FROM task INDEXED BY task_leased WHERE state = 3 AND seq > ? ORDER BY seq LIMIT ?"
+        return self._found(f"seq IN ({first}) ORDER BY seq", after_seq, limit)
 
     def matching(self, wanted: TaskFilter, after_seq: int, limit: int) -> list[TaskRow]:
         where, values = self._where(wanted)
@@ -737,6 +738,17 @@ SELECT min((SELECT ready_ms FROM task INDEXED BY task_ready
 FROM level WHERE priority IS NOT NULL
 """
 """The oldest of each priority's first, found by hopping from priority to priority in the index."""
+
+_COUNT = """
+SELECT queue, 2, count(*) FROM task INDEXED BY task_ready WHERE state = 2 GROUP BY queue
+UNION ALL
+SELECT queue, 3, count(*) FROM task INDEXED BY task_leased WHERE state = 3 GROUP BY queue
+UNION ALL
+SELECT queue, state, count(*) FROM task INDEXED BY task_due WHERE state IN (1, 4) GROUP BY queue, state
+UNION ALL
+SELECT queue, state, count(*) FROM task INDEXED BY task_deletable WHERE delete_ms IS NOT NULL GROUP BY queue, state
+"""
+"""All tasks by queue and state; what is finished, and nothing else, has a time to be deleted."""
 
 _NEXT_DUE = "SELECT min(ready_ms) FROM task INDEXED BY task_due WHERE state IN (1, 4)"
 _NEXT_EXPIRY = (
