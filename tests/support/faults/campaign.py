@@ -37,7 +37,8 @@ _MODES = {
     Kind.REQUESTS_ONLY: Mode.REQUESTS_ONLY,
     Kind.HALF_OPEN: Mode.HALF_OPEN,
 }
-_ERROR = re.compile(r'"level": "(error|critical)"|^Traceback')
+_ERROR = re.compile(r'"level": "(error|critical)", "logger": "(?!grpc\._cython)|^Traceback')
+"""But for what gRPC says itself of callers who went while they were answered."""
 _PAGE = 500
 _SAMPLE = 500
 _STUCK_S = 60.0
@@ -215,6 +216,10 @@ class Campaign:
         timer = threading.Timer(delay_s, what)
         self._undoing.append(timer)
         timer.start()
+
+    def completed(self) -> int:
+        """How many tasks have succeeded."""
+        return int(self._stats().succeeded)
 
     # The end
 
