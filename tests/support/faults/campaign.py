@@ -41,7 +41,7 @@ _ERROR = re.compile(r'"level": "(error|critical)", "logger": "(?!grpc\._cython)|
 """But for what gRPC says itself of callers who went while they were answered."""
 _PAGE = 500
 _SAMPLE = 500
-_STUCK_S = 60.0
+_STUCK_S = 180.0
 
 
 @dataclass(frozen=True)
