@@ -8,8 +8,10 @@ from pathlib import Path
 
 from bench import results, tables
 from bench.cells import CELLS, play
-from bench.processes import HOME
+from bench.processes import HERE, HOME
 from bench.systems import SYSTEMS
+
+README = HERE / "README.md"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--systems", nargs="*", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--tasks", type=int, help="instead of each cell's own number")
+    p.add_argument("--reference", action="store_true", help="keep it as the committed results, write README.md")
     p.add_argument("--store", type=Path, default=HOME / "last.json", help="where the figures are kept, by cell")
     return p
 
@@ -28,6 +31,8 @@ def say(line: str) -> None:
 
 def main() -> int:
     flags = parser().parse_args()
+    if flags.reference:
+        flags.store = results.REFERENCE
     found = results.load(flags.store)
     found.machine = results.machine()
     played = results.Results(machine=found.machine)
@@ -38,6 +43,8 @@ def main() -> int:
         table = play(cell, systems, flags.rounds, flags.tasks, say)
         played.cells[name] = found.cells[name] = results.PlayedCell(cell.title, cell.pins, table)
         results.store(flags.store, found)
+        if flags.reference:
+            README.write_text(tables.page(found))
     say("\n" + tables.render(played))
     return 0
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.processes import HOME, ROOT, Failure, Server, clean_environment
+from bench.processes import HOME, ROOT, Failure, Server, Usage, clean_environment, peak_rss_mib
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,6 +31,15 @@ class Broker:
 
     server: Server
     url: str
+    store: Server | None = None
+    """Where the server keeps its tasks, if that is another one; it counts with it."""
+
+    def usage(self) -> Usage:
+        used = self.server.usage()
+        return used + self.store.usage() if self.store else used
+
+    def peak_rss_mib(self) -> float:
+        return sum(peak_rss_mib(server.pid) for server in (self.server, self.store) if server)
 
 
 def free_port() -> int:
@@ -96,6 +105,32 @@ def retinue_with_metrics(where: Path) -> Iterator[Broker]:
     port = free_port()
     with retinue(where, "--metrics", f"127.0.0.1:{port}") as broker, _read_often(f"http://127.0.0.1:{port}/metrics"):
         yield broker
+
+
+@contextmanager
+def retinue_on_postgres(where: Path) -> Iterator[Broker]:
+    """The coordinator over a PostgreSQL of its own, which fsyncs every commit (D2); both on the server's core."""
+    (where / "postgres").mkdir()
+    with postgres(where / "postgres") as store:
+        environment = {"RETINUE_WORKQUEUE__ENGINE": "postgres", "RETINUE_WORKQUEUE__POSTGRES__URL": store.url}
+        with retinue(where, **environment) as broker:
+            yield Broker(broker.server, broker.url, store.server)
+
+
+@contextmanager
+def faktory(where: Path) -> Iterator[Broker]:
+    """Faktory starts a redis of its own, with snapshots only; it is told to fsync its file at every write (D2)."""
+    port, data = free_port(), where / "data"
+    command = [str(HOME / "go" / "faktory"), "-b", f"127.0.0.1:{port}", "-w", f"127.0.0.1:{free_port()}"]
+    server = Server([*command, "-l", "error", "-d", str(data), "-c", str(where / "config")], where)
+    try:
+        await_port(server, port)
+        for setting in (("appendonly", "yes"), ("appendfsync", "always"), ("save", "")):
+            told = ["redis-cli", "-s", str(data / "redis.sock"), "config", "set", *setting]
+            subprocess.run(told, check=True, capture_output=True)
+        yield Broker(server, f"tcp://127.0.0.1:{port}")
+    finally:
+        server.stop()
 
 
 @contextmanager
@@ -167,7 +202,7 @@ POSTGRES_OPTIONS = {
 @contextmanager
 def postgres(where: Path) -> Iterator[Broker]:
     """PostgreSQL with fsync and synchronous_commit on (D2); it refuses to run as root, so `nobody` or we run it."""
-    port, data = free_port(), where / "data"
+    port, data = free_port(), where / "db"
     user = "nobody" if os.geteuid() == 0 else None
     if user:
         shutil.chown(where, user)
@@ -223,6 +258,8 @@ BROKERS: dict[str, Callable[[Path], AbstractContextManager[Broker]]] = {
     "retinue": retinue,
     "retinue-metrics": retinue_with_metrics,
     "retinue-tracing": retinue_with_tracing,
+    "retinue-postgres": retinue_on_postgres,
+    "faktory": faktory,
     "redis": redis,
     "beanstalkd": beanstalkd,
     "postgres": postgres,

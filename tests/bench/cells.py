@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _PEERS = tuple(name for name in SYSTEMS if name.partition("-")[0] != "retinue")
 _ALL = ("retinue", *_PEERS)
 _OURS = ("retinue",)
+_ON_POSTGRES = ("retinue", "retinue-postgres", "procrastinate", "river", "pg-boss", "graphile-worker")
 _OBSERVED = ("retinue", "retinue-metrics", "retinue-tracing")
 
 
@@ -59,6 +60,7 @@ CELLS = {
         Cell("enqueue_pipelined", "Enqueue, 64 awaited at once", enqueueing("pipelined"), 30_000, mode="pipelined"),
         Cell("cycle", "Enqueue (64 at once) and process at the same time", cycle, 30_000),
         Cell("open", "Open loop: from due to started, at shares of the own capacity", open_loop, 20_000),
+        Cell("postgres", "On PostgreSQL: enqueue, 100 per call, then process", whole, 40_000, _ON_POSTGRES),
         Cell("backlog", "Lease rate with a million waiting, 100 per call", backlog, 20_000, _OURS),
         Cell("restart", "Restart after SIGKILL, 1,000,000 tasks, 10,000 leases", restart, 1_000_000, _OURS),
         Cell("idle", "An idle server, and one with 1,000 workers that wait", idle, 1_000, _OURS),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bench.entrants import Entrant, Round
 from bench.processes import Failure, Usage, peak_rss_mib
@@ -23,7 +23,7 @@ def enqueueing(mode: str) -> Callable[[Entrant, int], Round]:
         used = entrant.usage() - before
         if (left := entrant.producer.ask(do="left", queue=queue)["left"]) != count:
             raise Failure(f"{left} tasks are in the store, not {count}")
-        done = Round({"rate": count / seconds, "server_rss_mib": peak_rss_mib(entrant.broker.server.pid)})
+        done = Round({"rate": count / seconds, "server_rss_mib": entrant.broker.peak_rss_mib()})
         done.cost(used, count)
         return done
 
@@ -37,27 +37,24 @@ def enqueue(entrant: Entrant, queue: str, count: int, mode: str = "") -> float:
 
 
 def process(entrant: Entrant, count: int) -> Round:
-    """Burns down a queue that is full already, with one worker process: from its first to its last task."""
+    """Burns down a full queue with one worker process: from its first task until the store is empty."""
     queue = entrant.queue()
     enqueue(entrant, queue, count)
     before = entrant.usage()
-    with entrant.work(queue, count) as work:
-        done = work.done()
-        found = _worked(entrant, work, done, entrant.usage() - before, count)
-    found.figures["rate"] = (count - 1) / (done["last_ns"] - done["first_ns"]) * 1e9
+    found, first, end = _burned(entrant, entrant.work(queue, count), before, count)
+    found.figures["rate"] = count / (end - first) * 1e9
     return found
 
 
 def cycle(entrant: Entrant, count: int) -> Round:
-    """Enqueues (pipelined) while a worker that waits already works: from the first call to the last task."""
+    """Enqueues (pipelined) while a worker that waits already works: from the first call until the store is empty."""
     queue = entrant.queue()
-    with entrant.work(queue, count) as work:
-        work.ready()
-        before, start = entrant.usage(), time.monotonic_ns()
-        enqueue(entrant, queue, count, "pipelined" if "pipelined" in entrant.system.modes else "one")
-        done = work.done()
-        found = _worked(entrant, work, done, entrant.usage() - before, count)
-    found.figures["rate"] = count / (done["last_ns"] - start) * 1e9
+    work = entrant.work(queue, count)
+    work.ready()
+    before, start = entrant.usage(), time.monotonic_ns()
+    enqueue(entrant, queue, count, "pipelined" if "pipelined" in entrant.system.modes else "one")
+    found, _, end = _burned(entrant, work, before, count)
+    found.figures["rate"] = count / (end - start) * 1e9
     return found
 
 
@@ -65,22 +62,23 @@ def whole(entrant: Entrant, count: int) -> Round:
     """Enqueues all in batches of 100, then burns it down: tasks over the time of both, starting up not counted."""
     queue, before = entrant.queue(), entrant.usage()
     seconds = enqueue(entrant, queue, count)
-    with entrant.work(queue, count) as work:
-        done = work.done()
-        found = _worked(entrant, work, done, entrant.usage() - before, count)
-    working = (done["last_ns"] - done["first_ns"]) / 1e9
-    return Round({"rate": count / (seconds + working)} | found.figures | {"cpu_us": sum(_cpu(found))})
-
-
-def _cpu(found: Round) -> tuple[float, float]:
-    return found.figures["server_cpu_us"], found.figures["worker_cpu_us"]
-
-
-def _worked(entrant: Entrant, work: Work, done: dict[str, Any], used: Usage, count: int) -> Round:
-    """What server and worker used, once it is sure that each task was delivered exactly once."""
-    found = Round({"worker_rss_mib": peak_rss_mib(work.adapter.pid)})
-    work.delivered(range(count))
-    found.figures["worker_cpu_us"] = done["cpu_seconds"] / count * 1e6
-    found.figures["server_rss_mib"] = peak_rss_mib(entrant.broker.server.pid)
-    found.cost(used, count)
+    found, first, end = _burned(entrant, entrant.work(queue, count), before, count)
+    found.figures["rate"] = count / (seconds + (end - first) / 1e9)
+    found.figures["cpu_us"] = found.figures["server_cpu_us"] + found.figures["worker_cpu_us"]
     return found
+
+
+def _burned(entrant: Entrant, work: Work, before: Usage, count: int) -> tuple[Round, int, int]:
+    """What server and worker used since `before`, when the first task was handled and when the store was empty (ns).
+
+    It is sure then that each task was delivered exactly once.
+    """
+    with work:
+        done = work.done()
+        end = work.emptied()
+        found = Round({"worker_rss_mib": peak_rss_mib(work.adapter.pid)})
+        found.cost(entrant.usage() - before, count)
+        work.delivered(range(count))
+    found.figures["worker_cpu_us"] = done["cpu_seconds"] / count * 1e6
+    found.figures["server_rss_mib"] = entrant.broker.peak_rss_mib()
+    return found, done["first_ns"], end

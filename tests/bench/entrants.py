@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bench.systems import System
 
 PATIENCE = 300.0
-_EMPTY = 30.0
+_EMPTY, _POLL = 30.0, 0.005
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Entrant:
         return f"bench-{self.rounds}"
 
     def usage(self) -> Usage:
-        return self.broker.server.usage()
+        return self.broker.usage()
 
     def work(self, queue: str, count: int) -> Work:
         return Work(self, queue, count)
@@ -70,9 +70,17 @@ class Work:
             pass
         return said
 
+    def emptied(self) -> int:
+        """When (ns) the peer's store first said that nothing is left: the last acknowledgement is in."""
+        end = time.monotonic() + _EMPTY
+        while left := self._entrant.producer.ask(do="left", queue=self._queue)["left"]:
+            if time.monotonic() > end:
+                raise Failure(f"{left} of {self._count} tasks are left in the store after all were handled")
+            time.sleep(_POLL)
+        return time.monotonic_ns()
+
     def delivered(self, expected: range) -> dict[int, int]:
-        """When each task was handled (ns), once the peer's store is empty. Raises Failure if not each exactly once."""
-        self._until_nothing_is_left()
+        """When each task was handled (ns). Raises Failure unless each was exactly once; after emptied()."""
         self.adapter.tell("write")
         while self.adapter.answer(PATIENCE).get("event") != "written":
             pass
@@ -81,13 +89,6 @@ class Work:
         if wrong := undelivered(expected, [number for number, _ in rows]):
             raise Failure(f"not delivered exactly once: {wrong}")
         return dict(rows)
-
-    def _until_nothing_is_left(self) -> None:
-        end = time.monotonic() + _EMPTY
-        while left := self._entrant.producer.ask(do="left", queue=self._queue)["left"]:
-            if time.monotonic() > end:
-                raise Failure(f"{left} of {self._count} tasks are left in the store after all were handled")
-            time.sleep(0.05)
 
 
 def _row(line: str) -> tuple[int, int]:

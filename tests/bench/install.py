@@ -65,7 +65,8 @@ def _go() -> None:
     if shutil.which("go") is None:
         raise Failure("go is not here")
     (HOME / "go").mkdir(parents=True, exist_ok=True)
-    _run(["go", "build", "-o", str(HOME / "go"), "./..."], HERE / "go")
+    programs = ("./river", "./faktory_", "github.com/contribsys/faktory/cmd/faktory")
+    _run(["go", "build", "-o", str(HOME / "go"), *programs], HERE / "go")
 
 
 _KINDS: dict[str, tuple[str, Callable[[], None]]] = {

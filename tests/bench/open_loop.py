@@ -49,5 +49,6 @@ def at_rate(entrant: Entrant, rate: float, seconds: float, seed: int) -> list[fl
         work.ready()
         start = entrant.producer.ask(do="open", queue=queue, times=times)["start_ns"]
         work.done()
+        work.emptied()
         handled = work.delivered(range(len(times)))
     return [(handled[number] - start) / 1e6 - due * 1e3 for number, due in enumerate(times)]

@@ -40,6 +40,13 @@ class Usage:
     bytes_written: int
     fsyncs: int
 
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.cpu_seconds + other.cpu_seconds,
+            self.bytes_written + other.bytes_written,
+            self.fsyncs + other.fsyncs,
+        )
+
     def __sub__(self, other: Usage) -> Usage:
         return Usage(
             self.cpu_seconds - other.cpu_seconds,

@@ -15,6 +15,8 @@ import msgspec
 from bench.figures import percentile
 from bench.processes import HERE, ROOT
 
+REFERENCE = HERE / "results" / "reference.json"
+
 
 class Played(msgspec.Struct):
     """What a system did in a cell: figures by name for each round, or why it counts for nothing."""

@@ -43,9 +43,35 @@ FIGURES = {
 """What cells without a rate tell."""
 
 
+_PAGE = """\
+# The scoreboard
+
+Written by `make bench REFERENCE=1`; edit [`tables.py`](tables.py), not this file. How it is measured stands in
+[`__init__.py`](__init__.py), how each peer is tuned in its [adapter](adapters), which versions in [`peers.txt`](peers.txt),
+[`node/package.json`](node/package.json), [`go/go.mod`](go/go.mod); every round in [`results/`](results).
+
+```sh
+make bench                                                          # everything beside everybody, five rounds
+make bench CELLS="process enqueue_bulk" SYSTEMS="retinue bullmq" ROUNDS=5
+make bench-profile CELL=process                                     # where the time goes
+```
+
+"""
+
+
+def page(results: Results) -> str:
+    """The committed page: the machine, then all tables."""
+    facts = grid(["machine", ""], [[key, text] for key, text in results.machine.items()])
+    return f"{_PAGE}{facts}\n\n## Goals\n\n{render(results)}"
+
+
 def render(results: Results) -> str:
     """Goals first, then a table per cell."""
-    parts = [goals(results), *(f"### {cell.title}\n\n{table(name, cell)}" for name, cell in results.cells.items())]
+    parts = [
+        goals(results),
+        "## Cells",
+        *(f"### {cell.title}\n\n{table(name, cell)}" for name, cell in results.cells.items()),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -53,6 +79,8 @@ def goals(results: Results) -> str:
     rows = []
     for goal in GOALS:
         measured, verdict = outcome(goal, results)
+        if goal.cell not in results.cells:
+            continue
         unit = "×" if goal.against else f" {goal.unit}"
         rows.append([goal.what, goal.text, ranged(measured, unit) if measured else "", verdict])
     return grid(["what", "goal", "measured: median (range)", ""], rows)
@@ -100,9 +128,8 @@ def ranged(found: Spread, unit: str = "") -> str:
 
 def number(value: float) -> str:
     """Three significant digits."""
-    if abs(value) >= 1000:
-        return f"{float(f'{value:.3g}'):,.0f}"
-    return f"{float(f'{value:.3g}'):g}"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}"
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

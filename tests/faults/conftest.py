@@ -6,7 +6,7 @@ from faults.tables import pytest_terminal_summary, row
 
 __all__ = ["pytest_terminal_summary", "row", "serve"]
 
-SCHEDULES = 1_600
+SCHEDULES = 1_200
 """As many as CI plays: some 20 s of one core."""
 BLOCK = 200
 """Schedules a test: pytest's workers share them out."""

@@ -34,7 +34,6 @@ class WorkQueueService:
 
     def __init__(self, queue: WorkQueue) -> None:
         self._queue = queue
-        self._durability = queue.engine.capabilities.durability.name.lower()
 
     async def EnqueueTasks(self, request: wq.EnqueueTasksRequest, call: Call) -> wq.EnqueueTasksResponse:
         read = translate.Reader()
@@ -151,7 +150,7 @@ class WorkQueueService:
         )
 
     def _tell_durability(self, call: Call) -> None:
-        call.set_trailing_metadata("retinue-durability", self._durability)
+        call.set_trailing_metadata("retinue-durability", self._queue.engine.capabilities.durability.name.lower())
 
 
 def _required(items: Sequence[object], field: str) -> Sequence[Violation]:

@@ -11,13 +11,14 @@
 Tasks are JSON objects `{"id": number, "pad": text}`, 110 to 120 bytes. Times are CLOCK_MONOTONIC.
 """
 
+import asyncio
 import contextlib
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,6 @@ PAD = "x" * 96
 
 def task(number: int) -> dict[str, Any]:
     return {"id": number, "pad": PAD}
-
-
-def blocks(first: int, count: int, size: int = BULK) -> Iterator[range]:
-    """The numbers of `count` tasks in blocks of one call each."""
-    for start in range(first, first + count, size):
-        yield range(start, min(start + size, first + count))
 
 
 def say(**message: Any) -> None:
@@ -90,6 +85,43 @@ def when_due(times: list[float], send: Callable[[int], object]) -> dict[str, Any
             time.sleep(wait)
         send(number)
     return {"start_ns": start}
+
+
+async def shared(numbers: range, loops: int, send: Callable[[int], Awaitable[object]]) -> None:
+    """Shares numbers out among loops that each await their send."""
+    todo = iter(numbers)
+
+    async def run() -> None:
+        for number in todo:
+            await send(number)
+
+    await asyncio.gather(*(run() for _ in range(loops)))
+
+
+async def when_due_async(times: list[float], send: Callable[[int], Coroutine[Any, Any, object]]) -> dict[str, Any]:
+    """Sends task i at times[i], without waiting for the answers before."""
+    start, sent = time.monotonic_ns(), []
+    for number, due in enumerate(times):
+        wait = due - (time.monotonic_ns() - start) / 1e9
+        if wait > 0:
+            await asyncio.sleep(wait)
+        sent.append(asyncio.ensure_future(send(number)))
+    await asyncio.gather(*sent)
+    return {"start_ns": start}
+
+
+def produce_async(set_up: Callable[[], Awaitable[object]], handlers: dict[str, Callable[..., Any]]) -> None:
+    """produce() for coroutines, all on one loop."""
+    runner = asyncio.Runner()
+
+    async def start() -> None:
+        await set_up()
+
+    def command(function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+        return lambda **arguments: runner.run(function(**arguments))
+
+    runner.run(start())
+    produce({name: command(function) for name, function in handlers.items()})
 
 
 class Record:

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 import grpc.aio
-from bench.adapters.protocol import BULK, WINDOW, Record, blocks, produce, say, task
+from bench.adapters.protocol import BULK, WINDOW, Record, produce_async, say, shared, task, when_due_async
 
 from retinue.client import Job, Queue, Worker
 from retinue.workqueue.v1 import workqueue_admin_service_pb2 as admin
@@ -25,68 +25,54 @@ CONCURRENCY = int(os.environ.get("BENCH_CONCURRENCY", "64"))
 PREFETCH = int(os.environ.get("BENCH_PREFETCH", "448"))
 IN_FLIGHT = int(os.environ.get("BENCH_BULK_CALLS", "4"))
 JSON = "application/json"
+queues: dict[str, Queue] = {}
 
 
-async def one(queue: Queue, numbers: range) -> None:
-    for number in numbers:
-        await queue.enqueue(json.dumps(task(number)), content_type=JSON)
+def at(name: str) -> Queue:
+    return queues.setdefault(name, queues.get(name) or Queue(name, address=sys.argv[2]))
 
 
-async def bulk(queue: Queue, todo: Any) -> None:
-    for block in todo:
-        answers = await queue.enqueue_many([await queue.spec(json.dumps(task(n)), content_type=JSON) for n in block])
-        if failed := [answer for answer in answers if isinstance(answer, Exception)]:
-            raise failed[0]
+async def nothing() -> None:
+    """The client connects on first use."""
 
 
-async def share(queue: Queue, numbers: Any, workers: int) -> None:
-    todo = iter(numbers)
-
-    async def run() -> None:
-        for number in todo:
-            await queue.enqueue(json.dumps(task(number)), content_type=JSON)
-
-    await asyncio.gather(*(run() for _ in range(workers)))
+async def send(queue: Queue, number: int) -> None:
+    await queue.enqueue(json.dumps(task(number)), content_type=JSON)
 
 
-async def enqueue(queue: Queue, first: int, count: int, mode: str) -> dict[str, Any]:
-    start = time.perf_counter()
-    numbers = range(first, first + count)
-    if mode == "one":
-        await one(queue, numbers)
-    elif mode == "pipelined":
-        await share(queue, numbers, WINDOW)
+async def send_all(queue: Queue, numbers: range) -> None:
+    answers = await queue.enqueue_many([await queue.spec(json.dumps(task(n)), content_type=JSON) for n in numbers])
+    if failed := [answer for answer in answers if isinstance(answer, Exception)]:
+        raise failed[0]
+
+
+async def enqueue(queue: str, first: int, count: int, mode: str) -> dict[str, Any]:
+    to, end, start = at(queue), first + count, time.perf_counter()
+    if mode == "bulk":
+        blocks = range(first, end, BULK)
+        await shared(blocks, IN_FLIGHT, lambda number: send_all(to, range(number, min(number + BULK, end))))
     else:
-        todo = blocks(first, count)
-        await asyncio.gather(*(bulk(queue, todo) for _ in range(IN_FLIGHT)))
+        await shared(range(first, end), 1 if mode == "one" else WINDOW, lambda number: send(to, number))
     return {"seconds": time.perf_counter() - start}
 
 
-async def open_loop(queue: Queue, times: list[float]) -> dict[str, Any]:
-    start, loop = time.monotonic_ns(), asyncio.get_running_loop()
-    origin, sending = loop.time(), set()
-    for number, due in enumerate(times):
-        if (wait := origin + due - loop.time()) > 0:
-            await asyncio.sleep(wait)
-        sent = asyncio.create_task(queue.enqueue(json.dumps(task(number)), content_type=JSON))
-        sending.add(sent)
-        sent.add_done_callback(sending.discard)
-    await asyncio.gather(*sending)
-    return {"start_ns": start}
+async def open_loop(queue: str, times: list[float]) -> dict[str, Any]:
+    return await when_due_async(times, lambda number: send(at(queue), number))
 
 
-async def left(queue: Queue) -> dict[str, Any]:
-    stub = admin_rpc.WorkQueueAdminServiceStub(queue.connection.channel)
-    request = admin.GetQueueStatsRequest(queue_ids=[queue.queue_id])
-    (found,) = (await queue.connection.call(stub.GetQueueStats, request)).stats
+async def left(queue: str) -> dict[str, Any]:
+    connection = at(queue).connection
+    stub = admin_rpc.WorkQueueAdminServiceStub(connection.channel)
+    request = admin.GetQueueStatsRequest(queue_ids=[queue])
+    (found,) = (await connection.call(stub.GetQueueStats, request)).stats
     return {"left": found.scheduled + found.ready + found.leased + found.retrying + found.dead}
 
 
-async def lease(queue: Queue, count: int) -> dict[str, Any]:
+async def lease(queue: str, count: int) -> dict[str, Any]:
     """Leases tasks, 100 a call, one call after the other."""
     start, leased = time.perf_counter(), 0
     while leased < count:
-        found = len(await queue.lease("bench", max_tasks=BULK, lease_duration=3600))
+        found = len(await at(queue).lease("bench", max_tasks=BULK, lease_duration=3600))
         if not found:
             raise ValueError(f"the queue gave only {leased} tasks")
         leased += found
@@ -112,22 +98,6 @@ async def idle(address: str, count: int) -> None:
             await call.read()
 
 
-def produce_all(address: str) -> None:
-    runner = asyncio.Runner()
-    queues: dict[str, Queue] = {}
-
-    def command(function: Any) -> Any:
-        async def run(queue: str, arguments: dict[str, Any]) -> Any:
-            if queue not in queues:
-                queues[queue] = Queue(queue, address=address)
-            return await function(queues[queue], **arguments)
-
-        return lambda queue, **arguments: runner.run(run(queue, arguments))
-
-    commands = {"enqueue": enqueue, "open": open_loop, "left": left, "lease": lease}
-    produce({name: command(function) for name, function in commands.items()})
-
-
 async def work(address: str, name: str, count: int, path: str) -> None:
     record = Record(count, path)
 
@@ -141,7 +111,7 @@ async def work(address: str, name: str, count: int, path: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "produce":
-        produce_all(sys.argv[2])
+        produce_async(nothing, {"enqueue": enqueue, "open": open_loop, "left": left, "lease": lease})
     elif sys.argv[1] == "idle":
         asyncio.run(idle(sys.argv[2], int(sys.argv[3])))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 import threading
 import time
@@ -35,6 +36,7 @@ _MODES = {
     Kind.REQUESTS_ONLY: Mode.REQUESTS_ONLY,
     Kind.HALF_OPEN: Mode.HALF_OPEN,
 }
+_ERROR = re.compile(r'"level": "(error|critical)"|^Traceback')
 _PAGE = 500
 _SAMPLE = 500
 _STUCK_S = 60.0
@@ -213,7 +215,7 @@ class Campaign:
     def _internal_errors(self) -> list[str]:
         """What no server may ever write into its log."""
         logs = (log.read_text() for log in self._where.glob("server-*/server.log"))
-        return [line for log in logs for line in log.splitlines() if "failed unexpectedly" in line]
+        return [line for log in logs for line in log.splitlines() if _ERROR.search(line)]
 
     def _drain(self) -> None:
         left, since = self._unfinished(), time.monotonic()

@@ -32,9 +32,11 @@ class Statements:
         if not _SCHEMA.fullmatch(schema):
             raise ValueError(f"{schema!r} is no name for a schema: use lower-case letters, digits and _")
         self.schema = schema
+        now_ms = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
         self._names = {
             "schema": schema,
-            "now_ms": "(extract(epoch FROM clock_timestamp()) * 1000)::bigint",
+            "now_ms": now_ms,
+            "kept": f"(h.drop_day = -1 OR h.delete_ms > {now_ms.replace('clock_timestamp', 'now')})",
             "row": ", ".join(f"{'b' if name in _IN_BODY else 't'}.{name}" for name in ROW),
             "body": ", ".join(f"b.{name}" for name in BODY),
             "light": ", ".join("''::bytea" if name in _HEAVY else f"b.{name}" for name in BODY),

@@ -7,6 +7,7 @@ layer that is undone before it went out never was. Only one that went out has a 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -114,6 +115,7 @@ class View:
         if records.may_be_old(wanted):
             where, values = records.conditions(wanted, old=True, first=3)
             tables = "{schema}.history h"
+            where = f"{{kept}} AND {where}"
             sql = f"SELECT {columns[1]} FROM {tables} WHERE h.seq {side} $1::bigint AND {where} ORDER BY h.seq {order}"  # noqa: S608 - constants
             found += self._select(self._sql.fill(f"{sql} LIMIT $2::integer{self._lock_old}"), seq, str(limit), *values)
         return found
@@ -185,6 +187,8 @@ class Store(View):
         self._layers = [_Layer(self._queues)]
         self._hot: set[int] = set()
         """Tasks that are known not to be in history: this transaction has read them, and so locked them."""
+        self.ready_tasks: Counter[str] = Counter()
+        """How many tasks became ready in this transaction, by queue."""
         self.time = Instant(0, 0)
         """When the transaction began, by the database's clock."""
         self._exclusive = False
@@ -194,6 +198,7 @@ class Store(View):
 
     def open(self, *, exclusive: bool) -> None:
         """Begins a transaction; all that a step may ask first comes with it."""
+        self.ready_tasks = Counter()
         self._layers, self._pending, self._hot, self._exclusive = [_Layer(self._queues)], [], set(), exclusive
         lock = "pg_advisory_xact_lock" if exclusive else "pg_advisory_xact_lock_shared"
         begin = [
@@ -439,6 +444,8 @@ class Store(View):
     def _statements(self, layer: _Layer) -> list[Statement]:
         if not layer:
             return []
+        written = (*layer.saves.values(), *(task.row for task in layer.inserts))
+        self.ready_tasks.update(row.queue_id for row in written if row.state == State.READY)
         statements = [*self._saves(layer), *layer.others]
         hot = [seq for seq, row in layer.deletes.items() if seq in self._hot or row.state not in FINISHED]
         old = [seq for seq in layer.deletes if seq not in self._hot]
@@ -529,6 +536,12 @@ SELECT set_config('synchronous_commit',
        set_config('lock_timeout', '5s', true),
        set_config('idle_in_transaction_session_timeout', '10s', true),
        set_config('enable_seqscan', 'off', true),
+       set_config('enable_hashjoin', 'off', true),
+       set_config('enable_mergejoin', 'off', true),
+       set_config('jit', 'off', true),
        {lock}($1::integer, hashtext($2::text))
 """
-"""What holds for a transaction, so that it holds behind PgBouncer, too; then the lock of all queues."""
+"""What holds for a transaction, so that it holds behind PgBouncer, too; then the lock of all queues.
+
+All statements go by indexes; a plan that was made while a table was small must not read all of it when it no longer is.
+"""

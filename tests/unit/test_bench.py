@@ -1,0 +1,116 @@
+"""Claims on the parts of the scoreboard that decide: statistics, exact delivery, goals, tables, arrivals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from bench.figures import Spread, percentile, ratio, spread, undelivered
+from bench.goals import Goal, judged, outcome
+from bench.open_loop import arrivals
+from bench.results import Played, PlayedCell, Results, load, store
+from bench.tables import number, render
+from hypothesis import given
+from hypothesis import strategies as some
+
+
+def played(*rates: float, void: str = "") -> Played:
+    return Played(100, [{"rate": rate, "server_cpu_us": 10.0} for rate in rates], void)
+
+
+def results(**systems: Played) -> Results:
+    return Results(cells={"process": PlayedCell("Processing", "pinned", systems)})
+
+
+TWICE = Goal("processing", "process", 2, "bullmq")
+
+
+def test_a_ratio_is_taken_within_each_round_before_its_median() -> None:
+    # The machine was twice as slow in the second round; both suffered.
+    assert ratio([100, 50, 90], [50, 25, 30]) == Spread(2, 2, 3)
+
+
+def test_systems_with_different_numbers_of_rounds_have_no_ratio() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        ratio([1, 2], [1])
+
+
+def test_nothing_has_no_median_and_no_percentile() -> None:
+    with pytest.raises(ValueError, match="nothing"):
+        spread([])
+    with pytest.raises(ValueError, match="nothing"):
+        percentile([], 0.5)
+
+
+@given(some.lists(some.floats(0, 1e6), min_size=1), some.sampled_from([0.5, 0.99, 0.999]))
+def test_a_percentile_is_the_smallest_value_that_its_share_does_not_exceed(values: list[float], share: float) -> None:
+    found = percentile(values, share)
+    assert sum(value <= found for value in values) >= share * len(values)
+    assert sum(value < found for value in values) < share * len(values)
+
+
+def test_a_delivery_of_each_task_once_is_right_in_any_order() -> None:
+    assert undelivered(range(4), [2, 0, 3, 1]) == ""
+
+
+@pytest.mark.parametrize(
+    ("handled", "wrong"),
+    [
+        ([0, 1], "1 missing"),
+        ([0, 1, 2, 2, 2], "1 handled more than once"),
+        ([0, 1, 2, 7], "1 foreign"),
+        ([0, 0, 9], "2 missing, 1 foreign, 1 handled more than once"),
+    ],
+)
+def test_a_delivery_says_what_is_wrong_with_it(handled: list[int], wrong: str) -> None:
+    assert undelivered(range(3), handled) == wrong
+
+
+def test_a_goal_is_met_or_missed_by_a_share_of_it() -> None:
+    assert outcome(TWICE, results(retinue=played(200), bullmq=played(80))) == (Spread(2.5, 2.5, 2.5), "met")
+    assert outcome(TWICE, results(retinue=played(150), bullmq=played(100)))[1] == "**missed** by 25%"
+    most = Goal("idle", "idle", 0.002, figure="idle_share", at_most=True, unit="cores")
+    assert judged(most, 0.002) == "met"
+    assert judged(most, 0.003) == "**missed** by 50%"
+
+
+def test_a_void_cell_meets_no_goal_and_says_why() -> None:
+    found = results(retinue=played(200, void="3 missing"), bullmq=played(1))
+    assert outcome(TWICE, found) == (None, "void: 3 missing")
+    assert "void: 3 missing" in render(found)
+
+
+def test_a_peer_that_did_not_play_is_no_victory() -> None:
+    assert outcome(TWICE, results(retinue=played(200))) == (None, "not played")
+
+
+def test_a_table_has_a_row_for_each_system_with_its_ratio() -> None:
+    table = render(results(retinue=played(30_000, 40_000), bullmq=played(10_000, 10_000)))
+    assert "| retinue | 100 | 35,000 (30,000-40,000) | 1× (1-1) | 10 |" in table
+    assert "| bullmq | 100 | 10,000 (10,000-10,000) | 3.5× (3-4) | 10 |" in table
+
+
+def test_figures_have_three_significant_digits() -> None:
+    assert [number(value) for value in (12_345, 999.6, 12.345, 0.0012345, 0)] == [
+        "12,300",
+        "1,000",
+        "12.3",
+        "0.00123",
+        "0",
+    ]
+
+
+def test_results_are_read_back_as_they_were_stored(tmp_path: Path) -> None:
+    stored = results(retinue=played(1.5, 2.25), bullmq=played(void="not built: why"))
+    store(tmp_path / "some" / "results.json", stored)
+    assert load(tmp_path / "some" / "results.json") == stored
+    assert load(tmp_path / "none.json") == Results()
+
+
+def test_arrivals_are_drawn_again_alike_and_come_at_their_rate() -> None:
+    times = list(arrivals(1_000, 5, seed=1))
+    assert times == list(arrivals(1_000, 5, seed=1)) != list(arrivals(1_000, 5, seed=2))
+    assert times == sorted(times)
+    assert times[0] > 0
+    assert times[-1] < 5
+    assert 4_500 < len(times) < 5_500
