@@ -20,9 +20,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--systems", nargs="*", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--tasks", type=int, help="instead of each cell's own number")
-    p.add_argument(
-        "--reference", action="store_true", help="keep it as the committed results, write README.md"
-    )
+    p.add_argument("--reference", action="store_true", help="keep it as the committed results, write README.md")
     p.add_argument("--store", type=Path, default=HOME / "last.json", help="where the figures are kept, by cell")
     return p
 
