@@ -49,7 +49,7 @@ _PAGE = """\
 # The scoreboard
 
 Written by `make bench REFERENCE=1`; edit [`tables.py`](tables.py), not this file. How it is measured stands in
-[`__init__.py`](__init__.py), how each peer is tuned in its [adapter](adapters), the versions in [`peers.txt`](peers.txt),
+[`__init__.py`](__init__.py), how a peer is tuned in its [adapter](adapters), the versions in [`peers.txt`](peers.txt),
 [`node/package.json`](node/package.json) and [`go/go.mod`](go/go.mod), every round in [`results/`](results).
 
 ```sh
