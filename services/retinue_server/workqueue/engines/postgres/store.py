@@ -34,13 +34,11 @@ from retinue_server.workqueue.engines.postgres.literals import (
     sparse_texts,
     texts,
 )
+from retinue_server.workqueue.engines.postgres.statements import QUEUES_LOCK, REQUEST_LOCK, ROOM_LOCK
 
 if TYPE_CHECKING:
     from retinue_server.workqueue.engines.postgres.session import Session, Statement
     from retinue_server.workqueue.engines.postgres.statements import Statements
-
-QUEUES_LOCK, ROOM_LOCK, REQUEST_LOCK = 0x5E71_0001, 0x5E71_0002, 0x5E71_0003
-"""Advisory locks (their first number): all queues, the room of one, a lease request."""
 
 
 class View:
