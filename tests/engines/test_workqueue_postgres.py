@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import tempfile
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -166,37 +168,32 @@ async def test_leases_go_on_when_their_coordinator_is_gone(postgres: Postgres, s
 # Losing the server
 
 
-async def test_terminated_connections_are_opened_again(postgres: Postgres, schema: str) -> None:
-    async with coordinators(postgres.url, schema, 1) as (queue,):
-        await enqueue(queue, 1)
-        for _ in range(5):
-            postgres.run(TERMINATE)
-            assert len(await enqueue(queue, 1)) == 1
-            assert len(await queue.queues("", 0)) == 2
-        assert (await queue.reports(["q"]))[0].counts == {State.READY: 6}
-
-
-async def test_a_stopped_server_is_unavailable_and_is_found_again(tmp_path_factory: pytest.TempPathFactory) -> None:
-    import tempfile  # noqa: PLC0415 - this claim alone needs it
-
+@pytest.fixture
+def own_server() -> Iterator[Postgres]:
+    """A server that the test may hurt."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as where:
         Path(where).chmod(0o755)
         server = Postgres.create(Path(where) / "server")
-        try:
-            async with coordinators(server.url, "retinue", 1) as (queue,):
-                assert queue.engine.capabilities.durability == Durability.DISK
-                (task_id,) = await enqueue(queue, 1)
-                await asyncio.to_thread(server.stop)
-                for call in (enqueue(queue, 1), queue.get(task_id), queue.sweep()):
-                    with pytest.raises(Unavailable) as refused:
-                        await call
-                    assert refused.value.reason == Reason.ENGINE_UNAVAILABLE
-                    assert refused.value.retry_ms > 0
-                await asyncio.to_thread(server.start)
-                assert len(await enqueue(queue, 1)) == 1
-                assert (await queue.get(task_id)).row.state == State.READY
-        finally:
-            server.stop("immediate")
+        yield server
+        server.stop("immediate")
+
+
+async def test_a_server_that_goes_away_is_unavailable_and_is_found_again(own_server: Postgres) -> None:
+    async with coordinators(own_server.url, "retinue", 1) as (queue,):
+        assert queue.engine.capabilities.durability == Durability.DISK
+        (task_id,) = await enqueue(queue, 1)
+        for _ in range(5):
+            own_server.run(TERMINATE)
+            assert len(await enqueue(queue, 1)) == 1
+        await asyncio.to_thread(own_server.stop)
+        for call in (enqueue(queue, 1), queue.get(task_id), queue.sweep()):
+            with pytest.raises(Unavailable) as refused:
+                await call
+            assert refused.value.reason == Reason.ENGINE_UNAVAILABLE
+            assert refused.value.retry_ms > 0
+        await asyncio.to_thread(own_server.start)
+        assert len(await enqueue(queue, 1)) == 1
+        assert (await queue.get(task_id)).row.state == State.READY
 
 
 # Migrations
@@ -354,9 +351,7 @@ async def test_sql_keeps_to_the_state_and_the_room_of_a_queue(queue: WorkQueue, 
 
 
 @pytest.fixture
-def pgbouncer(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    import tempfile  # noqa: PLC0415 - pytest's own directories are closed to others
-
+def pgbouncer(postgres: Postgres) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as where:
         Path(where).chmod(0o777)
         port = free_port()
@@ -382,8 +377,6 @@ def _wait_for(url: str) -> None:
         try:
             psycopg.connect(url, connect_timeout=2).close()
         except psycopg.OperationalError:
-            import time  # noqa: PLC0415 - the server says nowhere that it listens
-
             time.sleep(0.05)
         else:
             return

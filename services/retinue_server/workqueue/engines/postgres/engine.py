@@ -23,6 +23,7 @@ from retinue_server.workqueue.engine import Capabilities, Durability, Instant, T
 from retinue_server.workqueue.engine import View as AnyView
 from retinue_server.workqueue.engines.postgres.blobs import PostgresBlobs
 from retinue_server.workqueue.engines.postgres.days import keep_days
+from retinue_server.workqueue.engines.postgres.marks import Marks
 from retinue_server.workqueue.engines.postgres.migrate import migrate
 from retinue_server.workqueue.engines.postgres.news import News, Ready
 from retinue_server.workqueue.engines.postgres.session import AGAIN, Address, Session, Statement, translated
@@ -99,9 +100,9 @@ class PostgresEngine:
         self._reading = ThreadPoolExecutor(_READERS, "workqueue-reader")
         for _ in range(_READERS):
             self._readers.put(self._session("reader"))
-        turn = threading.Lock()
+        turn, marks = threading.Lock(), Marks()
         for number in range(self._connections):
-            store = Store(self._session("writer"), self._statements, lambda: self._days)
+            store = Store(self._session("writer"), self._statements, lambda: self._days, marks)
             store.own_clock = self.capabilities.own_clock
             writer = _Writer(self._steps, store, loop, self._committed, turn)
             writer.thread = threading.Thread(target=writer.run, name=f"workqueue-writer-{number}", daemon=True)
