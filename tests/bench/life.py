@@ -11,7 +11,7 @@ import grpc
 
 from bench.brokers import await_port, free_port, fresh, retinue, retinue_command, retinue_environment
 from bench.entrants import PATIENCE, Round
-from bench.processes import LOAD_CORE, Adapter, Failure, Server, pinned, rss_mib
+from bench.processes import LOAD_CORE, Adapter, Failure, Server, cpu_seconds, pinned, rss_mib, threads_cpu_seconds
 from retinue.workqueue.v1 import workqueue_service_pb2 as api
 from retinue.workqueue.v1 import workqueue_service_pb2_grpc as rpc
 
@@ -32,6 +32,7 @@ def start(_: Entrant, count: int) -> Round:
         where, began = fresh("start"), time.perf_counter()
         with retinue(where) as broker:
             times.append((time.perf_counter() - began) * 1e3)
+            found.figures["start_cpu_ms"] = cpu_seconds(broker.server.pid) * 1e3
             time.sleep(0.3)  # what it does right after
             found.figures["rss_mib"] = rss_mib(broker.server.pid)
     found.figures["start_ms"] = sorted(times)[len(times) // 2]
@@ -76,9 +77,9 @@ def idle(entrant: Entrant, count: int) -> Round:
 def _share(server: Server) -> float:
     """The part of a core that a server takes while nothing is asked of it."""
     time.sleep(_QUIET)
-    before, began = server.usage(), time.monotonic()
+    before, began = threads_cpu_seconds(server.pid), time.monotonic()
     time.sleep(_WATCHED)
-    return (server.usage() - before).cpu_seconds / (time.monotonic() - began)
+    return (threads_cpu_seconds(server.pid) - before) / (time.monotonic() - began)
 
 
 def backlog(entrant: Entrant, count: int) -> Round:
@@ -114,7 +115,7 @@ def restart(entrant: Entrant, count: int) -> Round:
         server.process.kill()
         server.process.wait()
     producer.close()
-    return Round({"restart_ms": _first_lease(where, port)})
+    return _first_lease(where, port)
 
 
 def _serve(where: Path, port: int) -> Server:
@@ -141,8 +142,8 @@ def _fill(entrant: Entrant, where: Path, port: int, count: int) -> None:
     server.stop()
 
 
-def _first_lease(where: Path, port: int) -> float:
-    """Milliseconds from the start of a server to the first lease it grants; it is ended by SIGKILL."""
+def _first_lease(where: Path, port: int) -> Round:
+    """From the start of a server to the first lease it grants; it is ended by SIGKILL."""
     began = time.perf_counter()
     server = _serve(where, port)
     try:
@@ -150,9 +151,10 @@ def _first_lease(where: Path, port: int) -> float:
             request = api.LeaseTasksRequest(queue_id="bench", worker_id="first", max_tasks=1)
             leases = rpc.WorkQueueServiceStub(channel).LeaseTasks(request, timeout=60, wait_for_ready=True).leases
         took = (time.perf_counter() - began) * 1e3
+        used = cpu_seconds(server.pid) * 1e3
     finally:
         server.process.kill()
         server.process.wait()
     if len(leases) != 1:
         raise Failure("no task was leased after the restart")
-    return took
+    return Round({"restart_ms": took, "restart_cpu_ms": used})

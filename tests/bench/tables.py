@@ -33,10 +33,12 @@ FIGURES = {
     "deep_rate": "leases/s, 1,000,000 waiting",
     "deep_share": "share",
     "restart_ms": "from start to first lease, ms",
+    "restart_cpu_ms": "CPU until then, ms",
     "idle_share": "idle, cores",
     "workers_share": "1,000 workers wait, cores",
     "workers_rss_mib": "with them, RSS in MiB",
     "start_ms": "start, ms",
+    "start_cpu_ms": "CPU until then, ms",
     "rss_mib": "RSS, MiB",
     "modules": "modules",
 }
@@ -47,8 +49,8 @@ _PAGE = """\
 # The scoreboard
 
 Written by `make bench REFERENCE=1`; edit [`tables.py`](tables.py), not this file. How it is measured stands in
-[`__init__.py`](__init__.py), how each peer is tuned in its [adapter](adapters), which versions in [`peers.txt`](peers.txt),
-[`node/package.json`](node/package.json), [`go/go.mod`](go/go.mod); every round in [`results/`](results).
+[`__init__.py`](__init__.py), how a peer is tuned in its [adapter](adapters), the versions in [`peers.txt`](peers.txt),
+[`node/package.json`](node/package.json) and [`go/go.mod`](go/go.mod), every round in [`results/`](results).
 
 ```sh
 make bench                                                          # everything beside everybody, five rounds
@@ -67,12 +69,8 @@ def page(results: Results) -> str:
 
 def render(results: Results) -> str:
     """Goals first, then a table per cell."""
-    parts = [
-        goals(results),
-        "## Cells",
-        *(f"### {cell.title}\n\n{table(name, cell)}" for name, cell in results.cells.items()),
-    ]
-    return "\n\n".join(parts) + "\n"
+    cells = [f"### {cell.title}\n\n{table(name, cell)}" for name, cell in results.cells.items()]
+    return "\n\n".join([goals(results), "## Cells", *cells]) + "\n"
 
 
 def goals(results: Results) -> str:

@@ -18,7 +18,7 @@ import pytest
 from support.workqueue_simulation.broken import BROKEN, Broken
 from support.workqueue_simulation.schedule import Verdict, play
 
-ENOUGH = 1_000
+ENOUGH = 3_000
 """How many schedules a broken variant may survive at most."""
 TESTS = Path(__file__).parent.parent
 

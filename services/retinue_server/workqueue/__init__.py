@@ -44,6 +44,9 @@ is over the millisecond its time is, swept or not. Schedules, expiry and retenti
 restarted coordinator can't compare boot clocks: it gives every live lease one full term, uncounted; what is left
 of an attempt it takes from the wall.
 
+Many coordinators on one database (PostgreSQL) go by the database's clock alone, for wall times and leases; it outlives
+them, so nothing is recovered at their start. What stepping it does stands in services/decisions/0007.
+
 What each failure does
 ----------------------
 

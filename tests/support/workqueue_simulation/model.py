@@ -417,7 +417,7 @@ class Model:
             if before.expire_ms is None or before.expire_ms > wall_ms:
                 yield LEGAL, "expired before its time"
         elif after.state == State.READY:
-            if after.ready_ms > wall_ms:
+            if after.ready_ms > wall_ms and (before.state, before.ready_ms) != (State.READY, after.ready_ms):
                 yield LEGAL, "ready before its time"
             elif before.state != State.READY and self._due_late(record, after):
                 yield PROMPT, "due long ago"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 from retinue_server.workqueue.engines.postgres import records
+from retinue_server.workqueue.engines.postgres.statements import DAYS_LOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"history_d(\d+)$")
-_LOCK = 0x5E71_0004
 
 
 def keep_days(session: Session, statements: Statements) -> frozenset[int]:
@@ -65,7 +65,11 @@ def _drop(session: Session, statements: Statements, day: int) -> None:
 
 def _quickly(session: Session, *changes: str) -> None:
     """Changes tables, or leaves it for the next time if somebody uses them: whoever came after would wait, too."""
-    begin = [("BEGIN", ()), ("SELECT set_config('lock_timeout', '300ms', true)", ()), (_ONE_AT_A_TIME, (str(_LOCK),))]
+    begin = [
+        ("BEGIN", ()),
+        ("SELECT set_config('lock_timeout', '300ms', true)", ()),
+        (_ONE_AT_A_TIME, (str(DAYS_LOCK),)),
+    ]
     try:
         session.run(begin)
         for change in changes:

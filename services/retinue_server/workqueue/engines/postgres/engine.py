@@ -23,9 +23,10 @@ from retinue_server.workqueue.engine import Capabilities, Durability, Instant, T
 from retinue_server.workqueue.engine import View as AnyView
 from retinue_server.workqueue.engines.postgres.blobs import PostgresBlobs
 from retinue_server.workqueue.engines.postgres.days import keep_days
+from retinue_server.workqueue.engines.postgres.marks import Marks
 from retinue_server.workqueue.engines.postgres.migrate import migrate
 from retinue_server.workqueue.engines.postgres.news import News, Ready
-from retinue_server.workqueue.engines.postgres.session import AGAIN, Address, Session, translated
+from retinue_server.workqueue.engines.postgres.session import AGAIN, Address, Session, Statement, translated
 from retinue_server.workqueue.engines.postgres.statements import Statements
 from retinue_server.workqueue.engines.postgres.store import Exclusively, Store, View
 
@@ -102,9 +103,9 @@ class PostgresEngine:
         self._reading = ThreadPoolExecutor(_READERS, "workqueue-reader")
         for _ in range(_READERS):
             self._readers.put(self._session("reader"))
-        turn = threading.Lock()
+        turn, marks = threading.Lock(), Marks()
         for number in range(self._connections):
-            store = Store(self._session("writer"), self._statements, lambda: self._days)
+            store = Store(self._session("writer"), self._statements, lambda: self._days, marks)
             store.own_clock = self.capabilities.own_clock
             writer = _Writer(self._steps, store, loop, self._committed, turn)
             writer.thread = threading.Thread(target=writer.run, name=f"workqueue-writer-{number}", daemon=True)
@@ -164,12 +165,18 @@ class PostgresEngine:
 
     def _keep_house(self) -> None:
         """Keeps the days of history; what it can't do now it does later."""
-        session = self._session("days")
         while not self._closing.is_set():
             with suppress(psycopg.Error):
-                self._days = keep_days(session, self._statements)
-            session.close()
+                self.keep_days()
             self._closing.wait(_DAYS_EVERY_S)
+
+    def keep_days(self) -> None:
+        """Makes and drops days of history now, as it is done every minute; blocks."""
+        session = self._session("days")
+        try:
+            self._days = keep_days(session, self._statements)
+        finally:
+            session.close()
 
     def _stop_beside(self) -> None:
         self._closing.set()
@@ -277,6 +284,8 @@ class _Writer:
     ) -> None:
         self._steps, self.store, self._loop, self._committed = steps, store, loop, committed
         self._turn = turn
+        self._writes: list[Statement] = []
+        """What goes out with the commit."""
         self._committing = False
         """Whether a commit was sent, so that a lost connection leaves open what came of it."""
 
@@ -284,15 +293,20 @@ class _Writer:
         """Serves until None comes.
 
         The next writer's turn begins before this one's commit: what these steps read is locked, so that its steps find
-        what these ones made of it.
+        what these ones made of it. Not so if they made tasks ready, which the next ones may look for.
         """
         while True:
             with self._turn:
                 group = self._next_group()
                 error = self._tried(partial(self._run, group)) if group else None
+                committed = error is None and bool(self.store.ready_tasks)
+                if committed:
+                    error = self._tried(self._commit)
             if not group:
                 return
-            if error := error or self._tried(self._commit):
+            if not committed:
+                error = error or self._tried(self._commit)
+            if error:
                 self._make_up_for(error, group)
             self._loop.call_soon_threadsafe(_answer, group)
 
@@ -360,11 +374,11 @@ class _Writer:
         self.store.open(exclusive=exclusive)
         for step in group:
             step.run(self.store)
+        self._writes = self.store.writes()
 
     def _commit(self) -> None:
-        writes = self.store.writes()
         self._committing = True
-        [(status,)] = self.store.session.run([*writes, ("COMMIT", ())])
+        [(status,)] = self.store.session.run([*self._writes, ("COMMIT", ())])
         if status != "COMMIT":
             raise psycopg.OperationalError(f"the commit ended as {status}")
         self._committed(self.store)

@@ -140,9 +140,17 @@ WITH t AS MATERIALIZED (
 )
 SELECT {row}, {body} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.priority DESC, t.seq
 
+-- name: ready_behind
+-- The same, within a priority and behind a task (marks.py).
+WITH t AS MATERIALIZED (
+  SELECT * FROM {schema}.task WHERE queue_id = $1::text AND state = 2 AND priority = $3::integer AND seq > $4::bigint
+  ORDER BY seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
+)
+SELECT {row}, {body} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.seq
+
 -- name: due
 WITH t AS MATERIALIZED (
-  SELECT * FROM {schema}.task WHERE state IN (1, 4) AND ready_ms <= $1::bigint
+  SELECT * FROM {schema}.task WHERE state IN (1, 4) AND ready_ms <= $1::bigint AND ready_ms > $3::bigint
   ORDER BY ready_ms, seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
 SELECT {row} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.ready_ms, t.seq
@@ -150,14 +158,16 @@ SELECT {row} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.ready_ms, t.seq
 -- name: push_lapses
 -- Leases that were extended since it was noted when to look: to be looked at when they end now.
 WITH t AS MATERIALIZED (
-  SELECT seq FROM {schema}.task WHERE state = 3 AND lapse_ms <= $1::bigint AND lease_until > $1::bigint
+  SELECT seq FROM {schema}.task WHERE state = 3 AND lapse_ms <= $1::bigint AND lapse_ms > $3::bigint
+    AND lease_until > $1::bigint
   ORDER BY lapse_ms LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
 UPDATE {schema}.task SET lapse_ms = lease_until FROM t WHERE task.seq = t.seq
 
 -- name: lapsed
 WITH t AS MATERIALIZED (
-  SELECT * FROM {schema}.task WHERE state = 3 AND lapse_ms <= $1::bigint AND lease_until <= $1::bigint
+  SELECT * FROM {schema}.task WHERE state = 3 AND lapse_ms <= $1::bigint AND lapse_ms > $3::bigint
+    AND lease_until <= $1::bigint
   ORDER BY lease_until, seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
 SELECT {row} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.lease_until, t.seq
@@ -165,6 +175,7 @@ SELECT {row} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.lease_until, t.s
 -- name: expired
 WITH t AS MATERIALIZED (
   SELECT * FROM {schema}.task WHERE expire_ms IS NOT NULL AND state IN (1, 2, 4) AND expire_ms <= $1::bigint
+    AND expire_ms > $3::bigint
   ORDER BY expire_ms, seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
 SELECT {row} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.expire_ms, t.seq
@@ -178,9 +189,11 @@ SELECT {row} FROM {schema}.task t JOIN {schema}.body b USING (seq)
 WHERE t.state = 3 AND t.seq > $1::bigint ORDER BY t.seq LIMIT $2::integer FOR UPDATE OF t
 
 -- name: next_times
-SELECT least((SELECT min(ready_ms) FROM {schema}.task WHERE state IN (1, 4)),
-             (SELECT min(expire_ms) FROM {schema}.task WHERE expire_ms IS NOT NULL AND state IN (1, 2, 4))),
-       (SELECT min(lapse_ms) FROM {schema}.task WHERE state = 3)
+-- Each from its floor on.
+SELECT least((SELECT min(ready_ms) FROM {schema}.task WHERE state IN (1, 4) AND ready_ms > $1::bigint),
+             (SELECT min(expire_ms) FROM {schema}.task
+              WHERE expire_ms IS NOT NULL AND state IN (1, 2, 4) AND expire_ms > $2::bigint)),
+       (SELECT min(lapse_ms) FROM {schema}.task WHERE state = 3 AND lapse_ms > $3::bigint)
 
 -- name: by_seq
 SELECT {row} FROM {schema}.task t JOIN {schema}.body b USING (seq) WHERE t.seq = ANY ($1::bigint[]) ORDER BY t.seq
