@@ -1,11 +1,15 @@
-"""Random well-typed requests to every unary RPC: only codes of the contract come back, and the server stays alive."""
+"""Random well-typed requests and sequences of them: only codes of the contract come back, and the server stays alive.
+
+Bytes that are no messages at all are thrown in tests/faults/test_garbage.py.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from contract.client import METHODS, Client, Refused
+from contract.client import METHODS, Client, Refused, code
+from contract.line import Line
 from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -73,9 +77,12 @@ def _one_of_each(message: dict[str, Any], oneofs: list[list[str]]) -> dict[str, 
     return {name: value for name, value in message.items() if name not in surplus}
 
 
+PLAIN: Any = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+
+
 @pytest.mark.parametrize("rpc", UNARY)
 def test_any_well_typed_request_is_answered_by_the_contract(app: Client, operator: Client, rpc: str) -> None:
-    @settings(max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, **PLAIN)
     @given(messages(METHODS[rpc].input_type))
     def ask(fields: dict[str, Any]) -> None:
         try:
@@ -93,3 +100,82 @@ def _spared(rpc: str, fields: dict[str, Any]) -> dict[str, Any]:
     if rpc in ("CancelTasks", "RedriveTasks", "DeleteTasks"):
         return fields | {"dry_run": True}
     return fields
+
+
+SETTLING = {
+    "ExtendLeases": "extensions",
+    "CompleteTasks": "completions",
+    "FailTasks": "failures",
+    "ReleaseTasks": "releases",
+}
+
+
+def items(rpc: str) -> st.SearchStrategy[tuple[str, int, dict[str, Any]]]:
+    """One item about one of four leases: the RPC, which lease, and the rest of it."""
+    kind = METHODS[rpc].input_type.fields_by_name[SETTLING[rpc]].message_type
+    return st.tuples(st.just(rpc), st.integers(0, 3), messages(kind, 2))
+
+
+def test_any_sequence_about_real_leases_is_answered_by_the_contract(app: Client, line: Line) -> None:
+    @settings(max_examples=25, **PLAIN)
+    @given(st.lists(st.one_of([items(rpc) for rpc in SETTLING]), min_size=1, max_size=12))
+    def play(sequence: list[tuple[str, int, dict[str, Any]]]) -> None:
+        line.put_many(4)
+        leases = line.take(4)
+        for rpc, which, fields in sequence:
+            item = fields | {"lease_token": leases[which % len(leases)].lease_token}
+            try:
+                [result] = getattr(app, rpc)(**{SETTLING[rpc]: [item]}).results
+            except Refused as error:
+                assert error.code in ALLOWED, error  # noqa: PT017 - one of many answers
+            else:
+                assert not result.HasField("status") or code(result.status) in ALLOWED
+
+    play()
+    assert line.lend().lease_token
+
+
+def test_any_messages_on_a_worker_stream_are_answered_by_the_contract(app: Client, line: Line) -> None:
+    opened = {"open": {"queue_id": line.id, "worker_id": "w"}, "credit": 2}
+    any_message = messages(METHODS["StreamTasks"].input_type).map(lambda m: {k: v for k, v in m.items() if k != "open"})
+
+    @settings(max_examples=25, **PLAIN)
+    @given(st.lists(any_message, max_size=6), st.booleans())
+    def play(sent: list[dict[str, Any]], begins_well: bool) -> None:  # noqa: FBT001 - drawn
+        with app.stream("StreamTasks") as stream:
+            for fields in [*([opened] if begins_well else []), *sent]:
+                stream.send(**fields)
+            stream.half_close()
+            try:
+                assert all(response.WhichOneof("event") for response in stream)
+            except Refused as error:
+                assert error.code in ALLOWED, error  # noqa: PT017 - one of many answers
+
+    play()
+    assert app.GetCapabilities().engine
+
+
+@pytest.mark.parametrize("rpc", ["WatchEvents", "DownloadBlob"])
+def test_any_request_for_a_stream_is_answered_by_the_contract(app: Client, rpc: str) -> None:
+    @settings(max_examples=25, **PLAIN)
+    @given(messages(METHODS[rpc].input_type))
+    def ask(fields: dict[str, Any]) -> None:
+        try:
+            with app.stream(rpc, **fields) as stream:
+                assert stream.read() is not None
+        except Refused as error:
+            assert error.code in ALLOWED, error  # noqa: PT017 - one of many answers
+
+    ask()
+
+
+def test_any_pieces_of_a_blob_are_answered_by_the_contract(app: Client) -> None:
+    @settings(max_examples=25, **PLAIN)
+    @given(st.lists(messages(METHODS["UploadBlob"].input_type), max_size=4))
+    def send(pieces: list[dict[str, Any]]) -> None:
+        try:
+            assert app.upload(*(app.request("UploadBlob", **piece) for piece in pieces)).blob_id
+        except Refused as error:
+            assert error.code in ALLOWED, error  # noqa: PT017 - one of many answers
+
+    send()

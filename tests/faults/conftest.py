@@ -1,12 +1,15 @@
 """Faults are played against the same servers as the contract suite's, and in simulated worlds."""
 
+from pathlib import Path
+
 import pytest
 from contract.conftest import serve
 from faults.tables import pytest_terminal_summary, row
+from support.faults.clients import build_go_worker
 
 __all__ = ["pytest_terminal_summary", "row", "serve"]
 
-SCHEDULES = 1_600
+SCHEDULES = 1_200
 """As many as CI plays: some 20 s of one core."""
 BLOCK = 200
 """Schedules a test: pytest's workers share them out."""
@@ -36,3 +39,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ends = range(first, first + count, BLOCK)
         blocks = [range(start, min(start + BLOCK, first + count)) for start in ends]
         metafunc.parametrize("seeds", blocks, ids=[f"{block.start}-{block.stop - 1}" for block in blocks])
+
+
+@pytest.fixture(scope="session")
+def go_worker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The worker of the Go client."""
+    try:
+        return build_go_worker(tmp_path_factory.mktemp("go"))
+    except LookupError as missing:
+        pytest.skip(str(missing))

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import pytest
 
 LONG = bool(os.environ.get("LONG"))
+PATIENT = pytest.mark.timeout(3_600 if LONG else 60)
+"""For modules whose tests play more when they may."""
 Row = Callable[..., None]
 
 

@@ -25,12 +25,13 @@ from contract.client import Client, Refused
 from contract.conftest import new_line
 from contract.line import Line, seconds, text
 from faults.disks import KINDS, MIB, Filler, mounted, why_not
-from faults.tables import LONG, Row
+from faults.tables import LONG, PATIENT, Row
 from servers import RunningServer, start_server
 
 from retinue.workqueue.v1 import task_pb2
 from retinue.workqueue.v1.blob_service_pb2 import UploadBlobRequest
 
+pytestmark = PATIENT
 SIZE_MIB = 64
 RESERVE = SIZE_MIB * MIB // 8
 BODY = task_pb2.Payload(data=bytes(60_000))
@@ -63,7 +64,7 @@ class Small:
             return bool(page.status == 200)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["ext4"])
 def small(request: pytest.FixtureRequest) -> Iterator[Small]:
     if reason := why_not(request.param):
         pytest.skip(reason)
@@ -302,6 +303,7 @@ FILLS: dict[str, Callable[[Filler], None]] = {
 }
 
 
+@pytest.mark.parametrize("small", KINDS, indirect=True)
 @pytest.mark.parametrize("fault", FILLS)
 def test_nothing_acknowledged_is_lost_while_the_disk_fills_and_empties_under_load(
     small: Small, row: Row, fault: str

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,10 @@ import pytest
 from contract.client import Client as Api
 from servers import start_server
 from support.faults.campaign import QUEUE, Campaign, Size
-from support.faults.clients import PATH, WORKERS, Client, Crew, build_go_worker
+from support.faults.clients import PATH, WORKERS, Client, Crew
 from support.faults.engines import ENGINES, sqlite
 from support.faults.report import summarised, table
+from support.faults.schedule import Kind, Step
 from support.history import Event, Leased, Op, Story, Verdict, read
 from support.history.checks import check
 from workers import eventually
@@ -27,15 +29,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(240)  # the first build of the Go worker compiles what the client stands on
 
 LEASE_S = 1.0
-
-
-@pytest.fixture(scope="session")
-def go_worker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The worker of the Go client."""
-    try:
-        return build_go_worker(tmp_path_factory.mktemp("go"))
-    except LookupError as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -66,13 +59,14 @@ def test_the_history_under_kills_breaks_no_rule(engine: str, tmp_path: Path, go_
 )
 def test_a_broken_server_is_caught(defect: str, caught_by: set[str], tmp_path: Path, go_worker: Path) -> None:
     """Of a defect that shows under a crash only, the checks must find it after two."""
-    size = Size(kills=2, tasks=500) if defect == "acknowledge_before_commit" else Size(kills=0, tasks=1_500)
+    crashes = defect == "acknowledge_before_commit"
+    size = Size(kills=2, tasks=500) if crashes else Size(kills=0, tasks=1_500)
     with sqlite(tmp_path) as engine:
         broken = replace(
             engine, env={**engine.env, "DEFECT": defect, "PYTHONPATH": PATH}, module="faults.broken_server"
         )
     with Campaign(tmp_path, broken, 7, go_worker, size) as campaign:
-        campaign.run()
+        campaign.run(repeat(Step(0.5, Kind.KILL_SERVER if crashes else Kind.CUT, 0, 0)))
         campaign.settle()
         story = campaign.story()
     assert caught_by <= {finding.check for finding in check(story)}

@@ -21,7 +21,7 @@ from contract.client import Client, Refused
 from contract.conftest import new_line
 from contract.line import Line, text
 from faults import power
-from faults.tables import LONG, Row
+from faults.tables import LONG, PATIENT, Row
 from servers import RunningServer, environment, start_server
 
 from retinue.workqueue.v1 import task_pb2
@@ -29,8 +29,9 @@ from retinue.workqueue.v1.blob_service_pb2 import UploadBlobRequest
 from retinue_server.workqueue.engines.local_blobs import LocalBlobs
 from retinue_server.workqueue.engines.sqlite import SqliteEngine
 
-SEEDS = 2_000 if LONG else 30
-RECORDING_BYTES = (400 if LONG else 24) * 1024 * 1024
+pytestmark = PATIENT
+SEEDS = 500 if LONG else 30
+RECORDING_BYTES = (64 if LONG else 24) * 1024 * 1024
 BODY = task_pb2.Payload(data=bytes(range(250)) * 8)
 FATAL_EXIT = 70
 
@@ -109,7 +110,7 @@ class Load:
         threads = [threading.Thread(target=self._repeat, args=(stop, call)) for call in self._calls()]
         for thread in threads:
             thread.start()
-        end = time.monotonic() + 45
+        end = time.monotonic() + (300 if LONG else 40)
         while self._recorded() < RECORDING_BYTES and time.monotonic() < end:
             time.sleep(0.02)
         self._it.server.kill()

@@ -2,6 +2,7 @@
 
 pytest tests/faults/test_simulation.py                                    what CI plays
 pytest tests/faults/test_simulation.py --schedules 1000000 -n auto        a million, on all cores
+make faults SCHEDULES=1000000                                             the same, beside the other faults
 pytest tests/faults/test_simulation.py --seed 4711 --schedules 1          one again, with its trace if it fails
 """
 
@@ -17,7 +18,7 @@ import pytest
 from support.workqueue_simulation.broken import BROKEN, Broken
 from support.workqueue_simulation.schedule import Verdict, play
 
-ENOUGH = 1_000
+ENOUGH = 3_000
 """How many schedules a broken variant may survive at most."""
 TESTS = Path(__file__).parent.parent
 
@@ -40,7 +41,7 @@ def told(verdict: Verdict, *, with_trace: bool) -> str:
     """What a person needs who wants to know why."""
     trace = f"{verdict.history.trace()}\n\n" if with_trace else ""
     broken = "\n".join(f"at {v.at:.4f}: {v.claim}: {v.what}" for v in verdict.violations)
-    replay = f"pytest tests/faults/test_simulation.py -k whatever --seed {verdict.seed} --schedules 1"
+    replay = f"pytest tests/faults/test_simulation.py -k guarantees --seed {verdict.seed} --schedules 1"
     return f"{trace}seed {verdict.seed}\n{broken}\nreplay with: {replay}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 import uuid
@@ -204,6 +205,27 @@ def test_a_stopping_server_answers_a_long_poll_with_ok_and_nothing(it: Crash) ->
     assert list(waiting.result().leases) == []
     assert ending.result().task.state == task_pb2.TASK_STATE_SCHEDULED
     assert it.server.process.wait(10) == 0
+
+
+def test_a_restored_backup_takes_no_token_that_was_granted_after_it(it: Crash) -> None:
+    """Task numbers and epochs are given out again; what a token fits is told by chance (62 bits) alone."""
+    data, backup = it.server.data_dir, it.server.data_dir.with_name("backup")
+    held = it.line.lend()
+    it.server.kill()
+    shutil.copytree(data, backup)
+    it.server = it.server.restart()
+    lost = it.line.lend()
+    it.server.kill()
+    shutil.rmtree(data)
+    backup.rename(data)
+    it.server = it.server.restart()
+    again = it.line.lend()
+    assert again.lease_epoch == lost.lease_epoch
+    assert it.line.complete(lost).status.reason == "LEASE_LOST"
+    assert it.line.extend(lost).status.reason == "LEASE_LOST"
+    assert it.line.state(again.task_id) == "LEASED"
+    assert not it.line.complete(again).HasField("status")
+    assert not it.line.complete(held).HasField("status"), "leases of the backup's own time live on"
 
 
 def test_the_memory_engine_says_that_it_forgets(serve: Serve) -> None:

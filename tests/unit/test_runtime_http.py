@@ -120,7 +120,8 @@ async def test_every_unknown_field_is_named(web: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize(
     "body", [b"{", b"[]", b"null", b"\xff", b'{"repeat_count": "x"}', b'{"text":1}', b"[" * 60000,
-             b'{"text":"a","text":"b"}', b'{"text":"\\ud800"}', b'{"repeat_count":' + b"9" * 5000 + b"}"]
+             b'{"text":"a","text":"b"}', b'{"text":"\\ud800"}', b'{"\\ud800":1}', '{"text":"a"}'.encode("utf-16"),
+             b'{"repeat_count":' + b"9" * 5000 + b"}"]
 )  # fmt: skip
 async def test_a_body_that_is_no_message_is_an_invalid_argument(web: httpx.AsyncClient, body: bytes) -> None:
     reply = await web.post(f"{BASE}/Say", content=body, headers=JSON)

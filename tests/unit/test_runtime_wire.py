@@ -78,3 +78,10 @@ def test_a_page_token_of_another_list_or_version_is_out_of_range(kind: str, vers
     with pytest.raises(OutOfRange) as caught:
         wire.PageTokens("tasks", 2, int).decode(old)
     assert caught.value.reason is Reason.PAGE_TOKEN_EXPIRED
+
+
+@pytest.mark.parametrize("number", [1 << 63, -(1 << 63) - 1, 10**30])
+def test_a_number_that_no_store_takes_makes_a_page_token_malformed(number: int) -> None:
+    made_up = base64.urlsafe_b64encode(f'["tasks",1,["a",{number}]]'.encode()).rstrip(b"=").decode()
+    with pytest.raises(InvalidArgument):
+        wire.PageTokens("tasks", 1, tuple[str, wire.Int64]).decode(made_up)

@@ -157,6 +157,19 @@ async def test_a_cancelled_caller_gives_its_leases_back(bench: Bench) -> None:
     assert (granted[0].task.row.task_id, granted[0].task.row.attempt) == (task_id, 1)
 
 
+async def test_a_cancelled_caller_that_may_repeat_its_request_finds_its_leases(bench: Bench) -> None:
+    await bench.put()
+    ask = LeaseAsk("q", "w", request_id="r")
+    leasing = asyncio.ensure_future(bench.queue.try_lease(ask))
+    await asyncio.sleep(0)
+    leasing.cancel()
+    [again] = await bench.queue.lease(ask)
+    with pytest.raises(asyncio.CancelledError):
+        await leasing
+    await bench.queue.sweep()  # whatever was to be done for the cancelled call comes before it
+    assert (await bench.complete(LeaseRef.of(again.task.row))).error is None
+
+
 async def test_a_waiting_worker_wakes_up_when_a_task_comes(bench: Bench) -> None:
     waiting = asyncio.ensure_future(bench.queue.lease(LeaseAsk("q", "w"), 60_000))
     await asyncio.sleep(0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import TYPE_CHECKING
 
 import apsw
 import pytest
 
 from retinue_server.runtime.errors import Unavailable
-from retinue_server.workqueue.engine import QueueRow, QueueSettings, QueueState
+from retinue_server.workqueue.engine import QueueRow, QueueSettings, QueueState, State, Task, TaskBody, TaskRow
 from retinue_server.workqueue.engines.sqlite import SqliteEngine
 
 if TYPE_CHECKING:
@@ -65,3 +66,28 @@ async def test_a_failed_sync_is_fatal_and_its_callers_are_not_told_ok(tmp_path: 
             await engine.write(unsynced)
     await engine.stop()
     assert [type(error) for error in told] == [apsw.IOError]
+
+
+async def test_a_log_that_a_slow_reader_let_grow_is_cut_when_the_reader_has_gone(tmp_path: Path) -> None:
+    engine = SqliteEngine(tmp_path / "queue.db", no_fatal)
+    await engine.start()
+    await engine.write(add_a_queue)
+    log = tmp_path / "queue.db-wal"
+    body = TaskBody(bytes(1024 * 1024))
+    names = (f"t{i}" for i in itertools.count())
+
+    async def put_4_mib() -> None:
+        tasks = [Task(TaskRow(0, next(names), "q", State.READY, 0, 1, 1), body) for _ in range(4)]
+        await engine.write(lambda tx: tx.insert(tasks))
+
+    reader = apsw.Connection(str(tmp_path / "queue.db"))
+    with reader:
+        assert reader.execute("SELECT count(*) FROM task").get == 0
+        for _ in range(6):
+            await put_4_mib()
+        assert log.stat().st_size > 20 * 1024**2
+    reader.close()
+    for _ in range(3):
+        await put_4_mib()
+    assert log.stat().st_size <= 16 * 1024**2
+    await engine.stop()

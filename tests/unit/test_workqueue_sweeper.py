@@ -25,6 +25,8 @@ class Broken:
 
     async def count(self) -> None: ...
 
+    async def look_again(self) -> None: ...
+
     async def sweep(self) -> None:
         self.sweeps += 1
         if not self.mended:

@@ -47,7 +47,10 @@ def json_codec(method: Method, max_bytes: int = MAX_REPLY_BYTES) -> Codec:
 
 def _parse_json(data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data, object_pairs_hook=_without_doubles)
+        text = data.decode()
+        value = json.loads(text, object_pairs_hook=_without_doubles)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise unreadable(f"it must be JSON: {error}") from None
     if not isinstance(value, dict):

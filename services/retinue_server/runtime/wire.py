@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
 
 import msgspec
 from google.protobuf.duration_pb2 import Duration
@@ -93,6 +93,10 @@ def _seconds(ms: int) -> str:
 
 
 Position = TypeVar("Position")
+
+
+Int64 = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+"""What stores and messages take for a number; in a position that callers could have made up."""
 
 
 class PageTokens(Generic[Position]):

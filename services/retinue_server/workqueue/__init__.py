@@ -44,23 +44,26 @@ is over the millisecond its time is, swept or not. Schedules, expiry and retenti
 restarted coordinator can't compare boot clocks: it gives every live lease one full term, uncounted; what is left
 of an attempt it takes from the wall.
 
+Many coordinators on one database (PostgreSQL) go by the database's clock alone, for wall times and leases; it outlives
+them, so nothing is recovered at their start. What stepping it does stands in services/decisions/0007.
+
 What each failure does
 ----------------------
 
 Worker dies: its leases expire, the tasks are READY again; after three such leases a task is DEAD, so that one that
-kills its workers stops. Worker hangs but renews: the attempt deadline ends the attempt as failed. Worker comes
-back late: its token is refused, and it must not publish. Reply lost: repeat it (G4). Caller goes away while a
-lease is being granted: the lease is released, the attempt refunded. Server dies: what was answered is on disk;
-what was not may be or not, and repeating tells. Disk nearly full: what brings in new data
-(enqueueing, uploads) is refused with RESOURCE_EXHAUSTED (DISK_FULL) and changes nothing, while leases, extensions,
-settlements with their results and follow-ups, sweeps and deletions go on in the reserve (`disk_reserve_bytes`); it
-recovers when there is room, by deletion or from outside. Disk full to the last byte: whatever does not fit is refused
-alike, nothing changed, the server lives on. A sync fails, in a commit, a checkpoint or an upload: the process exits
-and does not try it again, since what is on disk is no longer known; the next start reads the log anew and syncs it.
-Power lost: what was answered is on disk, what was not may be or not; names of files are synced with their directories.
-Backup restored: the queue is as it was then. Tokens granted after the backup are refused (LEASE_LOST), though task
-numbers and epochs are given out again: every lease call draws a nonce of 62 bits from the system's randomness, so that
-a token fits a lease of another time with a chance of 2^-62. Leases of the backup's own time live on.
-Engine away: UNAVAILABLE with RetryInfo, health NOT_SERVING, and it recovers by itself. SIGTERM: long polls end
-empty, streams are told to drain, nothing new is leased.
+kills its workers stops. Worker hangs but renews: the attempt deadline ends the attempt as failed. Worker comes back
+late: its token is refused, and it must not publish. Reply lost: repeat it (G4). Caller goes away while a lease is
+being granted: the lease is released, the attempt refunded; under a request_id it waits to be asked for again until it
+expires. Server dies: what was answered is on disk; what was not may be or not, and repeating tells. Disk nearly full:
+what brings in new data (enqueueing, uploads) is refused with RESOURCE_EXHAUSTED (DISK_FULL) and changes nothing,
+while leases, extensions, settlements with their results and follow-ups, sweeps and deletions go on in the reserve
+(`disk_reserve_bytes`); it recovers when there is room, by deletion or from outside. Disk full to the last byte:
+whatever does not fit is refused alike, nothing changed, the server lives on. A sync fails, in a commit, a checkpoint
+or an upload: the process exits and does not try it again, since what is on disk is no longer known; the next start
+reads the log anew and syncs it. Power lost: what was answered is on disk, what was not may be or not; names of files
+are synced with their directories. Backup restored: the queue is as it was then. Tokens granted after the backup are
+refused (LEASE_LOST), though task numbers and epochs are given out again: every lease call draws a nonce of 62 bits
+from the system's randomness, so that a token fits a lease of another time with a chance of 2^-62. Leases of the
+backup's own time live on. Engine away: UNAVAILABLE with RetryInfo, health NOT_SERVING, and it recovers by itself.
+SIGTERM: long polls end empty, streams are told to drain, nothing new is leased.
 """

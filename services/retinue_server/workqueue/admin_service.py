@@ -27,7 +27,7 @@ ROLES = {method.name: Role.OPERATOR for method in DESCRIPTOR.methods if method.n
 KEEP_ALIVE_S = 15.0
 
 _PAGES: wire.PageTokens[str] = wire.PageTokens("queues", 1, str)
-_RESUME: wire.PageTokens[tuple[str, int]] = wire.PageTokens("watch", 1, tuple[str, int])
+_RESUME: wire.PageTokens[tuple[str, int]] = wire.PageTokens("watch", 1, tuple[str, wire.Int64])
 
 
 class WorkQueueAdminService:

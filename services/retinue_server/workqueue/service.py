@@ -25,7 +25,7 @@ DESCRIPTOR = wq.DESCRIPTOR.services_by_name["WorkQueueService"]
 REPLY_BYTES = 5 * 512 * 1024
 """Replies are cut here, well under the 3 MiB that no message exceeds."""
 
-_PAGES: wire.PageTokens[tuple[str, int]] = wire.PageTokens("tasks", 1, tuple[str, int])
+_PAGES: wire.PageTokens[tuple[str, int]] = wire.PageTokens("tasks", 1, tuple[str, wire.Int64])
 """Which filter, and below which task to go on."""
 
 
@@ -34,7 +34,6 @@ class WorkQueueService:
 
     def __init__(self, queue: WorkQueue) -> None:
         self._queue = queue
-        self._durability = queue.engine.capabilities.durability.name.lower()
 
     async def EnqueueTasks(self, request: wq.EnqueueTasksRequest, call: Call) -> wq.EnqueueTasksResponse:
         read = translate.Reader()
@@ -151,7 +150,7 @@ class WorkQueueService:
         )
 
     def _tell_durability(self, call: Call) -> None:
-        call.set_trailing_metadata("retinue-durability", self._durability)
+        call.set_trailing_metadata("retinue-durability", self._queue.engine.capabilities.durability.name.lower())
 
 
 def _required(items: Sequence[object], field: str) -> Sequence[Violation]:

@@ -188,7 +188,8 @@ class WorkerStream:
                 while not writing.done():
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.wait([writing])
-                if written is not None and not writing.cancelled() and writing.exception() is None:
+                failed = writing.cancelled() or writing.exception() is not None  # looked at, lest it be reported
+                if written is not None and not failed:
                     written.set()
 
 

@@ -56,6 +56,7 @@ class Sweeper:
         while True:
             try:
                 await self._queue.sweep()
+                await self._queue.look_again()
                 await self._queue.count()
                 await self._collect_blobs()
                 self._tell(healthy=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +33,7 @@ from retinue_server.workqueue.engine import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from google.protobuf import struct_pb2
     from google.protobuf.message import Message
 
     from retinue_server.workqueue.core import steps
@@ -114,6 +116,8 @@ class Reader:
         if kind == "blob" and not payload.blob.blob_id:
             self.violations.append(Violation(f"{at}.blob.blob_id", "is required"))
         if kind == "json":
+            if not _is_finite(payload.json):
+                self.violations.append(Violation(f"{at}.json", "numbers must be finite: JSON has no others"))
             return payload.json.ByteSize()
         return len(payload.data) if kind == "data" else len(payload.text.encode())
 
@@ -197,6 +201,16 @@ class Reader:
 
 def _path(at: str, field: str) -> str:
     return f"{at}.{field}" if at else field
+
+
+def _is_finite(value: struct_pb2.Value) -> bool:
+    """Whether it can be shown as JSON: protobuf takes any number, and every reader in JSON would fail."""
+    kind = value.WhichOneof("kind")
+    if kind == "struct_value":
+        return all(_is_finite(inner) for inner in value.struct_value.fields.values())
+    if kind == "list_value":
+        return all(_is_finite(inner) for inner in value.list_value.values)
+    return kind != "number_value" or math.isfinite(value.number_value)
 
 
 def _payload_bytes(payload: task_pb2.Payload) -> bytes:

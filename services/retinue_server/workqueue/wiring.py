@@ -39,6 +39,7 @@ async def wire(settings: Settings, section: WorkQueueSettings) -> Pattern:
         strict_queues=section.strict_queues,
         drain_ms=int(settings.drain_seconds * 1000),
     )
+    store.listen(queue.hear_ready)
     sweeper = Sweeper(queue, section.blob_idle_seconds * 1000)
     admin = admin_service.WorkQueueAdminService(queue, section.max_blob_bytes)
     can = engine.capabilities
@@ -78,6 +79,7 @@ class _Store(NamedTuple):
     blobs: BlobStore
     clock: Callable[[], Instant] = read_clocks
     before: tuple[Part, ...] = ()
+    listen: Callable[[Callable[[str, int], None]], None] = lambda _: None
 
 
 def _local(settings: Settings, section: WorkQueueSettings) -> _Store:
@@ -113,7 +115,8 @@ def _postgres(section: WorkQueueSettings) -> _Store:
             schema=said.schema,
             connections=said.connections,
             prepared_statements=said.prepared_statements,
+            listen_url=said.listen_url,
         )
     except ValueError as error:
         raise ConfigError(f"cannot use workqueue.postgres: {error}") from None
-    return _Store(engine, engine.blobs(section.max_blob_bytes), engine.now)
+    return _Store(engine, engine.blobs(section.max_blob_bytes), engine.now, listen=engine.on_ready)

@@ -14,7 +14,7 @@ from retinue.workqueue.v1 import task_pb2, workqueue_admin_service_pb2_grpc
 from retinue.workqueue.v1 import workqueue_admin_service_pb2 as admin
 from retinue.workqueue.v1 import workqueue_service_pb2 as wq
 
-_BATCHES = (1, 20, 100)
+_BATCHES = (1, 50, 500)
 _PAYLOAD = "x" * 100
 
 

@@ -18,7 +18,7 @@ from support.history.recorder import Recorder, boot_ns
 from retinue.workqueue.v1 import task_pb2
 from retinue.workqueue.v1 import workqueue_service_pb2 as wq
 
-_BATCH = 50
+_BATCH = 200
 _COMPLETES = (Plan.COMPLETE, Plan.FOLLOW, Plan.EXTEND, Plan.LATE)
 
 

@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, default=4_000)
     parser.add_argument("--rate", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(31))
+    parser.add_argument("--keep", action="store_true", help="keep the history, and say where it is")
     flags = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     print(f"campaign: engine {flags.engine}, seed {flags.seed}", flush=True)
@@ -52,10 +53,12 @@ def main() -> int:
     for finding in findings[:_SHOWN]:
         print(*finding)
     if findings:
-        print(f"{len(findings)} findings; the history is in {directory}")
-        return 1
-    shutil.rmtree(directory)
-    return 0
+        print(f"{len(findings)} findings")
+    if findings or flags.keep:
+        print(f"the history is in {directory}")
+    else:
+        shutil.rmtree(directory)
+    return bool(findings)
 
 
 if __name__ == "__main__":

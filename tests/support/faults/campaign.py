@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
 import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +37,8 @@ _MODES = {
     Kind.REQUESTS_ONLY: Mode.REQUESTS_ONLY,
     Kind.HALF_OPEN: Mode.HALF_OPEN,
 }
+_ERROR = re.compile(r'"level": "(error|critical)", "logger": "(?!grpc\._cython)|^Traceback')
+"""But for what gRPC says itself of callers who went while they were answered."""
 _PAGE = 500
 _SAMPLE = 500
 _STUCK_S = 60.0
@@ -62,6 +66,8 @@ class Campaign:
         self._where = directory
         self._recorder = Recorder(self._history, "harness")
         self._crew = Crew(QUEUE, seed, self._history, go_worker)
+        self._turns = itertools.count()
+        """Clients that dial coordinators dial one after the other; the proxy stands before the first."""
         self._undoing: list[threading.Timer] = []
         self._tasks, self._grew = 0, time.monotonic()
         self.faults: Counter[Kind] = Counter()
@@ -78,6 +84,7 @@ class Campaign:
             self._create_queue()
             for kind, through_proxy in (("producer", False), ("producer", True), *_WORKERS):
                 self._start(kind, through_proxy=through_proxy)
+            self._await_load()
             self._open = stack.pop_all()
         return self
 
@@ -110,18 +117,33 @@ class Campaign:
         )
 
     def _start(self, kind: str, *, through_proxy: bool) -> None:
-        own = self._servers[len(self._crew.running) % len(self._servers)].address
-        address = self._proxy.address if through_proxy else own
+        address = (
+            self._proxy.address if through_proxy else self._servers[next(self._turns) % len(self._servers)].address
+        )
         more = ("--rate", str(self._size.rate)) if kind == "producer" else ()
         self._crew.start(kind, address, *more)
 
-    def run(self) -> None:
-        """Plays faults until there were enough of them and enough tasks."""
-        for step in schedule(self._seed, self._engine.faults) if self._size.kills else _peace():
-            time.sleep(step.pause_s)  # the load needs time to get hold of something; nothing waits for it
-            self._play(step)
+    def _await_load(self) -> None:
+        """Faults before every worker has had work would hit nothing."""
+        files = [self._history / f"{client.name}.jsonl" for client in self._crew.of(*WORKERS)]
+        patience = time.monotonic() + _STUCK_S
+        while not all(file.exists() and b'"leased"' in file.read_bytes() for file in files):
+            assert time.monotonic() < patience, "not every worker gets work"
+            time.sleep(0.05)
+
+    def run(self, steps: Iterable[Step] | None = None) -> None:
+        """Plays faults, those of the seed unless others are given, until there were enough of them and enough tasks."""
+        for step in schedule(self._seed, self._engine.faults) if steps is None else steps:
+            self.play(step)
             if self.faults[Kind.KILL_SERVER] >= self._size.kills and self._has_enough_tasks():
                 return
+
+    def play(self, *steps: Step) -> None:
+        """Plays these faults."""
+        for step in steps:
+            time.sleep(step.pause_s)  # the load needs time to get hold of something; nothing waits for it
+            self.faults[step.kind] += 1
+            self._play(step)
 
     def _has_enough_tasks(self) -> bool:
         now = self._acknowledged()
@@ -136,7 +158,6 @@ class Campaign:
     # Faults
 
     def _play(self, step: Step) -> None:
-        self.faults[step.kind] += 1
         match step.kind:
             case Kind.KILL_SERVER:
                 self._kill_server(step)
@@ -196,6 +217,10 @@ class Campaign:
         self._undoing.append(timer)
         timer.start()
 
+    def completed(self) -> int:
+        """How many tasks have succeeded."""
+        return int(self._stats().succeeded)
+
     # The end
 
     def settle(self) -> None:
@@ -213,7 +238,7 @@ class Campaign:
     def _internal_errors(self) -> list[str]:
         """What no server may ever write into its log."""
         logs = (log.read_text() for log in self._where.glob("server-*/server.log"))
-        return [line for log in logs for line in log.splitlines() if "failed unexpectedly" in line]
+        return [line for log in logs for line in log.splitlines() if _ERROR.search(line)]
 
     def _drain(self) -> None:
         left, since = self._unfinished(), time.monotonic()
@@ -267,13 +292,7 @@ class Campaign:
             yield task_id, call.result().task.result.text
 
 
-_WORKERS = (("python", True), ("library", False), ("go", True), ("go", False))
-
-
-def _peace() -> Iterator[Step]:
-    """No fault but a connection that is cut, now and then."""
-    while True:
-        yield Step(0.5, Kind.CUT, 0, 0)
+_WORKERS = (("python", False), ("python", True), ("library", False), ("go", True))
 
 
 def acknowledged(file: Path) -> int:

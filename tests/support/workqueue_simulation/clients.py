@@ -64,14 +64,17 @@ class Client:
         """A new one."""
         return f"{self.node.name}-{next(self._requests)}"
 
-    async def call(self, verb: str, *args: Any, timeout_s: float = 2.0, tries: int = 8) -> Any:
+    async def call(self, verb: str, *args: Any, timeout_s: float = 2.0, tries: int = 8, patient: bool = False) -> Any:
         """Calls until there is an answer; raises what the server refused it with, or GaveUpError."""
         wait = 0.1
         for _ in itertools.count() if self.world.calm else range(tries):
-            hasty = self.chance.happens(self.world.haste)
+            hasty = not (patient and self.world.quiet) and self.chance.happens(self.world.haste)
             try:
                 return await self.world.network.call(
-                    self.node, verb, args, self.chance.between(0.001, 0.02) if hasty else timeout_s
+                    self.node,
+                    verb,
+                    args,
+                    self.chance.between(0.001, self.chance.among((0.02, 0.4))) if hasty else timeout_s,
                 )
             except (Cut, TimedOut, Unavailable):
                 pass
@@ -102,13 +105,14 @@ class Producer(Client):
     def __init__(self, world: World, name: str, taste: Taste, batches: int) -> None:
         super().__init__(world, name)
         self._taste, self._batches = taste, batches
+        self._gap_s = world.chance.among((0.3, 1.5, 4.0))
         self._tasks = itertools.count(1)
         self.done = False
 
     async def run(self) -> None:
         """All of it."""
         for _ in range(self._batches):
-            await asyncio.sleep(self.chance.between(0, 1.5))
+            await asyncio.sleep(self.chance.between(0, self._gap_s))
             try:
                 await self._enqueue()
             except (GaveUpError, RetinueError):
@@ -122,8 +126,8 @@ class Producer(Client):
         results = await self.call("enqueue", asked)
         taken = [r.task_id for r in results if r.error is None]
         if taken and self.chance.happens(0.4):
-            wait_ms = self.chance.among((0, 2_000, 20_000))
-            await self.call("wait", self.chance.among(taken), wait_ms, timeout_s=wait_ms / 1000 + 2)
+            wait_ms = self.chance.among((0, 2_000, 8_000))
+            await self.call("wait", self.chance.among(taken), wait_ms, timeout_s=wait_ms / 1000 + 2, tries=2)
 
     def _task(self) -> NewTask:
         chance, taste = self.chance, self._taste
@@ -168,6 +172,7 @@ class Worker(Client):
     def __init__(self, world: World, name: str, queue_id: str, conduct: Conduct, max_tasks: int) -> None:
         super().__init__(world, name)
         self.queue_id, self._conduct, self._max_tasks = queue_id, conduct, max_tasks
+        self._streams = world.chance.happens(0.4)
 
     async def run(self) -> None:
         """For ever."""
@@ -180,15 +185,35 @@ class Worker(Client):
                 await asyncio.sleep(self.chance.between(0.01, 0.2))
 
     async def _lease(self) -> list[Granted]:
-        wait_ms = _CALM_POLL_MS if self.world.calm else self.chance.among((0, 1_000, 5_000, 20_000))
+        patient = self.world.calm or self.world.quiet
+        wait_ms = _CALM_POLL_MS if patient else self.chance.among((0, 1_000, 5_000, 10_000, 10_000))
         lease_ms = self.chance.among((None, None, 1_000, 3_000))
+        if self._streams:
+            return await self._stream(LeaseAsk(self.queue_id, self.node.name, self._max_tasks, lease_ms), wait_ms)
         ask = LeaseAsk(self.queue_id, self.node.name, self._max_tasks, lease_ms, self.request_id())
         timeout_s = wait_ms / 1000 + self.chance.among((2.0, 2.0, 2.0, -0.2 if wait_ms else 2.0))
         try:
-            granted: list[Granted] = await self.call("lease", ask, wait_ms, timeout_s=timeout_s, tries=3)
+            tries = self.chance.among((1, 3))
+            granted: list[Granted] = await self.call(
+                "lease", ask, wait_ms, timeout_s=timeout_s, tries=tries, patient=True
+            )
         except GaveUpError:
+            await self._pause()
             return []
         return granted
+
+    async def _stream(self, ask: LeaseAsk, lives_ms: int) -> list[Granted]:
+        """What a stream brings, until it breaks; then another is opened, without a word on the leases of the first."""
+        try:
+            granted: list[Granted] = await self.world.network.call(self.node, "stream", (ask,), 1 + lives_ms / 1000)
+        except (Cut, TimedOut, RetinueError):
+            await self._pause()
+            return []
+        return granted
+
+    async def _pause(self) -> None:
+        """After a call that failed: a while, or as long as a container takes that is started again and again."""
+        await asyncio.sleep(0.2 if self.world.calm else self.chance.among((0.0, 0.1, 6.0)))
 
     async def _attempt(self, granted: Granted) -> None:
         lease, lasts_s = LeaseRef.of(granted.task.row), granted.lease_left_ms / 1000

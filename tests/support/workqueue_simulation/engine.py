@@ -27,7 +27,7 @@ from retinue_server.workqueue.engine import (
 from retinue_server.workqueue.engines import memory
 from support.simulation.chance import Chance
 from support.simulation.records import History, Noted
-from support.workqueue_simulation.history import Changed, QueueChanged
+from support.workqueue_simulation.history import REFUSED, Changed, QueueChanged
 
 T = TypeVar("T")
 _GROUP = 256
@@ -250,7 +250,7 @@ class SimulatedEngine:
     def _refuse(self) -> None:
         if not self._chance.happens(self.latency.refuse):
             return
-        self._history.add(Noted(asyncio.get_running_loop().time(), self._name, "the disk refuses a group"))
+        self._history.add(Noted(asyncio.get_running_loop().time(), self._name, REFUSED))
         raise _Refused
 
     async def _commit(self, group: Sequence[_Step]) -> None:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from retinue_server.workqueue.engine import Instant, QueueRow, TaskBody, TaskRow
 from support.simulation.records import brief
 
+REFUSED = "the disk refuses a group"
+
 
 class Booted(NamedTuple):
     """A server began, on a lease clock that shows `zero_ms` at the world's beginning."""

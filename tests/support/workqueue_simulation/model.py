@@ -28,6 +28,7 @@ from retinue_server.workqueue.engine import (
 )
 from support.simulation.records import Answered, Arrived, Called, HungUp, Noted
 from support.workqueue_simulation.history import (
+    REFUSED,
     Booted,
     Changed,
     Ended,
@@ -39,7 +40,9 @@ from support.workqueue_simulation.history import (
 )
 
 LATE_S = 4.0
-"""What a running server has to do is overdue after this long: sweeps come every second, commits take less."""
+"""What time brings is overdue after this long: sweeps come every second."""
+WOKEN_S = 2.0
+"""Who waits for what is there is overdue after this long: three commits of the slowest disk."""
 
 DURABLE = "G1 answered is durable"
 EXPLAINED = "G2 every second execution is explained"
@@ -54,6 +57,8 @@ PROMPT = "nobody waits for what is there"
 ENDS = "every task ends"
 UNSEEN = "no error goes unseen"
 
+_LEASING = ("lease", "stream")
+
 
 class Violation(NamedTuple):
     """What was broken, and how."""
@@ -67,7 +72,7 @@ class _Lease:
     """What the history says of one lease."""
 
     def __init__(self, row: TaskRow) -> None:
-        self.worker_id = row.worker_id
+        self.task_id, self.worker_id = row.task_id, row.worker_id
         self.outcome = Outcome.NONE
         """How it ended, once that was durable."""
         self.lasts: set[int] = set()
@@ -94,7 +99,7 @@ class Model:
         """Follow-ups that the current step has inserted, by parent."""
         self._step = 0
         self._asked: defaultdict[LeaseRef, list[Settlement]] = defaultdict(list)
-        self._accepted: dict[int, LeaseRef] = {}
+        self._accepted: dict[str, LeaseRef] = {}
         self._replies: dict[str, list[Any]] = {}
         self._known: dict[tuple[int, LeaseRef, Outcome], Outcome] = {}
         """How a lease had ended when a call that would end it arrived."""
@@ -105,7 +110,8 @@ class Model:
         self._zero: dict[str, int] = {}
         self._server = ""
         self._running_since: float | None = None
-        self._jumped = 0.0
+        self._jumped = self._refused = 0.0
+        """When the wall clock was last set, and when the disk last refused a group: the sweep of it may be late."""
         self._ready_since: dict[int, float] = {}
         self._ended_since: dict[str, float] = {}
         self._open_since: dict[str, float] = {}
@@ -129,6 +135,7 @@ class Model:
         self._check: dict[str, Callable[[Answered], None]] = {
             "enqueue": self._enqueued,
             "lease": self._granted,
+            "stream": self._granted,
             "settle": self._settled_all,
             "extend": self._extended_all,
             "cancel": self._cancel_answered,
@@ -183,6 +190,8 @@ class Model:
     def _noted(self, record: Noted) -> None:
         if record.node == "clock":
             self._jumped = record.at
+        elif record.what == REFUSED:
+            self._refused = record.at
 
     # Queues
 
@@ -253,7 +262,6 @@ class Model:
         self._ready_over(row)
         self._deleted.add(row.task_id)
         del self.rows[row.seq]
-        self._accepted.pop(row.seq, None)
 
     def _move(self, record: Changed, before: TaskRow, after: TaskRow) -> None:
         if before == after and before.state != State.LEASED:
@@ -359,7 +367,7 @@ class Model:
         if self._running_since is None or self._timed_by[before.seq] != record.node:
             return False
         over = ((before.lease_until or 0) - self._zero[record.node]) / 1000
-        return record.at - max(over, self._running_since) > LATE_S
+        return record.at - max(over, self._running_since, self._refused) > LATE_S
 
     def _was_asked(self, before: TaskRow, outcome: Outcome) -> bool:
         if any(item.outcome == outcome for item in self._asked[LeaseRef.of(before)]):
@@ -409,7 +417,7 @@ class Model:
             if before.expire_ms is None or before.expire_ms > wall_ms:
                 yield LEGAL, "expired before its time"
         elif after.state == State.READY:
-            if after.ready_ms > wall_ms:
+            if after.ready_ms > wall_ms and (before.state, before.ready_ms) != (State.READY, after.ready_ms):
                 yield LEGAL, "ready before its time"
             elif before.state != State.READY and self._due_late(record, after):
                 yield PROMPT, "due long ago"
@@ -419,7 +427,7 @@ class Model:
     def _due_late(self, record: Changed, after: TaskRow) -> bool:
         if self._running_since is None or record.now.wall_ms - after.ready_ms <= LATE_S * 1000:
             return False
-        return record.at - max(self._running_since, self._jumped) > LATE_S
+        return record.at - max(self._running_since, self._jumped, self._refused) > LATE_S
 
     @staticmethod
     def _wrong_redrive(before: TaskRow, after: TaskRow) -> Iterator[tuple[str, str]]:
@@ -437,11 +445,11 @@ class Model:
         if record.verb == "settle":
             for item in record.args[0]:
                 self._asked[item.lease].append(item)
-        elif record.verb == "lease":
+        elif record.verb in _LEASING:
             self._lessees[record.call] = record.args[0].worker_id
 
     def _arrived(self, record: Arrived) -> None:
-        if record.verb in ("lease", "wait"):
+        if record.verb in (*_LEASING, "wait"):
             self._waiting[record.call] = record
         elif record.verb == "settle":
             for item in record.args[0]:
@@ -507,8 +515,10 @@ class Model:
             self.broken(DURABLE, f"{item.outcome.name} of {item.lease} was accepted and is not on disk")
         elif lease.outcome != item.outcome:
             self.broken(ONCE, f"{item.outcome.name} of {item.lease} was accepted, and it ended {lease.outcome.name}")
-        if isinstance(item, Complete) and self._accepted.setdefault(item.lease.seq, item.lease) != item.lease:
-            self.broken(ONCE, f"{item.lease} was accepted after {self._accepted[item.lease.seq]}")
+        if not isinstance(item, Complete) or lease is None:
+            return
+        if (first := self._accepted.setdefault(lease.task_id, item.lease)) != item.lease:
+            self.broken(ONCE, f"{item.lease} of {lease.task_id} was accepted after {first}")
 
     def _replayed(self, record: Answered, item: Settlement, settled: Settled) -> None:
         """A lease that had ended before the call came, and is still the task's latest, tells how."""
@@ -555,7 +565,7 @@ class Model:
             del self._ready_since[row.seq]
 
     def _wait_is_over(self, waiting: Arrived) -> None:
-        if waiting.verb == "lease":
+        if waiting.verb in _LEASING:
             self._overdue(list(self._ready_since), [waiting])
         else:
             self._overdue_waits([waiting])
@@ -565,7 +575,7 @@ class Model:
         if self._running_since is None:
             return
         for call in list(self._waiting.values()) if waiting is None else waiting:
-            if call.verb != "lease":
+            if call.verb not in _LEASING:
                 continue
             queue_id = call.args[0].queue_id
             queue = self._queues.get(queue_id)
@@ -573,7 +583,7 @@ class Model:
                 if self.rows[seq].queue_id != queue_id:
                     continue
                 since = max(self._ready_since[seq], call.at, self._running_since, self._open_since[queue_id])
-                if self._at - since > LATE_S:
+                if self._at - since > WOKEN_S:
                     self.broken(PROMPT, f"{self.rows[seq].task_id} was ready, call {call.call} waited: since {since}")
 
     def _overdue_waits(self, waiting: list[Arrived]) -> None:
@@ -581,7 +591,7 @@ class Model:
             if call.verb != "wait" or self._running_since is None:
                 continue
             ended = self._ended_since.get(call.args[0])
-            if ended is not None and self._at - max(ended, call.at, self._running_since) > LATE_S:
+            if ended is not None and self._at - max(ended, call.at, self._running_since) > WOKEN_S:
                 self.broken(PROMPT, f"{call.args[0]} has ended, call {call.call} waited on: since {ended}")
 
 

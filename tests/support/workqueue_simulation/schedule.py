@@ -73,6 +73,7 @@ class Schedule:
         network = Network(loop, chance, history, RetinueError, CALM)
         disk = Disk(history, loop.time)
         self.world = World(loop, chance, history, network, WallClock(loop.time), disk, parts, Latency())
+        self.world.quiet = chance.happens(0.2)
         self.plan = Plan.draw(chance)
         self._servers = 0
         self._zero_ms = chance.whole(1_000, 100_000)
@@ -138,8 +139,10 @@ class Schedule:
             duplicate=sometimes(0.3),
             half_open=sometimes(1.0),
         )
-        world.haste = sometimes(0.3)
-        world.latency = Latency(slow=sometimes(0.2), refuse=sometimes(0.3))
+        world.haste = sometimes(0.5)
+        world.latency = Latency(slow=sometimes(0.4), refuse=sometimes(0.3))
+        if world.quiet:
+            world.haste, world.latency = 0.5, Latency(slow=0.5, refuse=0.2)
         if self._server is not None:
             self._server.disk_is(world.latency)
             self._plan_crash(self._server.plan)
@@ -150,12 +153,13 @@ class Schedule:
         def sometimes(most: float) -> float:
             return chance.between(0, most) if chance.happens(0.4) else 0.0
 
+        batches = (1, 1) if world.quiet else (1, 4)
         taste = Taste(*(sometimes(0.6) for _ in range(7)))
         ways = ("fail", "final", "release", "vanish", "late", "long")
         weights = (("complete", 1.0), *((way, sometimes(0.6)) for way in ways))
         self._conduct_of_workers = Conduct(weights, sometimes(1.0), sometimes(0.5))
         for number in range(chance.whole(1, 2)):
-            self._producers.append(Producer(world, f"producer{number}", taste, chance.whole(1, 4)))
+            self._producers.append(Producer(world, f"producer{number}", taste, chance.whole(*batches)))
         self._clients += self._producers
         for queue_id in ("q", "r", *chance.among(((), ("q",), ("q", "r"), ("q", "q")))):
             self._clients.append(self._new_worker(queue_id))

@@ -10,6 +10,8 @@ from typing import Any
 
 from retinue_server.runtime.errors import RetinueError, Unavailable
 from retinue_server.workqueue.core import queue as core
+from retinue_server.workqueue.core.requests import LeaseAsk
+from retinue_server.workqueue.core.steps import Granted
 from retinue_server.workqueue.engine import Instant
 from retinue_server.workqueue.sweeper import Sweeper
 from support.simulation.chance import Chance
@@ -50,6 +52,8 @@ class World:
     task_ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
     haste: float = 0.0
     """That a caller has hardly any time for a call."""
+    quiet: bool = False
+    """Little happens, so that nothing makes good what was forgotten: few tasks, patient workers, hasty producers."""
     calm: bool = False
     """Faults have stopped."""
 
@@ -101,7 +105,21 @@ class Server:
         """A call, as service.py makes it."""
         if self.queue.stopping:
             raise Unavailable("the server is stopping", retry_ms=500)
+        if verb == "stream":
+            return await self._grant(*args)
         return await getattr(self.queue, verb)(*args)
+
+    async def _grant(self, ask: LeaseAsk) -> list[Granted]:
+        """The first leases of a stream, however long they take, by the same calls of the core as stream.py."""
+        while not self.queue.stopping:
+            with self.queue.waiting_for_work(ask.queue_id) as woken:
+                granted = await self.queue.try_lease(ask)
+                if granted:
+                    return granted
+                if not self.queue.stopping:
+                    await woken.wait()
+                    woken.clear()
+        return []
 
     def crash(self, why: str) -> None:
         """SIGKILL, and the power is lost with it."""

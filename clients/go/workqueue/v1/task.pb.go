@@ -275,7 +275,7 @@ type Payload_Text struct {
 }
 
 type Payload_Json struct {
-	// A JSON value; its numbers are doubles.
+	// A JSON value; its numbers are finite doubles.
 	Json *structpb.Value `protobuf:"bytes,3,opt,name=json,proto3,oneof"`
 }
 

@@ -86,9 +86,9 @@ type WorkQueueServiceClient interface {
 	//
 	// It answers as soon as there is one task, and with none when the wait is over: at the earlier of `wait_duration` and
 	// 200 ms before the caller's deadline. A queue that does not exist yet is waited for as an empty one. Repeating it with
-	// the same `request_id` gives the leases of the first call again that are still live. Leases whose caller is gone
-	// before the server answers go back at once; an answer that is lost on its way leaves them to expire, or to be asked for
-	// again by `request_id`. A paused queue gives no new ones. Errors: none of its own.
+	// the same `request_id` gives the leases of the first call again that are still live. Leases without a `request_id` whose
+	// caller is gone before the server answers go back at once; others, and those whose answer is lost on its way, wait to be
+	// asked for again until they expire. A paused queue gives no new ones. Errors: none of its own.
 	LeaseTasks(ctx context.Context, in *LeaseTasksRequest, opts ...grpc.CallOption) (*LeaseTasksResponse, error)
 	// StreamTasks is LeaseTasks, ExtendLeases, CompleteTasks, FailTasks and ReleaseTasks on one stream: the fast path.
 	//
@@ -307,9 +307,9 @@ type WorkQueueServiceServer interface {
 	//
 	// It answers as soon as there is one task, and with none when the wait is over: at the earlier of `wait_duration` and
 	// 200 ms before the caller's deadline. A queue that does not exist yet is waited for as an empty one. Repeating it with
-	// the same `request_id` gives the leases of the first call again that are still live. Leases whose caller is gone
-	// before the server answers go back at once; an answer that is lost on its way leaves them to expire, or to be asked for
-	// again by `request_id`. A paused queue gives no new ones. Errors: none of its own.
+	// the same `request_id` gives the leases of the first call again that are still live. Leases without a `request_id` whose
+	// caller is gone before the server answers go back at once; others, and those whose answer is lost on its way, wait to be
+	// asked for again until they expire. A paused queue gives no new ones. Errors: none of its own.
 	LeaseTasks(context.Context, *LeaseTasksRequest) (*LeaseTasksResponse, error)
 	// StreamTasks is LeaseTasks, ExtendLeases, CompleteTasks, FailTasks and ReleaseTasks on one stream: the fast path.
 	//

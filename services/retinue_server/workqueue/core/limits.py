@@ -269,6 +269,9 @@ def task_filter(wanted: TaskFilter) -> Violations:
         yield from task_id(wanted.parent_task_id, "filter.parent_task_id")
     if len(wanted.labels) > MAX_LABELS:
         yield Violation("filter.labels", f"must hold at most {MAX_LABELS} labels")
+    for key in wanted.labels:
+        if not _LABEL_KEY.fullmatch(key):
+            yield _label_key(key, "filter.labels")
 
 
 def reschedule(asked: Reschedule, now_ms: int) -> Violations:
@@ -306,5 +309,9 @@ def _labels(task: NewTask, at: str) -> Violations:
         return
     for key, value in task.body.labels.items():
         if not _LABEL_KEY.fullmatch(key):
-            yield Violation(f"{at}[{key[:64]}]", "a key must be 1 to 64 of A-Z a-z 0-9 . _ / -")
+            yield _label_key(key, at)
         yield from text(value, 256, f"{at}[{key[:64]}]")
+
+
+def _label_key(key: str, at: str) -> Violation:
+    return Violation(f"{at}[{key[:64]}]", "a key must be 1 to 64 of A-Z a-z 0-9 . _ / -")

@@ -196,11 +196,16 @@ class WorkQueue:
         return leased
 
     async def try_lease(self, asked: LeaseAsk) -> list[steps.Granted]:
-        """Ready tasks, or none. Leases that a cancelled caller can't take go back at once."""
+        """Ready tasks, or none.
+
+        Leases that a cancelled caller can't take go back at once, unless it named its request: then it may be repeating
+        it already, and these leases are the answer.
+        """
         if self.stopping:
             return []
         nonce = self._chance.nonce()
-        leased = await self._write(lambda tx, ctx: steps.lease(tx, asked, nonce, ctx), unheard=self._give_back)
+        back = _keep if asked.request_id else self._give_back
+        leased = await self._write(lambda tx, ctx: steps.lease(tx, asked, nonce, ctx), unheard=back)
         if len(leased) == asked.max_tasks:
             self._ready.wake(asked.queue_id, 1)
         return leased
@@ -311,11 +316,12 @@ class WorkQueue:
     async def count(self) -> None:
         """Counts all queues, and the room for more, for metrics, if the last time was not just now."""
         clock = asyncio.get_running_loop().time
-        if clock() >= self._count_again:
+        began = clock()
+        if began >= self._count_again:
             self.counted = await self.reports([])
             rooms = {"tasks": self.engine.room(), "blobs": await self.blobs.room()}
             self.rooms = {what: room for what, room in rooms.items() if room is not None}
-            self._count_again = clock() + COUNT_INTERVAL_S
+            self._count_again = clock() + max(COUNT_INTERVAL_S, 20 * (clock() - began))
 
     # Time
 
@@ -351,6 +357,24 @@ class WorkQueue:
         self._ready.wake_all()
         self._ended.wake_all()
         self.events.close()
+
+    # Other coordinators
+
+    def hear_ready(self, queue_id: str, count: int) -> None:
+        """Another coordinator made tasks ready."""
+        self._ready.wake(queue_id, count)
+
+    async def look_again(self) -> None:
+        """Finds, for those who wait, what others did and no news told."""
+        if not self.engine.capabilities.many_coordinators:
+            return
+        for queue_id in self._ready.waited_for():
+            self._ready.wake(queue_id, 1)
+        if waited := self._ended.waited_for():
+            rows = await self.engine.read(lambda view: view.by_id(waited))
+            for task_id in waited:
+                if task_id not in rows or rows[task_id].state in FINISHED:
+                    self._ended.wake(task_id, 1 << 30)
 
     # Shared
 
@@ -407,6 +431,10 @@ class WorkQueue:
         """Those of the blobs that are not there; the others live on for a while."""
         asked = {blob_id for blob_id in blob_ids if blob_id}
         return {blob_id: blob_not_found(blob_id) for blob_id in asked if await self.blobs.stat(blob_id) is None}
+
+
+def _keep(_: list[steps.Granted]) -> None:
+    """What is done with leases that may be asked for again."""
 
 
 def patched(settings: QueueSettings, patch: SettingsPatch) -> QueueSettings:

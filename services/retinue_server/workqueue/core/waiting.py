@@ -41,6 +41,10 @@ class Waiters(Generic[K]):
         """Whether anybody waits."""
         return bool(self._waiting)
 
+    def waited_for(self) -> list[K]:
+        """The keys that somebody waits for."""
+        return list(self._waiting)
+
     def wake(self, key: K, count: int) -> None:
         """Wakes up to `count` waiters that sleep, the first come first."""
         for event in self._waiting.get(key, ()):

@@ -123,7 +123,7 @@ class Payload(_message.Message):
     """The media type, at most 128 characters; not interpreted."""
     @_builtins.property
     def json(self) -> _struct_pb2.Value:
-        """A JSON value; its numbers are doubles."""
+        """A JSON value; its numbers are finite doubles."""
 
     @_builtins.property
     def blob(self) -> Global___BlobRef:

@@ -86,9 +86,9 @@ class WorkQueueServiceStub:
 
     It answers as soon as there is one task, and with none when the wait is over: at the earlier of `wait_duration` and
     200 ms before the caller's deadline. A queue that does not exist yet is waited for as an empty one. Repeating it with
-    the same `request_id` gives the leases of the first call again that are still live. Leases whose caller is gone
-    before the server answers go back at once; an answer that is lost on its way leaves them to expire, or to be asked for
-    again by `request_id`. A paused queue gives no new ones. Errors: none of its own.
+    the same `request_id` gives the leases of the first call again that are still live. Leases without a `request_id` whose
+    caller is gone before the server answers go back at once; others, and those whose answer is lost on its way, wait to be
+    asked for again until they expire. A paused queue gives no new ones. Errors: none of its own.
     """
     StreamTasks: _grpc.StreamStreamMultiCallable[_workqueue_service_pb2.StreamTasksRequest, _workqueue_service_pb2.StreamTasksResponse]
     """StreamTasks is LeaseTasks, ExtendLeases, CompleteTasks, FailTasks and ReleaseTasks on one stream: the fast path.
@@ -186,9 +186,9 @@ class WorkQueueServiceAsyncStub(WorkQueueServiceStub):
 
     It answers as soon as there is one task, and with none when the wait is over: at the earlier of `wait_duration` and
     200 ms before the caller's deadline. A queue that does not exist yet is waited for as an empty one. Repeating it with
-    the same `request_id` gives the leases of the first call again that are still live. Leases whose caller is gone
-    before the server answers go back at once; an answer that is lost on its way leaves them to expire, or to be asked for
-    again by `request_id`. A paused queue gives no new ones. Errors: none of its own.
+    the same `request_id` gives the leases of the first call again that are still live. Leases without a `request_id` whose
+    caller is gone before the server answers go back at once; others, and those whose answer is lost on its way, wait to be
+    asked for again until they expire. A paused queue gives no new ones. Errors: none of its own.
     """
     StreamTasks: _aio.StreamStreamMultiCallable[_workqueue_service_pb2.StreamTasksRequest, _workqueue_service_pb2.StreamTasksResponse]  # type: ignore[assignment]
     """StreamTasks is LeaseTasks, ExtendLeases, CompleteTasks, FailTasks and ReleaseTasks on one stream: the fast path.
@@ -325,9 +325,9 @@ class WorkQueueServiceServicer(metaclass=_abc_1.ABCMeta):
 
         It answers as soon as there is one task, and with none when the wait is over: at the earlier of `wait_duration` and
         200 ms before the caller's deadline. A queue that does not exist yet is waited for as an empty one. Repeating it with
-        the same `request_id` gives the leases of the first call again that are still live. Leases whose caller is gone
-        before the server answers go back at once; an answer that is lost on its way leaves them to expire, or to be asked for
-        again by `request_id`. A paused queue gives no new ones. Errors: none of its own.
+        the same `request_id` gives the leases of the first call again that are still live. Leases without a `request_id` whose
+        caller is gone before the server answers go back at once; others, and those whose answer is lost on its way, wait to be
+        asked for again until they expire. A paused queue gives no new ones. Errors: none of its own.
         """
 
     @_abc_1.abstractmethod

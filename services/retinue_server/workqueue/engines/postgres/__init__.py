@@ -7,6 +7,14 @@ other by (SKIP LOCKED) where they look for any. When another transaction was fas
 runs again, then one by one: steps are functions of what they read, so that nobody notices.
 
 Queues are known by heart: every group holds a shared lock on them all, and a step that changes one runs alone.
+
+The clock is the database's; where this differs from SQLite stands in services/decisions/0007. Each file here has one
+idea: `engine.py` the threads, and what to do when another coordinator or the network comes between; `store.py` what
+steps see; `statements.sql` what they send; `marks.py` where scans begin; `days.py` how history goes; `news.py` how
+coordinators hear of each other; `blobs.py` where large content is.
+
+Tested against PostgreSQL 15 and PgBouncer. Databases that speak its protocol (CockroachDB, YugabyteDB) are not tested,
+and lack some of what this needs (LISTEN, advisory locks, SKIP LOCKED in all places).
 """
 
 from retinue_server.workqueue.engines.postgres.engine import PostgresEngine

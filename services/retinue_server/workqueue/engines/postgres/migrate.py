@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from retinue_server.workqueue.engines.postgres.session import Session
     from retinue_server.workqueue.engines.postgres.statements import Statements
 
-VERSION = 1
+VERSION = 2
 """What this server makes and needs."""
 
 _LOCK = 0x5E71_4E0E

@@ -34,6 +34,8 @@ from retinue_server.workqueue.engines.postgres.literals import (
 from retinue_server.workqueue.engines.postgres.statements import ROW
 
 DAY_MS = 86_400_000
+SHORT_MS = 3_600_000
+"""What is kept for less is deleted row by row when its time comes, and told as an event."""
 ROW_BY_ROW = -1
 """The `drop_day` of what is deleted row by row."""
 
@@ -101,7 +103,9 @@ def left(wide: TaskBody, result: tuple[bytes, str] | None, failure: str | None) 
 
 def drop_day(row: TaskRow, days: frozenset[int]) -> int:
     """The partition of history for a row: its day's, if there is one."""
-    day = ROW_BY_ROW if row.delete_ms is None else row.delete_ms // DAY_MS
+    if row.delete_ms is None or row.end_ms is None or row.delete_ms - row.end_ms < SHORT_MS:
+        return ROW_BY_ROW
+    day = row.delete_ms // DAY_MS
     return day if day in days else ROW_BY_ROW
 
 

@@ -18,6 +18,9 @@ BODY = (
 )  # fmt: skip
 """The columns of a body, in the order of the fields of TaskBody."""
 
+QUEUES_LOCK, ROOM_LOCK, REQUEST_LOCK, DAYS_LOCK = 0x5E71_0001, 0x5E71_0002, 0x5E71_0003, 0x5E71_0004
+"""Advisory locks (their first number): all queues, the room of one, a lease request, the days of history."""
+
 _IN_BODY = {"task_id", "create_ms", "attempt_ms", "idempotency_key", "parent_task_id"}
 """The columns of a row that never change."""
 _HEAVY = {"input", "result"}
@@ -32,9 +35,12 @@ class Statements:
         if not _SCHEMA.fullmatch(schema):
             raise ValueError(f"{schema!r} is no name for a schema: use lower-case letters, digits and _")
         self.schema = schema
+        now_ms = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
         self._names = {
             "schema": schema,
-            "now_ms": "(extract(epoch FROM clock_timestamp()) * 1000)::bigint",
+            "room_lock": str(ROOM_LOCK),
+            "now_ms": now_ms,
+            "kept": f"(h.drop_day = -1 OR h.delete_ms > {now_ms.replace('clock_timestamp', 'now')})",
             "row": ", ".join(f"{'b' if name in _IN_BODY else 't'}.{name}" for name in ROW),
             "body": ", ".join(f"b.{name}" for name in BODY),
             "light": ", ".join("''::bytea" if name in _HEAVY else f"b.{name}" for name in BODY),
@@ -51,4 +57,4 @@ class Statements:
     def fill(self, text: str) -> str:
         """Puts the names into a text; other braces stay as they are."""
         lines = [line for line in text.splitlines() if not line.startswith("--")]
-        return re.sub(r"\{(\w+)\}", lambda found: self._names[found[1]], "\n".join(lines).strip())
+        return re.sub(r"\{([a-z_]+)\}", lambda found: self._names[found[1]], "\n".join(lines).strip())

@@ -1,6 +1,6 @@
 -- The engine's statements, by name. {schema} is the schema; {row}, {body} and {light} are the columns of a task's row
 -- and body (light: without input and result) over `t` (task) and `b` (body), {old_row}, {old_body} and {old_light} the
--- same over `h` (history). Arrays come as one literal each; an empty one stands for "the default for all".
+-- same over `h` (history), and {kept} is what of history is still to be seen: a day that is past may not be dropped yet. Arrays come as one literal each; an empty one stands for "the default for all".
 
 -- name: clock
 SELECT version, {now_ms} FROM {schema}.queue_version
@@ -74,9 +74,12 @@ WITH done AS MATERIALIZED (
         lease_request_id, outcome, cancel_requested, start_ms, end_ms, delete_ms,
         drop_day, result, result_blob, failure)
 ), hot AS (
-  DELETE FROM {schema}.task USING done WHERE task.seq = done.seq
-), wide AS (
-  DELETE FROM {schema}.body USING done WHERE body.seq = done.seq RETURNING body.*
+  DELETE FROM {schema}.task WHERE seq = ANY ($1::bigint[])
+), n AS (
+  DELETE FROM {schema}.body b USING done WHERE b.seq = done.seq
+  RETURNING done.*, b.create_ms, b.attempt_ms, b.task_id, b.queue_id, b.idempotency_key, b.parent_task_id, b.task_type,
+            b.labels, b.retry, b.traceparent, b.input_blob, b.input, b.result_blob AS old_result_blob,
+            b.failure AS old_failure, b.result AS old_result
 )
 INSERT INTO {schema}.history (
   drop_day, seq, ready_ms, expire_ms, lease_epoch, lease_nonce, lease_until, attempt_until, start_ms, end_ms,
@@ -84,13 +87,12 @@ INSERT INTO {schema}.history (
   worker_id, lease_request_id, task_id, queue_id, idempotency_key, parent_task_id, task_type, labels, retry,
   traceparent, input_blob, result_blob, failure, input, result)
 SELECT
-  n.drop_day, n.seq, n.ready_ms, n.expire_ms, n.lease_epoch, n.lease_nonce, n.lease_until, n.attempt_until,
-  n.start_ms, n.end_ms, n.delete_ms, b.create_ms, b.attempt_ms, coalesce(n.priority, 0), n.attempt,
-  coalesce(n.lease_expirations, 0), n.lease_ms, n.state, coalesce(n.outcome, 0), coalesce(n.cancel_requested, false),
-  coalesce(n.worker_id, ''), coalesce(n.lease_request_id, ''), b.task_id, b.queue_id, b.idempotency_key,
-  b.parent_task_id, b.task_type, b.labels, b.retry, b.traceparent, b.input_blob,
-  coalesce(n.result_blob, b.result_blob), coalesce(n.failure, b.failure), b.input, coalesce(n.result, b.result)
-FROM done n JOIN wide b USING (seq)
+  drop_day, seq, ready_ms, expire_ms, lease_epoch, lease_nonce, lease_until, attempt_until, start_ms, end_ms,
+  delete_ms, create_ms, attempt_ms, coalesce(priority, 0), attempt, coalesce(lease_expirations, 0), lease_ms, state,
+  coalesce(outcome, 0), coalesce(cancel_requested, false), coalesce(worker_id, ''), coalesce(lease_request_id, ''),
+  task_id, queue_id, idempotency_key, parent_task_id, task_type, labels, retry, traceparent, input_blob,
+  coalesce(result_blob, old_result_blob), coalesce(failure, old_failure), input, coalesce(result, old_result)
+FROM n
 
 -- name: revive
 -- Takes tasks out of history again, as they are there.
@@ -138,9 +140,17 @@ WITH t AS MATERIALIZED (
 )
 SELECT {row}, {body} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.priority DESC, t.seq
 
+-- name: ready_behind
+-- The same, within a priority and behind a task (marks.py).
+WITH t AS MATERIALIZED (
+  SELECT * FROM {schema}.task WHERE queue_id = $1::text AND state = 2 AND priority = $3::integer AND seq > $4::bigint
+  ORDER BY seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
+)
+SELECT {row}, {body} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.seq
+
 -- name: due
 WITH t AS MATERIALIZED (
-  SELECT * FROM {schema}.task WHERE state IN (1, 4) AND ready_ms <= $1::bigint
+  SELECT * FROM {schema}.task WHERE state IN (1, 4) AND ready_ms <= $1::bigint AND ready_ms > $3::bigint
   ORDER BY ready_ms, seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
 SELECT {row} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.ready_ms, t.seq
@@ -148,14 +158,16 @@ SELECT {row} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.ready_ms, t.seq
 -- name: push_lapses
 -- Leases that were extended since it was noted when to look: to be looked at when they end now.
 WITH t AS MATERIALIZED (
-  SELECT seq FROM {schema}.task WHERE state = 3 AND lapse_ms <= $1::bigint AND lease_until > $1::bigint
+  SELECT seq FROM {schema}.task WHERE state = 3 AND lapse_ms <= $1::bigint AND lapse_ms > $3::bigint
+    AND lease_until > $1::bigint
   ORDER BY lapse_ms LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
 UPDATE {schema}.task SET lapse_ms = lease_until FROM t WHERE task.seq = t.seq
 
 -- name: lapsed
 WITH t AS MATERIALIZED (
-  SELECT * FROM {schema}.task WHERE state = 3 AND lapse_ms <= $1::bigint AND lease_until <= $1::bigint
+  SELECT * FROM {schema}.task WHERE state = 3 AND lapse_ms <= $1::bigint AND lapse_ms > $3::bigint
+    AND lease_until <= $1::bigint
   ORDER BY lease_until, seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
 SELECT {row} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.lease_until, t.seq
@@ -163,12 +175,13 @@ SELECT {row} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.lease_until, t.s
 -- name: expired
 WITH t AS MATERIALIZED (
   SELECT * FROM {schema}.task WHERE expire_ms IS NOT NULL AND state IN (1, 2, 4) AND expire_ms <= $1::bigint
+    AND expire_ms > $3::bigint
   ORDER BY expire_ms, seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
 SELECT {row} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.expire_ms, t.seq
 
 -- name: deletable
-SELECT {old_row} FROM {schema}.history h WHERE delete_ms <= $1::bigint
+SELECT {old_row} FROM {schema}.history h WHERE drop_day = -1 AND delete_ms <= $1::bigint
 ORDER BY delete_ms, seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 
 -- name: leased
@@ -176,21 +189,23 @@ SELECT {row} FROM {schema}.task t JOIN {schema}.body b USING (seq)
 WHERE t.state = 3 AND t.seq > $1::bigint ORDER BY t.seq LIMIT $2::integer FOR UPDATE OF t
 
 -- name: next_times
-SELECT least((SELECT min(ready_ms) FROM {schema}.task WHERE state IN (1, 4)),
-             (SELECT min(expire_ms) FROM {schema}.task WHERE expire_ms IS NOT NULL AND state IN (1, 2, 4))),
-       (SELECT min(lapse_ms) FROM {schema}.task WHERE state = 3)
+-- Each from its floor on.
+SELECT least((SELECT min(ready_ms) FROM {schema}.task WHERE state IN (1, 4) AND ready_ms > $1::bigint),
+             (SELECT min(expire_ms) FROM {schema}.task
+              WHERE expire_ms IS NOT NULL AND state IN (1, 2, 4) AND expire_ms > $2::bigint)),
+       (SELECT min(lapse_ms) FROM {schema}.task WHERE state = 3 AND lapse_ms > $3::bigint)
 
 -- name: by_seq
 SELECT {row} FROM {schema}.task t JOIN {schema}.body b USING (seq) WHERE t.seq = ANY ($1::bigint[]) ORDER BY t.seq
 
 -- name: old_by_seq
-SELECT {old_row} FROM {schema}.history h WHERE h.seq = ANY ($1::bigint[]) ORDER BY h.seq
+SELECT {old_row} FROM {schema}.history h WHERE h.seq = ANY ($1::bigint[]) AND {kept} ORDER BY h.seq
 
 -- name: by_id
 SELECT {row} FROM {schema}.body b JOIN {schema}.task t USING (seq) WHERE b.task_id = ANY ($1::text[]) ORDER BY t.seq
 
 -- name: old_by_id
-SELECT {old_row} FROM {schema}.history h WHERE h.task_id = ANY ($1::text[]) ORDER BY h.seq
+SELECT {old_row} FROM {schema}.history h WHERE h.task_id = ANY ($1::text[]) AND {kept} ORDER BY h.seq
 
 -- name: by_key
 SELECT {row} FROM {schema}.body b JOIN {schema}.task t USING (seq)
@@ -198,7 +213,7 @@ WHERE b.queue_id = $1::text AND b.idempotency_key = ANY ($2::text[]) AND b.idemp
 
 -- name: old_by_key
 SELECT {old_row} FROM {schema}.history h
-WHERE h.queue_id = $1::text AND h.idempotency_key = ANY ($2::text[]) AND h.idempotency_key <> '' ORDER BY h.seq
+WHERE h.queue_id = $1::text AND h.idempotency_key = ANY ($2::text[]) AND h.idempotency_key <> '' AND {kept} ORDER BY h.seq
 
 -- name: lock_name
 -- Whoever comes with the same name waits until the first one is through.
@@ -218,7 +233,7 @@ SELECT h.seq, {old_body} FROM {schema}.history h WHERE h.seq = ANY ($1::bigint[]
 -- name: counts
 SELECT state, count(*) FROM {schema}.task WHERE queue_id = $1::text GROUP BY state
 UNION ALL
-SELECT state, count(*) FROM {schema}.history WHERE queue_id = $1::text GROUP BY state
+SELECT state, count(*) FROM {schema}.history h WHERE queue_id = $1::text AND {kept} GROUP BY state
 
 -- name: totals
 -- The oldest of each priority's first, found by hopping from priority to priority in the index.

@@ -7,6 +7,8 @@ layer that is undone before it went out never was. Only one that went out has a 
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -33,13 +35,12 @@ from retinue_server.workqueue.engines.postgres.literals import (
     sparse_texts,
     texts,
 )
+from retinue_server.workqueue.engines.postgres.marks import BEGINNING, Marks, Place
+from retinue_server.workqueue.engines.postgres.statements import QUEUES_LOCK, REQUEST_LOCK, ROOM_LOCK
 
 if TYPE_CHECKING:
     from retinue_server.workqueue.engines.postgres.session import Session, Statement
     from retinue_server.workqueue.engines.postgres.statements import Statements
-
-QUEUES_LOCK, ROOM_LOCK, REQUEST_LOCK = 0x5E71_0001, 0x5E71_0002, 0x5E71_0003
-"""Advisory locks (their first number): all queues, the room of one, a lease request."""
 
 
 class View:
@@ -114,6 +115,7 @@ class View:
         if records.may_be_old(wanted):
             where, values = records.conditions(wanted, old=True, first=3)
             tables = "{schema}.history h"
+            where = f"{{kept}} AND {where}"
             sql = f"SELECT {columns[1]} FROM {tables} WHERE h.seq {side} $1::bigint AND {where} ORDER BY h.seq {order}"  # noqa: S608 - constants
             found += self._select(self._sql.fill(f"{sql} LIMIT $2::integer{self._lock_old}"), seq, str(limit), *values)
         return found
@@ -176,15 +178,21 @@ class Store(View):
 
     _lock_hot, _lock_old = " FOR UPDATE OF t", " FOR UPDATE"
 
-    def __init__(self, session: Session, statements: Statements, days: Callable[[], frozenset[int]]) -> None:
+    def __init__(
+        self, session: Session, statements: Statements, days: Callable[[], frozenset[int]], marks: Marks
+    ) -> None:
         super().__init__(session, statements)
-        self._days = days
-        """The days that have a partition of history."""
+        self._days, self._marks = days, marks
+        """The days that have a partition of history; where to begin looking."""
+        self._floors: dict[str, str] = {}
+        """From where on this one has swept last."""
         self._queues: dict[str, QueueRow] = {}
         self._queues_version = -1
         self._layers = [_Layer(self._queues)]
         self._hot: set[int] = set()
         """Tasks that are known not to be in history: this transaction has read them, and so locked them."""
+        self.ready_tasks: Counter[str] = Counter()
+        """How many tasks became ready in this transaction, by queue."""
         self.time = Instant(0, 0)
         """When the transaction began, by the database's clock."""
         self._exclusive = False
@@ -194,6 +202,7 @@ class Store(View):
 
     def open(self, *, exclusive: bool) -> None:
         """Begins a transaction; all that a step may ask first comes with it."""
+        self.ready_tasks = Counter()
         self._layers, self._pending, self._hot, self._exclusive = [_Layer(self._queues)], [], set(), exclusive
         lock = "pg_advisory_xact_lock" if exclusive else "pg_advisory_xact_lock_shared"
         begin = [
@@ -300,17 +309,36 @@ class Store(View):
         return body
 
     def ready(self, queue_id: str, limit: int) -> list[Task]:
-        return self._tasks(self._select(self._sql["ready"], queue_id, str(limit)))
+        place = self._marks.place(queue_id)
+        if place is not None:
+            behind = str(place.priority), str(place.seq)
+            tasks = self._tasks(self._select(self._sql["ready_behind"], queue_id, str(limit), *behind))
+            if len(tasks) == limit:
+                self._marks.leased_upto(queue_id, _place(tasks, limit), None)
+                return tasks
+        began = time.monotonic()
+        tasks = self._tasks(self._select(self._sql["ready"], queue_id, str(limit)))
+        self._marks.leased_upto(queue_id, _place(tasks, limit), time.monotonic() - began)
+        return tasks
 
     def due(self, wall_ms: int, limit: int) -> list[TaskRow]:
-        return self._picked("due", wall_ms, limit)
+        return self._swept("due", wall_ms, limit)
 
     def lapsed(self, lease_ms: int, limit: int) -> list[TaskRow]:
-        self._layers[-1].others.append((self._sql["push_lapses"], (str(lease_ms), str(limit))))
-        return self._picked("lapsed", lease_ms, limit)
+        floor = str(self._marks.floor("lapsed", lease_ms))
+        self._layers[-1].others.append((self._sql["push_lapses"], (str(lease_ms), str(limit), floor)))
+        return self._swept("lapsed", lease_ms, limit)
 
     def expired(self, wall_ms: int, limit: int) -> list[TaskRow]:
-        return self._picked("expired", wall_ms, limit)
+        return self._swept("expired", wall_ms, limit)
+
+    def _swept(self, kind: str, now_ms: int, limit: int) -> list[TaskRow]:
+        floor = self._marks.floor(kind, now_ms)
+        self._floors[kind] = str(floor)
+        rows = self._picked(kind, now_ms, limit, str(floor))
+        if len(rows) < limit:
+            self._marks.swept(kind, now_ms, floor)
+        return rows
 
     def deletable(self, wall_ms: int, limit: int) -> list[TaskRow]:
         return [records.task_row(row) for row in self._select(self._sql["deletable"], str(wall_ms), str(limit))]
@@ -325,7 +353,8 @@ class Store(View):
         return sorted(rows, key=_seq)[:limit]
 
     def next_times(self) -> tuple[int | None, int | None]:
-        [(due, lapse)] = self._select(self._sql["next_times"])
+        floors = [self._floors.get(kind, str(BEGINNING)) for kind in ("due", "expired", "lapsed")]
+        [(due, lapse)] = self._select(self._sql["next_times"], *floors)
         return due, lapse
 
     def request(self, request_id: str) -> tuple[bytes, bytes] | None:
@@ -337,8 +366,8 @@ class Store(View):
         self._hot.update(row.seq for row in rows)
         return rows
 
-    def _picked(self, name: str, time_or_seq: int, limit: int) -> list[TaskRow]:
-        rows = [records.task_row(row) for row in self._select(self._sql[name], str(time_or_seq), str(limit))]
+    def _picked(self, name: str, time_or_seq: int, limit: int, *floor: str) -> list[TaskRow]:
+        rows = [records.task_row(row) for row in self._select(self._sql[name], str(time_or_seq), str(limit), *floor)]
         self._hot.update(row.seq for row in rows)
         return rows
 
@@ -382,6 +411,8 @@ class Store(View):
 
     def insert(self, tasks: Sequence[Task]) -> None:
         if all(records.is_fresh(task) for task in tasks):
+            for queue_id, priority in {(row.queue_id, row.priority) for row, _ in tasks}:
+                self._marks.ready(queue_id, priority, 1 << 62)
             self._layers[-1].inserts += tasks
         else:
             self._insert_whole(tasks)
@@ -399,6 +430,9 @@ class Store(View):
                 self.save_failure(seq, body.failure)
 
     def save(self, rows: Sequence[TaskRow]) -> None:
+        for row in rows:
+            if row.state == State.READY:
+                self._marks.ready(row.queue_id, row.priority, row.seq)
         self._layers[-1].saves.update((row.seq, row) for row in rows)
 
     def save_result(self, seq: int, result: bytes, result_blob: str) -> None:
@@ -439,6 +473,8 @@ class Store(View):
     def _statements(self, layer: _Layer) -> list[Statement]:
         if not layer:
             return []
+        written = (*layer.saves.values(), *(task.row for task in layer.inserts))
+        self.ready_tasks.update(row.queue_id for row in written if row.state == State.READY)
         statements = [*self._saves(layer), *layer.others]
         hot = [seq for seq, row in layer.deletes.items() if seq in self._hot or row.state not in FINISHED]
         old = [seq for seq in layer.deletes if seq not in self._hot]
@@ -514,6 +550,11 @@ class _Savepoint:
         self._store.pop(undo=kind is not None)
 
 
+def _place(tasks: Sequence[Task], limit: int) -> Place | None:
+    """Where to go on behind the last of them; None if there were no more."""
+    return Place(tasks[-1].row.priority, tasks[-1].row.seq) if len(tasks) == limit else None
+
+
 def _seq(row: TaskRow) -> int:
     return row.seq
 
@@ -529,6 +570,12 @@ SELECT set_config('synchronous_commit',
        set_config('lock_timeout', '5s', true),
        set_config('idle_in_transaction_session_timeout', '10s', true),
        set_config('enable_seqscan', 'off', true),
+       set_config('enable_hashjoin', 'off', true),
+       set_config('enable_mergejoin', 'off', true),
+       set_config('jit', 'off', true),
        {lock}($1::integer, hashtext($2::text))
 """
-"""What holds for a transaction, so that it holds behind PgBouncer, too; then the lock of all queues."""
+"""What holds for a transaction, so that it holds behind PgBouncer, too; then the lock of all queues.
+
+All statements go by indexes; a plan that was made while a table was small must not read all of it when it no longer is.
+"""

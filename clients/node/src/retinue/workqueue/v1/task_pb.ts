@@ -44,7 +44,7 @@ export type Payload = Message<"retinue.workqueue.v1.Payload"> & {
     case: "text";
   } | {
     /**
-     * A JSON value; its numbers are doubles.
+     * A JSON value; its numbers are finite doubles.
      *
      * @generated from field: google.protobuf.Value json = 3;
      */

@@ -1,0 +1,433 @@
+"""Claims on PostgreSQL beyond the exercise: many coordinators, losing and finding the server, SQL of the user's own."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import psycopg
+import pytest
+from google.protobuf.json_format import MessageToDict
+from msgspec.structs import replace
+from support.postgres import Postgres, as_nobody, free_port
+from support.workqueue_core import NoBlobs
+
+from retinue.workqueue.v1 import task_pb2
+from retinue_server.runtime.addresses import StartError
+from retinue_server.runtime.errors import Reason, RetinueError, Unavailable
+from retinue_server.workqueue.core.queue import WorkQueue
+from retinue_server.workqueue.core.requests import Complete, Enqueue, LeaseAsk, LeaseRef, NewTask, SettingsPatch
+from retinue_server.workqueue.engine import (
+    Durability,
+    QueueRow,
+    QueueSettings,
+    QueueState,
+    State,
+    Task,
+    TaskBody,
+    TaskRow,
+)
+from retinue_server.workqueue.engines.postgres import PostgresEngine
+from retinue_server.workqueue.engines.postgres.literals import escaped, texts, unescaped
+from retinue_server.workqueue.engines.postgres.migrate import VERSION
+
+DAY_MS = 86_400_000
+TERMINATE = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'retinue workqueue writer'
+"""
+
+
+@pytest.fixture
+def schema(postgres: Postgres) -> Iterator[str]:
+    name = postgres.schema()
+    yield name
+    postgres.drop(name)
+
+
+@asynccontextmanager
+async def coordinators(url: str, schema: str, count: int = 2, **options: object) -> AsyncIterator[list[WorkQueue]]:
+    async with AsyncExitStack() as stack:
+        queues = []
+        for _ in range(count):
+            engine = PostgresEngine(url, schema=schema, **options)  # type: ignore[arg-type] # as they are
+            queue = WorkQueue(engine, NoBlobs(), clock=engine.now)
+            engine.on_ready(queue.hear_ready)
+            await engine.start()
+            stack.push_async_callback(engine.stop)
+            queues.append(queue)
+        yield queues
+
+
+async def enqueue(queue: WorkQueue, count: int) -> list[str]:
+    results = await queue.enqueue(Enqueue(tuple(NewTask("q") for _ in range(count))))
+    return [result.task_id for result in results if result.error is None]
+
+
+async def until(holds: object, seconds: float = 20) -> None:
+    async with asyncio.timeout(seconds):
+        while not await holds():  # type: ignore[operator] # a coroutine function
+            await asyncio.sleep(0.02)
+
+
+# Many coordinators
+
+
+async def test_no_task_is_leased_twice_by_two_coordinators(postgres: Postgres, schema: str) -> None:
+    leased: Counter[str] = Counter()
+
+    async def work(queue: WorkQueue, name: str) -> None:
+        while granted := await queue.lease(LeaseAsk("q", name, 7)):
+            leased.update(task.row.task_id for task, *_ in granted)
+            settled = await queue.settle([Complete(LeaseRef.of(task.row)) for task, *_ in granted])
+            assert all(one.error is None for one in settled)
+
+    async with coordinators(postgres.url, schema) as queues:
+        ids = await enqueue(queues[0], 300)
+        await asyncio.gather(*(work(queue, f"w{i}") for queue in queues for i in range(3)))
+        counts = (await queues[1].reports(["q"]))[0].counts
+    assert leased == Counter(ids)
+    assert counts == {State.SUCCEEDED: 300}
+
+
+async def test_max_tasks_is_exact_over_coordinators(postgres: Postgres, schema: str) -> None:
+    async with coordinators(postgres.url, schema) as queues:
+        await queues[0].create_queue("q", SettingsPatch(max_tasks=25))
+        taken = await asyncio.gather(*(enqueue(queue, 3) for _ in range(10) for queue in queues))
+        counts = (await queues[0].reports(["q"]))[0].counts
+    assert sum(map(len, taken)) == 25
+    assert counts == {State.READY: 25}
+
+
+async def test_one_key_is_one_task_however_many_bring_it_at_once(postgres: Postgres, schema: str) -> None:
+    asked = Enqueue((NewTask("q", idempotency_key="k"),))
+    async with coordinators(postgres.url, schema) as queues:
+        results = await asyncio.gather(*(queue.enqueue(asked) for _ in range(10) for queue in queues))
+    assert len({result.task_id for (result,) in results}) == 1
+    assert sorted(result.existing for (result,) in results) == [False] + [True] * 19
+
+
+async def test_a_waiting_worker_hears_of_a_task_that_came_to_another_coordinator(
+    postgres: Postgres, schema: str
+) -> None:
+    async with coordinators(postgres.url, schema) as (one, other):
+        await one.create_queue("q", SettingsPatch())
+        waiting = asyncio.create_task(other.lease(LeaseAsk("q", "w", 1), wait_ms=50_000))
+        ids: list[str] = []
+
+        async def leased() -> bool:
+            ids.extend(await enqueue(one, 1))
+            await asyncio.wait([waiting], timeout=0.5)
+            return waiting.done()
+
+        await until(leased)
+        assert (await waiting)[0].task.row.task_id in ids
+
+
+async def test_looking_again_finds_what_no_news_told(postgres: Postgres, schema: str) -> None:
+    async with coordinators(postgres.url, schema) as (one, other):
+        (task_id,) = await enqueue(one, 1)
+        (granted,) = await one.lease(LeaseAsk("q", "w", 1))
+        waiting = asyncio.create_task(other.wait(task_id, 50_000))
+        await one.settle([Complete(LeaseRef.of(granted.task.row))])
+
+        async def ended() -> bool:
+            await other.look_again()
+            return waiting.done()
+
+        await until(ended)
+        assert (await waiting).row.state == State.SUCCEEDED
+
+
+async def test_a_paused_queue_gives_nothing_at_any_coordinator(postgres: Postgres, schema: str) -> None:
+    async with coordinators(postgres.url, schema) as (one, other):
+        await enqueue(one, 1)
+        await one.set_queue_state("q", QueueState.PAUSED)
+        assert await other.lease(LeaseAsk("q", "w", 1)) == []
+        await other.set_queue_state("q", QueueState.ACTIVE)
+        assert len(await one.lease(LeaseAsk("q", "w", 1))) == 1
+
+
+async def test_leases_go_on_when_their_coordinator_is_gone(postgres: Postgres, schema: str) -> None:
+    async with coordinators(postgres.url, schema, 1) as (one,):
+        await enqueue(one, 1)
+        (granted,) = await one.lease(LeaseAsk("q", "w", 1))
+    async with coordinators(postgres.url, schema, 1) as (other,):
+        await other.recover()
+        (settled,) = await other.settle([Complete(LeaseRef.of(granted.task.row))])
+        after = await other.get(granted.task.row.task_id)
+    assert settled.error is None
+    assert after.row.state == State.SUCCEEDED
+
+
+# Losing the server
+
+
+@pytest.fixture
+def own_server() -> Iterator[Postgres]:
+    """A server that the test may hurt."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as where:
+        Path(where).chmod(0o755)
+        server = Postgres.create(Path(where) / "server")
+        yield server
+        server.stop("immediate")
+
+
+async def test_a_server_that_goes_away_is_unavailable_and_is_found_again(own_server: Postgres) -> None:
+    async with coordinators(own_server.url, "retinue", 1) as (queue,):
+        assert queue.engine.capabilities.durability == Durability.DISK
+        (task_id,) = await enqueue(queue, 1)
+        for _ in range(5):
+            own_server.run(TERMINATE)
+            assert len(await enqueue(queue, 1)) == 1
+        await asyncio.to_thread(own_server.stop)
+        for call in (enqueue(queue, 1), queue.get(task_id), queue.sweep()):
+            with pytest.raises(Unavailable) as refused:
+                await call
+            assert refused.value.reason == Reason.ENGINE_UNAVAILABLE
+            assert refused.value.retry_ms > 0
+        await asyncio.to_thread(own_server.start)
+        assert len(await enqueue(queue, 1)) == 1
+        assert (await queue.get(task_id)).row.state == State.READY
+
+
+# Migrations
+
+
+async def test_coordinators_that_start_at_once_make_one_schema(postgres: Postgres, schema: str) -> None:
+    engines = [PostgresEngine(postgres.url, schema=schema) for _ in range(4)]
+    await asyncio.gather(*(engine.start() for engine in engines))
+    for engine in engines:
+        await engine.stop()
+    assert postgres.run(f"SELECT version FROM {schema}.schema_version ORDER BY 1") == [
+        (number,) for number in range(1, VERSION + 1)
+    ]
+
+
+async def test_a_newer_schema_is_refused(postgres: Postgres, schema: str) -> None:
+    engine = PostgresEngine(postgres.url, schema=schema)
+    await engine.start()
+    await engine.stop()
+    postgres.run(f"INSERT INTO {schema}.schema_version (version) VALUES (99)")
+    with pytest.raises(StartError, match="version 99, newer than"):
+        await PostgresEngine(postgres.url, schema=schema).start()
+
+
+@pytest.mark.parametrize("url", ["", "postgresql://u:secret@h:port/x?no=way", "secret"])
+def test_a_wrong_url_is_told_without_what_is_in_it(url: str) -> None:
+    with pytest.raises(ValueError, match="url") as told:
+        PostgresEngine(url)
+    assert "secret" not in str(told.value)
+
+
+def test_a_schema_must_be_a_name() -> None:
+    with pytest.raises(ValueError, match="no name for a schema"):
+        PostgresEngine("postgresql://h/x", schema="a; DROP")
+
+
+# History
+
+
+async def test_what_is_past_is_hidden_and_its_day_dropped(postgres: Postgres, schema: str) -> None:
+    async with coordinators(postgres.url, schema, 1) as (queue,):
+        await queue.create_queue("q", SettingsPatch(retention_ms=2 * DAY_MS))
+
+        assert isinstance(queue.engine, PostgresEngine)
+        await asyncio.to_thread(queue.engine.keep_days)
+        assert postgres.run(f"SELECT count(*) > 1 FROM pg_inherits WHERE inhparent = '{schema}.history'::regclass") == [
+            (True,)
+        ]
+        ids = await enqueue(queue, 3)
+        await queue.settle([Complete(LeaseRef.of(t.row)) for t, *_ in await queue.lease(LeaseAsk("q", "w", 3))])
+        assert postgres.run(f"SELECT count(*) FROM {schema}.history WHERE drop_day > 0") == [(3,)]
+        assert (await queue.reports(["q"]))[0].counts == {State.SUCCEEDED: 3}
+        postgres.run(f"UPDATE {schema}.history SET delete_ms = 1 WHERE drop_day > 0")
+        assert (await queue.reports(["q"]))[0].counts == {}
+        with pytest.raises(RetinueError, match="cannot find task"):
+            await queue.get(ids[0])
+        postgres.run(f"CREATE TABLE {schema}.history_d5 PARTITION OF {schema}.history FOR VALUES FROM (5) TO (6)")
+        await asyncio.to_thread(queue.engine.keep_days)
+        assert postgres.run(f"SELECT to_regclass('{schema}.history_d5')") == [(None,)]
+        assert len(await enqueue(queue, 1)) == 1
+
+
+# Texts
+
+
+@pytest.mark.parametrize("text", ["", "plain", "\x00", "\x1b", "a\x1b0\x00e", 'q"uo\\te', "é{,}", "NULL"])
+def test_every_text_comes_back(text: str, postgres: Postgres) -> None:
+    assert unescaped(escaped(text)) == text
+    with psycopg.connect(postgres.url) as connection:
+        cursor = psycopg.RawCursor(connection).execute("SELECT $1::text[]", [texts([text, "other", text])])
+        assert [unescaped(item) for item in cursor.fetchone()[0]] == [text, "other", text]  # type: ignore[index] # one row
+
+
+# Inside the user's own transaction
+
+
+@pytest.fixture
+async def queue(postgres: Postgres, schema: str) -> AsyncIterator[WorkQueue]:
+    async with coordinators(postgres.url, schema, 1) as (one,):
+        await one.create_queue("q", SettingsPatch())
+        yield one
+
+
+async def payload_of(queue: WorkQueue, postgres: Postgres, call: str) -> task_pb2.Payload:
+    [(task_id,)] = postgres.run(f"SELECT {queue.engine._statements.schema}.{call}")  # type: ignore[attr-defined] # the engine's
+    (granted,) = await queue.lease(LeaseAsk("q", "w", 1))
+    assert granted.task.row.task_id == task_id
+    return task_pb2.Payload.FromString(granted.task.body.input)
+
+
+async def test_json_that_sql_enqueues_is_what_workers_read(queue: WorkQueue, postgres: Postgres) -> None:
+    json = '{"b": [1, -2.5, 1e300, "é\\"", true, false, null, [], {}], "a": {"": "x"}, "long": "' + "y" * 300 + '"}'
+    payload = await payload_of(queue, postgres, f"retinue_enqueue_v1('q', '{json}'::jsonb, 'resize')")
+    assert MessageToDict(payload.json) == {
+        "b": [1, -2.5, 1e300, 'é"', True, False, None, [], {}],
+        "a": {"": "x"},
+        "long": "y" * 300,
+    }
+    again = task_pb2.Payload()
+    again.json.CopyFrom(payload.json)
+    assert again.SerializeToString(deterministic=True) == payload.SerializeToString(deterministic=True)
+
+
+async def test_text_and_bytes_that_sql_enqueues_are_what_workers_read(queue: WorkQueue, postgres: Postgres) -> None:
+    assert (await payload_of(queue, postgres, "retinue_enqueue_v1('q', 'grüß'::text)")).text == "grüß"
+    payload = await payload_of(queue, postgres, "retinue_enqueue_v1('q', decode(repeat('00ff', 20000), 'hex'))")
+    assert payload.data == b"\x00\xff" * 20_000
+
+
+async def test_a_task_comes_with_the_users_transaction_or_not_at_all(queue: WorkQueue, postgres: Postgres) -> None:
+    schema = queue.engine._statements.schema  # type: ignore[attr-defined] # the engine's
+    with psycopg.connect(postgres.url) as connection:
+        connection.execute(f"SELECT {schema}.retinue_enqueue_v1('q', 'x'::text, idempotency_key => 'k')")
+        assert await queue.lease(LeaseAsk("q", "w", 1)) == []
+        connection.rollback()
+        connection.execute(f"SELECT {schema}.retinue_enqueue_v1('q', 'x'::text, idempotency_key => 'k')")
+        connection.commit()
+        first = connection.execute(f"SELECT {schema}.retinue_enqueue_v1('q', 'x'::text, idempotency_key => 'k')")
+        (task_id,) = first.fetchone() or ("",)
+    assert [granted.task.row.task_id for granted in await queue.lease(LeaseAsk("q", "w", 5))] == [task_id]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("'-', 'x'::text", "queue_id must be"),
+        ("'none', 'x'::text", "cannot find queue none"),
+        ("'q', repeat('x', 262145)", "the limit is 262144"),
+        ("'q', 'x'::text, priority => 1001", "priority must be"),
+        ("'q', 'x'::text, task_id => 'sp ace'", "task_id must be"),
+        ("'q', 'x'::text, labels => '{\"a\": 1}'", "labels must be"),
+        ("'q', 'x'::text, expire_time => now() - interval '1 s'", "expire_time later"),
+        ("'q', 'x'::text, schedule_time => now() + interval '11 years'", "10 years ahead"),
+    ],
+)
+async def test_sql_is_refused_what_the_contract_refuses(
+    queue: WorkQueue, postgres: Postgres, arguments: str, message: str
+) -> None:
+    with pytest.raises(psycopg.Error, match=message):
+        postgres.run(f"SELECT {queue.engine._statements.schema}.retinue_enqueue_v1({arguments})")  # type: ignore[attr-defined] # the engine's
+
+
+async def test_sql_keeps_to_the_state_and_the_room_of_a_queue(queue: WorkQueue, postgres: Postgres) -> None:
+    call = f"SELECT {queue.engine._statements.schema}.retinue_enqueue_v1('q', 'x'::text)"  # type: ignore[attr-defined] # the engine's
+    await queue.update_queue("q", SettingsPatch(max_tasks=1))
+    postgres.run(call)
+    with pytest.raises(psycopg.Error, match="holds its 1 unfinished"):
+        postgres.run(call)
+    await queue.set_queue_state("q", QueueState.DRAINING)
+    with pytest.raises(psycopg.Error, match="is draining"):
+        postgres.run(call)
+
+
+# A pooler
+
+
+@pytest.fixture
+def pgbouncer(postgres: Postgres) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as where:
+        Path(where).chmod(0o777)
+        port = free_port()
+        config = Path(where) / "pgbouncer.ini"
+        config.write_text(
+            f"[databases]\npostgres = host=127.0.0.1 port={postgres.port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+            f"listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\n"
+            f"default_pool_size = 3\nmax_client_conn = 50\nlogfile = {where}/log\n"
+        )
+        config.write_text(config.read_text().replace("port=", "user=retinue port="))
+        process = subprocess.Popen([*as_nobody(), "pgbouncer", "-q", str(config)], cwd="/", stderr=subprocess.DEVNULL)
+        url = f"postgresql://retinue@127.0.0.1:{port}/postgres"
+        try:
+            _wait_for(url)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def _wait_for(url: str) -> None:
+    for _ in range(100):
+        try:
+            psycopg.connect(url, connect_timeout=2).close()
+        except psycopg.OperationalError:
+            time.sleep(0.05)
+        else:
+            return
+    raise AssertionError("pgbouncer does not answer")
+
+
+async def test_behind_a_pooler_of_transactions_everything_works(
+    postgres: Postgres, schema: str, pgbouncer: str
+) -> None:
+    async with coordinators(pgbouncer, schema, prepared_statements=False, listen_url=postgres.url) as queues:
+        for _ in range(10):
+            await asyncio.gather(*(enqueue(queue, 3) for queue in queues))
+        leased = [await queue.lease(LeaseAsk("q", "w", 15)) for queue in (*queues, *queues)]
+        ids = Counter(task.row.task_id for granted in leased for task, *_ in granted)
+        for granted in leased:
+            settled = await queues[0].settle([Complete(LeaseRef.of(task.row)) for task, *_ in granted])
+            assert all(one.error is None for one in settled)
+        counts = (await queues[0].reports(["q"]))[0].counts
+    assert (len(ids), max(ids.values())) == (60, 1)
+    assert counts == {State.SUCCEEDED: 60}
+
+
+# Plans and rows
+
+
+async def test_an_extension_changes_nothing_that_an_index_has(postgres: Postgres, schema: str) -> None:
+    from retinue_server.workqueue.core.requests import Extend  # noqa: PLC0415 - this claim alone needs it
+
+    async with coordinators(postgres.url, schema, 1) as (queue,):
+        await enqueue(queue, 10)
+        granted = await queue.lease(LeaseAsk("q", "w", 10))
+        sql = f"SELECT n_tup_hot_upd FROM pg_stat_all_tables WHERE schemaname = '{schema}' AND relname = 'task'"
+        for _ in range(3):
+            await queue.extend([Extend(LeaseRef.of(task.row)) for task, *_ in granted])
+
+        async def counted() -> bool:
+            await queue.extend([Extend(LeaseRef.of(granted[0].task.row))])
+            hot = postgres.run(sql)[0][0]
+            return isinstance(hot, int) and hot >= 20
+
+        await until(counted)
+
+
+async def test_an_unfinished_row_may_hold_anything(postgres: Postgres, schema: str) -> None:
+    engine = PostgresEngine(postgres.url, schema=schema)
+    await engine.start()
+    await engine.write(lambda tx: tx.save_queue(QueueRow("q", QueueState.ACTIVE, QueueSettings(), 7)))
+    row = TaskRow(0, "a", "q", State.LEASED, 0, 100, 100, worker_id="\x00w", lease_request_id="\x1br")
+    body = TaskBody(labels={"k": "\x00"}, task_type="\x00")
+    await engine.write(lambda tx: tx.insert([Task(row, body)]))
+    found = (await engine.read(lambda view: view.by_id(["a"])))["a"]
+    assert replace(found, seq=0) == row
+    assert (await engine.read(lambda view: view.bodies([found.seq])))[found.seq] == body
+    await engine.stop()
