@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 RESERVE_BYTES = 64 * 1024**2
 _SMALL_DISK = 8
 """Of a small disk no more than this part is held back."""
+_LOG_SHARE = 4
+"""Free pages in a file help only while this part of the reserve is free outside: what is written passes the log."""
 _LOOK_S = 0.1
 _HOLD_S = 1.0
 """How long nothing is let in after the disk ran out, whatever is said to be free (a quota is not seen from here)."""
@@ -83,7 +85,8 @@ class DiskRoom:
         self._look_again = now + _LOOK_S
         disk = os.statvfs(self._directory)
         reserve = min(self._reserve_bytes, disk.f_blocks * disk.f_frsize // _SMALL_DISK)
-        free = disk.f_bavail * disk.f_frsize + self._spare()
+        outside = disk.f_bavail * disk.f_frsize
+        free = outside + (self._spare() if outside >= reserve // _LOG_SHARE else 0)
         self._left = free - reserve
         self._report = Room(free, self._report.admitting)
         margin = self._reopen_at + max(reserve // 8, 1024**2)  # else it would open and close all the time
