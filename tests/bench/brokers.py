@@ -101,7 +101,7 @@ def _retinue_address(server: Server, ready: Path) -> str:
 
 @contextmanager
 def retinue_with_metrics(where: Path) -> Iterator[Broker]:
-    """With a listener for metrics that is read four times a second, sixty times as often as is usual."""
+    """With a listener for metrics that is read every second, fifteen times as often as is usual."""
     port = free_port()
     with retinue(where, "--metrics", f"127.0.0.1:{port}") as broker, _read_often(f"http://127.0.0.1:{port}/metrics"):
         yield broker
@@ -138,7 +138,7 @@ def _read_often(url: str) -> Iterator[None]:
     stop = threading.Event()
 
     def read() -> None:
-        while not stop.wait(0.25):
+        while not stop.wait(1):
             urllib.request.urlopen(url).read()
 
     reader = threading.Thread(target=read)
