@@ -23,7 +23,7 @@ from support.faults.engines import postgres
 from support.history.checks import check
 
 GOAL = 0.9
-_WARM_S = 5.0
+_WARM_S = 10.0
 _DEAD = "SELECT relname, n_live_tup, n_dead_tup FROM pg_stat_user_tables WHERE n_dead_tup > 0 ORDER BY 3 DESC"
 
 
