@@ -36,8 +36,16 @@ def start(_: Entrant, count: int) -> Round:
             time.sleep(0.3)  # what it does right after
             found.figures["rss_mib"] = rss_mib(broker.server.pid)
     found.figures["start_ms"] = sorted(times)[len(times) // 2]
+    found.figures["import_cpu_ms"] = _import_cpu_ms()
     found.figures["modules"] = _modules(fresh("start"))
     return found
+
+
+def _import_cpu_ms() -> float:
+    """What gRPC alone takes at the same time: tells a slow machine from a slow server."""
+    code = "import time, grpc.aio; print(time.process_time() * 1e3)"
+    command = pinned(LOAD_CORE, [sys.executable, "-c", code])
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def _modules(where: Path) -> float:

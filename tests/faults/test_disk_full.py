@@ -236,13 +236,24 @@ class Load:
 
     def __init__(self, small: Small) -> None:
         self.line, self.done = new_line(small.app), new_line(small.app)
-        self.done.put_many(1_000)
+        self.done.put_many(10)
+        self._held: list[task_pb2.Lease] = []
         app = small.app
         self.work = {
             "enqueue": Work(lambda: self.line.put_many(5)),
-            "complete": Work(lambda: _lend_and_complete(self.done)),
+            "complete": Work(self._complete),
             "upload": Work(lambda: [upload(app, os.urandom(4_096))]),
         }
+
+    def _complete(self) -> list[str]:
+        """Each completion brings the next task, which is taken in on a full disk too; what is refused is repeated."""
+        self._held = self._held or self.done.take(10)
+        if not self._held:
+            return []
+        done = [{"lease_token": lease.lease_token, "follow_ups": [self.done.spec()]} for lease in self._held]
+        results = self.done.app.CompleteTasks(completions=done).results
+        leases, self._held = self._held, []
+        return [x.task_id for x, r in zip(leases, results, strict=True) if not r.HasField("status")]
 
     def marks(self) -> dict[str, tuple[int, int]]:
         """How many calls were accepted and refused so far, by kind."""
@@ -270,16 +281,6 @@ class Load:
             "complete": len(set(self.work["complete"].acknowledged) - ended),
             "upload": sum(not _is_whole(blobs, blob_id) for blob_id in self.work["upload"].acknowledged),
         }
-
-
-def _lend_and_complete(line: Line) -> list[str]:
-    """Completes what is there, and puts more when there is nothing."""
-    leases = line.take(10)
-    if not leases:
-        taken(line.put_many, 500)
-        return []
-    results = line.app.CompleteTasks(completions=[{"lease_token": x.lease_token} for x in leases]).results
-    return [x.task_id for x, r in zip(leases, results, strict=True) if not r.HasField("status")]
 
 
 def _all_tasks(app: Client, line: Line, **wanted: Any) -> Iterator[task_pb2.Task]:

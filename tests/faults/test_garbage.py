@@ -38,8 +38,8 @@ EXAMPLES = 300 if LONG else 12
 ROUNDS = 10 if LONG else 3
 WARM_UP = 3
 """Rounds after which memory has seen its peaks: what is open at once, and what the allocator keeps."""
-FLAT_MIB = 24
-"""By how much it may differ after as much garbage again; a round sends twice as much."""
+FLAT_MIB = 32
+"""By how much it may differ after as much garbage again; a round sends as much."""
 SETTINGS: Any = {
     "deadline": None,
     "database": None,
