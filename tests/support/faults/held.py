@@ -38,7 +38,7 @@ def main() -> int:
         size = Size(0, 0, flags.rate)
         with Campaign(Path(where), engine, 1, build_go_worker(Path(where)), size) as campaign:
             time.sleep(_WARM_S)
-            before = _rate(campaign, min(flags.seconds, 60.0))
+            before = _rate(campaign, min(flags.seconds / 2, 60.0))
             with psycopg.connect(url) as held:
                 held.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
                 held.execute("SELECT count(*) FROM pg_class")
