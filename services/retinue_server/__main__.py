@@ -142,7 +142,7 @@ def _calm_the_collector() -> None:
 def announce(process: Process, patterns: Sequence[Pattern], ready_file: str | None) -> None:
     """The banner for people on stderr, the line for programs on stdout."""
     lines = [f"  {name:9}{' '.join(bound)}" for name, bound in process.addresses.items()]
-    lines += [f"  {pattern.name}: {notice}" for pattern in patterns for notice in pattern.notices]
+    lines += [f"  {pattern.name}: {notice}" for pattern in patterns for notice in pattern.notices()]
     names = ", ".join(pattern.name for pattern in patterns)
     say(f"retinue-server {__version__}, pid {os.getpid()}, serves {names}", *lines)
     ready = json.dumps(ready_event(process))

@@ -20,4 +20,4 @@ class SETTINGS(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def wire(_: Settings, section: SETTINGS) -> Pattern:
-    return echo.pattern(echo.EchoServicer(), notices=[f"greets with {section.greeting}", "durability: none"])
+    return echo.pattern(echo.EchoServicer(), notices=lambda: [f"greets with {section.greeting}", "durability: none"])

@@ -136,5 +136,5 @@ class Pattern:
     """Called first on SIGTERM: ends long polls and streams with grace, so that the drain is short."""
     metrics: Callable[[], Iterable[Family]] | None = None
     """What the pattern counts, read when somebody asks; on the event loop, and it must not block."""
-    notices: Sequence[str] = ()
-    """Lines for the start-up banner, the durability level among them."""
+    notices: Callable[[], Sequence[str]] = tuple
+    """Lines for the start-up banner, the durability level among them; asked once everything has started."""

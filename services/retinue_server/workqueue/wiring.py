@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from retinue_server.runtime.config import Settings, Upstream
     from retinue_server.runtime.dispatch import Part
-    from retinue_server.workqueue.engine import BlobStore, Engine, Instant
+    from retinue_server.workqueue.engine import BlobStore, Capabilities, Engine, Instant
 
 SETTINGS = WorkQueueSettings
 NAME = "workqueue"
@@ -42,7 +42,6 @@ async def wire(settings: Settings, section: WorkQueueSettings) -> Pattern:
     store.listen(queue.hear_ready)
     sweeper = Sweeper(queue, section.blob_idle_seconds * 1000)
     admin = admin_service.WorkQueueAdminService(queue, section.max_blob_bytes)
-    can = engine.capabilities
     return Pattern(
         name=NAME,
         services=(
@@ -54,8 +53,12 @@ async def wire(settings: Settings, section: WorkQueueSettings) -> Pattern:
         health=sweeper,
         quiesce=queue.quiesce,
         metrics=partial(metrics.families, queue),
-        notices=(f"engine {can.engine}: an OK survives {_SURVIVES[can.durability]}",),
+        notices=lambda: [_notice(engine.capabilities)],
     )
+
+
+def _notice(can: Capabilities) -> str:
+    return f"engine {can.engine}: an OK survives {_SURVIVES[can.durability]}"
 
 
 def _relay(upstream: Upstream) -> Pattern:
@@ -68,7 +71,7 @@ def _relay(upstream: Upstream) -> Pattern:
         services=[Service(descriptor, RelayServicer(descriptor, channel)) for descriptor in descriptors],
         parts=(channel,),
         health=channel,
-        notices=(f"relays to {upstream.address}: an OK is the coordinator's",),
+        notices=lambda: [f"relays to {upstream.address}: an OK is the coordinator's"],
     )
 
 

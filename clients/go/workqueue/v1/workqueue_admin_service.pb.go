@@ -49,7 +49,7 @@ const (
 	TaskEventType_TASK_EVENT_TYPE_LEASE_EXPIRED TaskEventType = 9
 	// Given back, or rescheduled, to a later time.
 	TaskEventType_TASK_EVENT_TYPE_SCHEDULED TaskEventType = 10
-	// Deleted, by a call or by retention.
+	// Deleted, by a call or by retention. An engine that forgets finished tasks by the day does not tell of each.
 	TaskEventType_TASK_EVENT_TYPE_DELETED TaskEventType = 11
 )
 

@@ -53,7 +53,7 @@ class _TaskEventTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaskEve
     TASK_EVENT_TYPE_SCHEDULED: _TaskEventType.ValueType  # 10
     """Given back, or rescheduled, to a later time."""
     TASK_EVENT_TYPE_DELETED: _TaskEventType.ValueType  # 11
-    """Deleted, by a call or by retention."""
+    """Deleted, by a call or by retention. An engine that forgets finished tasks by the day does not tell of each."""
 
 class TaskEventType(_TaskEventType, metaclass=_TaskEventTypeEnumTypeWrapper):
     """TaskEventType is what happened to a task."""
@@ -81,7 +81,7 @@ TASK_EVENT_TYPE_LEASE_EXPIRED: TaskEventType.ValueType  # 9
 TASK_EVENT_TYPE_SCHEDULED: TaskEventType.ValueType  # 10
 """Given back, or rescheduled, to a later time."""
 TASK_EVENT_TYPE_DELETED: TaskEventType.ValueType  # 11
-"""Deleted, by a call or by retention."""
+"""Deleted, by a call or by retention. An engine that forgets finished tasks by the day does not tell of each."""
 Global___TaskEventType: _TypeAlias = TaskEventType  # noqa: Y015
 
 class _Durability:

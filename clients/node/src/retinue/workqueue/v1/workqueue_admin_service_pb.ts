@@ -964,7 +964,7 @@ export enum TaskEventType {
   SCHEDULED = 10,
 
   /**
-   * Deleted, by a call or by retention.
+   * Deleted, by a call or by retention. An engine that forgets finished tasks by the day does not tell of each.
    *
    * @generated from enum value: TASK_EVENT_TYPE_DELETED = 11;
    */
