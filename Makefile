@@ -54,7 +54,7 @@ contract: $(VENV)/.dev ## Runs the conformance suite against TARGET=host:port (C
 e2e: $(VENV)/.dev ## Runs pods, the clients of every language and the printed lines
 	@$(BIN)/python -m pytest -q tests/e2e $(PYTEST)
 
-FAULTS := $(if $(LONG),--kills 200 --tasks 100000,--kills 30 --tasks 10000)
+FAULTS := $(if $(LONG),--kills 200 --tasks 100000,--kills 20 --tasks 5000)
 
 faults: $(VENV)/.dev ## Kills things while they work, and looks what is left (LONG=1: 200 kills over 100,000 tasks; SEED=n; SCHEDULES=1000000: so many simulated worlds)
 	@$(BIN)/python -m pytest -q tests/faults $(if $(SCHEDULES),--schedules $(SCHEDULES) -n auto) $(PYTEST)

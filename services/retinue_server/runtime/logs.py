@@ -25,6 +25,7 @@ def setup(settings: Log) -> None:
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     logging.getLogger("asyncio").setLevel(max(logging.INFO, logging.getLogger().level))
+    logging.getLogger("grpc._cython.cygrpc").addFilter(is_no_gone_caller)
 
 
 def add_trace(record: logging.LogRecord) -> bool:
@@ -33,6 +34,12 @@ def add_trace(record: logging.LogRecord) -> bool:
     record.trace_id = context.trace_id if context else ""
     record.span_id = context.span_id if context else ""
     return True
+
+
+def is_no_gone_caller(record: logging.LogRecord) -> bool:
+    """A filter: gRPC calls it an error when a caller goes while it is answered, which callers may."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or kind.__name__ != "ExecuteBatchError"
 
 
 class JsonFormatter(logging.Formatter):

@@ -23,7 +23,7 @@ from support.faults.engines import postgres
 from support.history.checks import check
 
 GOAL = 0.9
-_WARM_S = 5.0
+_WARM_S = 10.0
 _DEAD = "SELECT relname, n_live_tup, n_dead_tup FROM pg_stat_user_tables WHERE n_dead_tup > 0 ORDER BY 3 DESC"
 
 
@@ -38,7 +38,7 @@ def main() -> int:
         size = Size(0, 0, flags.rate)
         with Campaign(Path(where), engine, 1, build_go_worker(Path(where)), size) as campaign:
             time.sleep(_WARM_S)
-            before = _rate(campaign, min(flags.seconds, 60.0))
+            before = _rate(campaign, min(flags.seconds / 2, 60.0))
             with psycopg.connect(url) as held:
                 held.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
                 held.execute("SELECT count(*) FROM pg_class")
