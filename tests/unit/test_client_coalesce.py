@@ -80,3 +80,23 @@ async def test_idle_waits_for_what_is_under_way() -> None:
     await asyncio.wait_for(idle, 5)
     assert done == [1]
     assert await one == 1
+
+
+async def test_what_comes_while_two_calls_are_under_way_goes_out_together() -> None:
+    go, calls = asyncio.Event(), []
+
+    async def send(items: list[int]) -> list[int | Exception]:
+        calls.append(items)
+        await go.wait()
+        return list(items)
+
+    outbox: Coalescer[int, int] = Coalescer(send, lambda _: 1)
+    callers = []
+    for item in range(6):
+        callers.append(asyncio.ensure_future(outbox.submit(item)))
+        for _ in range(3):  # a turn to submit, one to flush, one to send
+            await asyncio.sleep(0)
+    assert calls == [[0], [1]]
+    go.set()
+    assert await asyncio.gather(*callers) == list(range(6))
+    assert calls == [[0], [1], [2, 3, 4, 5]]

@@ -34,6 +34,9 @@ _OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # lets callers do the same
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_send_message_length", -1),  # the codec checks, and says more
+    # gRPC cuts calls off at random, as CANCELLED, when 1,000 wait to be taken up; the gates refuse in words.
+    ("grpc.server.max_pending_requests", 1_000_000),
+    ("grpc.server.max_pending_requests_hard_limit", 1_000_000),
 )
 
 

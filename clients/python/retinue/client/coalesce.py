@@ -1,4 +1,7 @@
-"""Many callers, one call: what awaits in the same turn of the event loop goes out together."""
+"""Many callers, one call: what awaits in the same turn of the event loop, or while calls are under way, goes out together.
+
+As with group commit, nobody lingers when nothing is under way, and batches grow with the load.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ Answer = TypeVar("Answer")
 
 MAX_ITEMS = 1_000
 MAX_BYTES = 3 << 20
+IN_FLIGHT = 2
+"""How many calls one coalescer has under way at most: one is served while the next is on its way."""
 
 
 def blocks(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
@@ -47,22 +52,35 @@ class Coalescer(Generic[Item, Answer]):
         self._size = size
         self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
         self._sending: set[asyncio.Task[None]] = set()
+        self._flushing = False
 
     async def submit(self, item: Item) -> Answer:
         loop = asyncio.get_running_loop()
-        if not self._waiting:
-            loop.call_soon(self._flush)
+        self._flush_soon(loop)
         future: asyncio.Future[Answer] = loop.create_future()
         self._waiting.append((item, future))
         return await future
 
+    def _flush_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._flushing and len(self._sending) < IN_FLIGHT:
+            self._flushing = True
+            loop.call_soon(self._flush)
+
     def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        live = [entry for entry in waiting if not entry[1].done()]
-        for block in blocks(live, lambda entry: self._size(entry[0])):
+        self._flushing = False
+        live = [entry for entry in self._waiting if not entry[1].done()]
+        parts = blocks(live, lambda entry: self._size(entry[0]))
+        while len(self._sending) < IN_FLIGHT and (block := next(parts, None)):
             task = asyncio.create_task(self._deliver(block))
             self._sending.add(task)
-            task.add_done_callback(self._sending.discard)
+            task.add_done_callback(self._sent)
+            live = live[len(block) :]
+        self._waiting = live
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._sending.discard(task)
+        if self._waiting:
+            self._flush_soon(task.get_loop())
 
     async def _deliver(self, block: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
         answers: Sequence[Answer | Exception]

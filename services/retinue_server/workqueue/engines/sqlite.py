@@ -556,8 +556,8 @@ class _Store(_View):
 
     def by_lease_request(self, queue_id: str, request_id: str) -> list[Task]:
         sql = (
-            f"SELECT {_WHOLE} FROM task JOIN body USING (seq) WHERE lease_request_id = ? AND lease_request_id <> ''"  # noqa: S608 - constants
-            " AND queue = ? AND state = 3 ORDER BY priority DESC, seq"
+            f"SELECT {_WHOLE} FROM task INDEXED BY task_request JOIN body USING (seq) WHERE lease_request_id = ?"  # noqa: S608 - constants
+            " AND lease_request_id <> '' AND queue = ? AND state = 3 ORDER BY priority DESC, seq"
         )
         return [self._task(row) for row in self.db.execute(sql, (request_id, self._no(queue_id)))]
 
