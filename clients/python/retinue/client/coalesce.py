@@ -1,4 +1,4 @@
-"""Many callers, one call: what awaits in the same turn of the event loop, or while calls are under way, goes out together.
+"""Many callers, one call: what awaits in one turn of the event loop, or while calls are under way, goes out together.
 
 As with group commit, nobody lingers when nothing is under way, and batches grow with the load.
 """
