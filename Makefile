@@ -18,6 +18,7 @@ $(VENV)/.run: services/requirements-run.txt services/pyproject.toml clients/pyth
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install -q --require-hashes -r services/requirements-run.txt
 	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e clients/python -e services
+	@$(BIN)/python -m compileall -q services/retinue_server clients/python/retinue  # starts take twice as long without
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run tests/requirements.txt
