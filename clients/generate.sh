@@ -56,7 +56,7 @@ node_stubs() {
 
 check() { # LANGUAGE PATTERN-OF-GENERATED-FILES
   local file
-  { (cd "$out/$1" && find . -name "$2"); (cd "clients/$1" && find . -name "$2" -not -path '*/node_modules/*'); } | sort -u |
+  { (cd "$out/$1" && find . -name "$2"); (cd "clients/$1" && find . -name "$2" -not -path '*/node_modules/*' -not -path '*/__pycache__/*'); } | sort -u |
     while read -r file; do
       cmp -s "$out/$1/$file" "clients/$1/$file" ||
         { echo "clients/$1/${file#./} is not what protos/ gives: run make generate" >&2; exit 1; }
