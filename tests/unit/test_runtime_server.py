@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import ssl
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -311,6 +312,22 @@ async def test_calls_over_the_limit_are_told_to_come_back(tmp_path: Path, servic
         assert await chat.code() is grpc.StatusCode.OK
         assert (await client.Say(Echo(text="room"))).text == "room"
         assert (await client.Join(iter([Echo(text="too")]))).text == "too"
+
+
+async def test_calls_that_wait_for_a_busy_loop_are_answered_or_refused_in_words(
+    tmp_path: Path, servicer: echo.EchoServicer
+) -> None:
+    """gRPC's own limit on them cuts calls off, as CANCELLED."""
+    async with running(settings(tmp_path), servicer) as process:
+        channel = grpc.insecure_channel(process.addresses["listen"][0])
+        say: Any = channel.unary_unary(SAY, request_serializer=Echo.SerializeToString)
+        calls: list[Any] = []
+        sender = threading.Thread(target=lambda: calls.extend(say.future(Echo(), timeout=30) for _ in range(4_000)))
+        sender.start()
+        sender.join()  # the loop is busy with this
+        codes = await asyncio.to_thread(lambda: {call.code() for call in calls})
+        channel.close()
+    assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 
 async def test_a_slow_reader_holds_the_writer_back(client: Client, servicer: echo.EchoServicer) -> None:
