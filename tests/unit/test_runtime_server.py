@@ -259,7 +259,7 @@ async def test_a_handler_sees_deadline_and_metadata_without_binary_keys(
     assert servicer.metadata["x-a"] == "2"
     assert "x-bin" not in servicer.metadata
     assert servicer.remaining is not None
-    assert 15 < servicer.remaining <= 20
+    assert 15 < servicer.remaining <= 20.2  # gRPC may round a timeout up by 1 % on the wire
 
 
 async def test_a_malformed_message_is_an_invalid_argument(process: Process, client: Client) -> None:
