@@ -99,14 +99,29 @@ async def shared(numbers: range, loops: int, send: Callable[[int], Awaitable[obj
 
 
 async def when_due_async(times: list[float], send: Callable[[int], Coroutine[Any, Any, object]]) -> dict[str, Any]:
-    """Sends task i at times[i], without waiting for the answers before."""
-    start, sent = time.monotonic_ns(), []
+    """Sends task i at times[i], without waiting for the answers before.
+
+    What is answered is let go of: a full collection over all of them would stop the sender for tens of milliseconds.
+    """
+    under_way: set[asyncio.Task[object]] = set()
+    failed: list[BaseException] = []
+
+    def answered(task: asyncio.Task[object]) -> None:
+        under_way.discard(task)
+        if error := task.exception():
+            failed.append(error)
+
+    start = time.monotonic_ns()
     for number, due in enumerate(times):
         wait = due - (time.monotonic_ns() - start) / 1e9
         if wait > 0:
             await asyncio.sleep(wait)
-        sent.append(asyncio.ensure_future(send(number)))
-    await asyncio.gather(*sent)
+        task = asyncio.create_task(send(number))
+        under_way.add(task)
+        task.add_done_callback(answered)
+    await asyncio.gather(*under_way, return_exceptions=True)
+    if failed:
+        raise failed[0]
     return {"start_ns": start}
 
 

@@ -135,26 +135,23 @@ class Queue:
         """A task for enqueue_many() or as a follow-up; uploads the content if it is large. `key` =
         idempotency key.
         """
-        said: dict[str, Any] = {
-            "task_id": task_id,
-            "priority": priority,
-            "schedule_time": timestamp(at),
-            "delay_duration": duration(delay),
-            "expire_time": timestamp(expire_at),
-            "expire_duration": duration(expire_after),
-            "labels": labels,
-            "idempotency_key": key,
-            "conflict_policy": conflict,
-            "task_type": task_type,
-            "retry_policy": retry,
-            "attempt_duration": duration(attempt_duration),
-        }
         task = pb.TaskSpec(
             queue_id=queue_id or self.queue_id,
+            task_id=task_id,
+            task_type=task_type,
+            priority=priority,
+            idempotency_key=key,
+            conflict_policy=conflict,
             traceparent=trace.outgoing(),
-            **{name: value for name, value in said.items() if value},
+            schedule_time=timestamp(at),
+            delay_duration=duration(delay),
+            expire_time=timestamp(expire_at),
+            expire_duration=duration(expire_after),
+            labels=labels,
+            retry_policy=retry,
+            attempt_duration=duration(attempt_duration),
+            input=await self.store(content, content_type),
         )
-        task.input.CopyFrom(await self.store(content, content_type))
         return task
 
     async def enqueue(self, content: Content = None, **options: Any) -> Enqueued:

@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from contextvars import ContextVar
+from functools import cache
 from typing import Any, NamedTuple
 
 _PATTERN = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
@@ -59,13 +60,18 @@ def current() -> str:
         return str(span)
     if work := _current.get():
         return work.traceparent
-    given = os.environ.get("TRACEPARENT")
-    return str(parse(given) or "") if given else ""
+    return _given()
+
+
+@cache
+def _given() -> str:
+    """What the environment says; looking there costs more than all the rest of an enqueue's trace."""
+    return str(parse(os.environ.get("TRACEPARENT", "")) or "")
 
 
 def outgoing() -> str:
     """The `traceparent` for a task: the current one, or that of a new trace."""
-    return current() or f"00-{_random_id(128)}-{_random_id(64)}-01"
+    return current() or f"00-{(chance := _random_id(192))[:32]}-{chance[32:]}-01"
 
 
 def _otel_context() -> SpanContext | None:
