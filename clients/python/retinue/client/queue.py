@@ -135,7 +135,7 @@ class Queue:
         """A task for enqueue_many() or as a follow-up; uploads the content if it is large. `key` =
         idempotency key.
         """
-        task = pb.TaskSpec(
+        return pb.TaskSpec(
             queue_id=queue_id or self.queue_id,
             task_id=task_id,
             task_type=task_type,
@@ -152,7 +152,6 @@ class Queue:
             attempt_duration=duration(attempt_duration),
             input=await self.store(content, content_type),
         )
-        return task
 
     async def enqueue(self, content: Content = None, **options: Any) -> Enqueued:
         """Enqueues one task, with the options of spec(); it is durable when this returns.

@@ -14,7 +14,6 @@ import re
 import sys
 import warnings
 from contextvars import ContextVar
-from functools import cache
 from typing import Any, NamedTuple
 
 _PATTERN = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
@@ -60,13 +59,8 @@ def current() -> str:
         return str(span)
     if work := _current.get():
         return work.traceparent
-    return _given()
-
-
-@cache
-def _given() -> str:
-    """What the environment says; looking there costs more than all the rest of an enqueue's trace."""
-    return str(parse(os.environ.get("TRACEPARENT", "")) or "")
+    given = os.environ.get("TRACEPARENT")
+    return str(parse(given) or "") if given else ""
 
 
 def outgoing() -> str:
