@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from retinue_server.runtime.dispatch import Pattern
     from retinue_server.runtime.lifecycle import Process
 
-PATTERNS = {"workqueue": "retinue_server.workqueue.wiring"}
+PATTERNS = {
+    "leaderelection": "retinue_server.leaderelection.wiring",
+    "workqueue": "retinue_server.workqueue.wiring",
+}
 """The patterns of this release, with the modules that wire them."""
 
 PORTS = {

@@ -92,6 +92,25 @@ const (
 	ErrorReason_ERROR_REASON_BLOB_MISMATCH ErrorReason = 41
 	// OUT_OF_RANGE. The resume token is too old or of another server process: list the tasks, then watch anew.
 	ErrorReason_ERROR_REASON_WATCH_TOKEN_EXPIRED ErrorReason = 50
+	// NOT_FOUND. This server serves named elections only, and `metadata.election_id` is not among them.
+	ErrorReason_ERROR_REASON_ELECTION_NOT_FOUND ErrorReason = 60
+	// ALREADY_EXISTS. A live session of this server stands for the election under the same candidate_id.
+	ErrorReason_ERROR_REASON_CANDIDATE_EXISTS ErrorReason = 61
+	// NOT_FOUND. No session of that id: never given, or it is over.
+	ErrorReason_ERROR_REASON_SESSION_NOT_FOUND ErrorReason = 62
+	// FAILED_PRECONDITION. The token is not that of the present term (`metadata.token`), or its session does not lead.
+	// Whatever was done under it must not be published.
+	ErrorReason_ERROR_REASON_STALE_TOKEN ErrorReason = 63
+	// FAILED_PRECONDITION. The token is of another domain than the election (`metadata.domain`): they can't be compared.
+	ErrorReason_ERROR_REASON_TOKEN_DOMAIN_MISMATCH ErrorReason = 64
+	// PERMISSION_DENIED. The token belongs to another session.
+	ErrorReason_ERROR_REASON_SESSION_MISMATCH ErrorReason = 65
+	// RESOURCE_EXHAUSTED, with RetryInfo. This server serves as many sessions or elections as its settings allow.
+	ErrorReason_ERROR_REASON_ELECTION_LIMIT ErrorReason = 66
+	// RESOURCE_EXHAUSTED, with RetryInfo. This server serves as many observers as its settings allow.
+	ErrorReason_ERROR_REASON_OBSERVER_LIMIT ErrorReason = 67
+	// ABORTED. Another stream has resumed the session of this one.
+	ErrorReason_ERROR_REASON_SESSION_RESUMED ErrorReason = 68
 )
 
 // Enum value maps for ErrorReason.
@@ -126,37 +145,55 @@ var (
 		40: "ERROR_REASON_BLOB_NOT_FOUND",
 		41: "ERROR_REASON_BLOB_MISMATCH",
 		50: "ERROR_REASON_WATCH_TOKEN_EXPIRED",
+		60: "ERROR_REASON_ELECTION_NOT_FOUND",
+		61: "ERROR_REASON_CANDIDATE_EXISTS",
+		62: "ERROR_REASON_SESSION_NOT_FOUND",
+		63: "ERROR_REASON_STALE_TOKEN",
+		64: "ERROR_REASON_TOKEN_DOMAIN_MISMATCH",
+		65: "ERROR_REASON_SESSION_MISMATCH",
+		66: "ERROR_REASON_ELECTION_LIMIT",
+		67: "ERROR_REASON_OBSERVER_LIMIT",
+		68: "ERROR_REASON_SESSION_RESUMED",
 	}
 	ErrorReason_value = map[string]int32{
-		"ERROR_REASON_UNSPECIFIED":          0,
-		"ERROR_REASON_INVALID_FIELD":        1,
-		"ERROR_REASON_PAGE_TOKEN_EXPIRED":   2,
-		"ERROR_REASON_INTERNAL":             3,
-		"ERROR_REASON_UNAUTHENTICATED":      4,
-		"ERROR_REASON_ROLE_REQUIRED":        5,
-		"ERROR_REASON_CONCURRENCY_LIMIT":    6,
-		"ERROR_REASON_MESSAGE_TOO_LARGE":    7,
-		"ERROR_REASON_SHUTTING_DOWN":        8,
-		"ERROR_REASON_ENGINE_UNAVAILABLE":   9,
-		"ERROR_REASON_ENGINE_CAPABILITY":    10,
-		"ERROR_REASON_DISK_FULL":            11,
-		"ERROR_REASON_UPSTREAM_UNAVAILABLE": 12,
-		"ERROR_REASON_QUEUE_NOT_FOUND":      20,
-		"ERROR_REASON_QUEUE_EXISTS":         21,
-		"ERROR_REASON_QUEUE_NOT_EMPTY":      22,
-		"ERROR_REASON_QUEUE_DRAINING":       23,
-		"ERROR_REASON_QUEUE_FULL":           24,
-		"ERROR_REASON_TASK_NOT_FOUND":       30,
-		"ERROR_REASON_TASK_EXISTS":          31,
-		"ERROR_REASON_IDEMPOTENCY_CONFLICT": 32,
-		"ERROR_REASON_REQUEST_CONFLICT":     33,
-		"ERROR_REASON_ILLEGAL_TRANSITION":   34,
-		"ERROR_REASON_LEASE_LOST":           35,
-		"ERROR_REASON_ALREADY_FINALIZED":    36,
-		"ERROR_REASON_PAYLOAD_TOO_LARGE":    37,
-		"ERROR_REASON_BLOB_NOT_FOUND":       40,
-		"ERROR_REASON_BLOB_MISMATCH":        41,
-		"ERROR_REASON_WATCH_TOKEN_EXPIRED":  50,
+		"ERROR_REASON_UNSPECIFIED":           0,
+		"ERROR_REASON_INVALID_FIELD":         1,
+		"ERROR_REASON_PAGE_TOKEN_EXPIRED":    2,
+		"ERROR_REASON_INTERNAL":              3,
+		"ERROR_REASON_UNAUTHENTICATED":       4,
+		"ERROR_REASON_ROLE_REQUIRED":         5,
+		"ERROR_REASON_CONCURRENCY_LIMIT":     6,
+		"ERROR_REASON_MESSAGE_TOO_LARGE":     7,
+		"ERROR_REASON_SHUTTING_DOWN":         8,
+		"ERROR_REASON_ENGINE_UNAVAILABLE":    9,
+		"ERROR_REASON_ENGINE_CAPABILITY":     10,
+		"ERROR_REASON_DISK_FULL":             11,
+		"ERROR_REASON_UPSTREAM_UNAVAILABLE":  12,
+		"ERROR_REASON_QUEUE_NOT_FOUND":       20,
+		"ERROR_REASON_QUEUE_EXISTS":          21,
+		"ERROR_REASON_QUEUE_NOT_EMPTY":       22,
+		"ERROR_REASON_QUEUE_DRAINING":        23,
+		"ERROR_REASON_QUEUE_FULL":            24,
+		"ERROR_REASON_TASK_NOT_FOUND":        30,
+		"ERROR_REASON_TASK_EXISTS":           31,
+		"ERROR_REASON_IDEMPOTENCY_CONFLICT":  32,
+		"ERROR_REASON_REQUEST_CONFLICT":      33,
+		"ERROR_REASON_ILLEGAL_TRANSITION":    34,
+		"ERROR_REASON_LEASE_LOST":            35,
+		"ERROR_REASON_ALREADY_FINALIZED":     36,
+		"ERROR_REASON_PAYLOAD_TOO_LARGE":     37,
+		"ERROR_REASON_BLOB_NOT_FOUND":        40,
+		"ERROR_REASON_BLOB_MISMATCH":         41,
+		"ERROR_REASON_WATCH_TOKEN_EXPIRED":   50,
+		"ERROR_REASON_ELECTION_NOT_FOUND":    60,
+		"ERROR_REASON_CANDIDATE_EXISTS":      61,
+		"ERROR_REASON_SESSION_NOT_FOUND":     62,
+		"ERROR_REASON_STALE_TOKEN":           63,
+		"ERROR_REASON_TOKEN_DOMAIN_MISMATCH": 64,
+		"ERROR_REASON_SESSION_MISMATCH":      65,
+		"ERROR_REASON_ELECTION_LIMIT":        66,
+		"ERROR_REASON_OBSERVER_LIMIT":        67,
+		"ERROR_REASON_SESSION_RESUMED":       68,
 	}
 )
 
@@ -191,7 +228,8 @@ var File_retinue_error_v1_error_reason_proto protoreflect.FileDescriptor
 
 const file_retinue_error_v1_error_reason_proto_rawDesc = "" +
 	"\n" +
-	"#retinue/error/v1/error_reason.proto\x12\x10retinue.error.v1*\xdc\a\n" +
+	"#retinue/error/v1/error_reason.proto\x12\x10retinue.error.v1*\x95\n" +
+	"\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12#\n" +
@@ -222,7 +260,16 @@ const file_retinue_error_v1_error_reason_proto_rawDesc = "" +
 	"\x1eERROR_REASON_PAYLOAD_TOO_LARGE\x10%\x12\x1f\n" +
 	"\x1bERROR_REASON_BLOB_NOT_FOUND\x10(\x12\x1e\n" +
 	"\x1aERROR_REASON_BLOB_MISMATCH\x10)\x12$\n" +
-	" ERROR_REASON_WATCH_TOKEN_EXPIRED\x102b\x06proto3"
+	" ERROR_REASON_WATCH_TOKEN_EXPIRED\x102\x12#\n" +
+	"\x1fERROR_REASON_ELECTION_NOT_FOUND\x10<\x12!\n" +
+	"\x1dERROR_REASON_CANDIDATE_EXISTS\x10=\x12\"\n" +
+	"\x1eERROR_REASON_SESSION_NOT_FOUND\x10>\x12\x1c\n" +
+	"\x18ERROR_REASON_STALE_TOKEN\x10?\x12&\n" +
+	"\"ERROR_REASON_TOKEN_DOMAIN_MISMATCH\x10@\x12!\n" +
+	"\x1dERROR_REASON_SESSION_MISMATCH\x10A\x12\x1f\n" +
+	"\x1bERROR_REASON_ELECTION_LIMIT\x10B\x12\x1f\n" +
+	"\x1bERROR_REASON_OBSERVER_LIMIT\x10C\x12 \n" +
+	"\x1cERROR_REASON_SESSION_RESUMED\x10Db\x06proto3"
 
 var (
 	file_retinue_error_v1_error_reason_proto_rawDescOnce sync.Once

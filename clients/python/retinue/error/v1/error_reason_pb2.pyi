@@ -88,6 +88,26 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT. The bytes that came are not those that `blob_id` or `size_bytes` announced; nothing was kept."""
     ERROR_REASON_WATCH_TOKEN_EXPIRED: _ErrorReason.ValueType  # 50
     """OUT_OF_RANGE. The resume token is too old or of another server process: list the tasks, then watch anew."""
+    ERROR_REASON_ELECTION_NOT_FOUND: _ErrorReason.ValueType  # 60
+    """NOT_FOUND. This server serves named elections only, and `metadata.election_id` is not among them."""
+    ERROR_REASON_CANDIDATE_EXISTS: _ErrorReason.ValueType  # 61
+    """ALREADY_EXISTS. A live session of this server stands for the election under the same candidate_id."""
+    ERROR_REASON_SESSION_NOT_FOUND: _ErrorReason.ValueType  # 62
+    """NOT_FOUND. No session of that id: never given, or it is over."""
+    ERROR_REASON_STALE_TOKEN: _ErrorReason.ValueType  # 63
+    """FAILED_PRECONDITION. The token is not that of the present term (`metadata.token`), or its session does not lead.
+    Whatever was done under it must not be published.
+    """
+    ERROR_REASON_TOKEN_DOMAIN_MISMATCH: _ErrorReason.ValueType  # 64
+    """FAILED_PRECONDITION. The token is of another domain than the election (`metadata.domain`): they can't be compared."""
+    ERROR_REASON_SESSION_MISMATCH: _ErrorReason.ValueType  # 65
+    """PERMISSION_DENIED. The token belongs to another session."""
+    ERROR_REASON_ELECTION_LIMIT: _ErrorReason.ValueType  # 66
+    """RESOURCE_EXHAUSTED, with RetryInfo. This server serves as many sessions or elections as its settings allow."""
+    ERROR_REASON_OBSERVER_LIMIT: _ErrorReason.ValueType  # 67
+    """RESOURCE_EXHAUSTED, with RetryInfo. This server serves as many observers as its settings allow."""
+    ERROR_REASON_SESSION_RESUMED: _ErrorReason.ValueType  # 68
+    """ABORTED. Another stream has resumed the session of this one."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason documents every value of `google.rpc.ErrorInfo.reason` whose domain is "retinue".
@@ -162,4 +182,24 @@ ERROR_REASON_BLOB_MISMATCH: ErrorReason.ValueType  # 41
 """INVALID_ARGUMENT. The bytes that came are not those that `blob_id` or `size_bytes` announced; nothing was kept."""
 ERROR_REASON_WATCH_TOKEN_EXPIRED: ErrorReason.ValueType  # 50
 """OUT_OF_RANGE. The resume token is too old or of another server process: list the tasks, then watch anew."""
+ERROR_REASON_ELECTION_NOT_FOUND: ErrorReason.ValueType  # 60
+"""NOT_FOUND. This server serves named elections only, and `metadata.election_id` is not among them."""
+ERROR_REASON_CANDIDATE_EXISTS: ErrorReason.ValueType  # 61
+"""ALREADY_EXISTS. A live session of this server stands for the election under the same candidate_id."""
+ERROR_REASON_SESSION_NOT_FOUND: ErrorReason.ValueType  # 62
+"""NOT_FOUND. No session of that id: never given, or it is over."""
+ERROR_REASON_STALE_TOKEN: ErrorReason.ValueType  # 63
+"""FAILED_PRECONDITION. The token is not that of the present term (`metadata.token`), or its session does not lead.
+Whatever was done under it must not be published.
+"""
+ERROR_REASON_TOKEN_DOMAIN_MISMATCH: ErrorReason.ValueType  # 64
+"""FAILED_PRECONDITION. The token is of another domain than the election (`metadata.domain`): they can't be compared."""
+ERROR_REASON_SESSION_MISMATCH: ErrorReason.ValueType  # 65
+"""PERMISSION_DENIED. The token belongs to another session."""
+ERROR_REASON_ELECTION_LIMIT: ErrorReason.ValueType  # 66
+"""RESOURCE_EXHAUSTED, with RetryInfo. This server serves as many sessions or elections as its settings allow."""
+ERROR_REASON_OBSERVER_LIMIT: ErrorReason.ValueType  # 67
+"""RESOURCE_EXHAUSTED, with RetryInfo. This server serves as many observers as its settings allow."""
+ERROR_REASON_SESSION_RESUMED: ErrorReason.ValueType  # 68
+"""ABORTED. Another stream has resumed the session of this one."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

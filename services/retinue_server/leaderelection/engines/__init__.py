@@ -1,0 +1,1 @@
+"""Stores of elections; each is loaded when it is chosen."""

@@ -1,0 +1,102 @@
+"""Settings -> engine -> core -> servicer, by explicit constructors."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retinue_server.leaderelection import metrics, service
+from retinue_server.leaderelection.config import LeaderElectionSettings
+from retinue_server.leaderelection.core.elections import Elections
+from retinue_server.leaderelection.engine import Scope
+from retinue_server.leaderelection.proof import Proofs
+from retinue_server.runtime.config import ConfigError
+from retinue_server.runtime.dispatch import Pattern, Service
+from retinue_server.runtime.files import make_directory
+from retinue_server.runtime.lifecycle import fatal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from retinue_server.leaderelection.engine import Capabilities, Engine
+    from retinue_server.runtime.config import Settings, Upstream
+
+SETTINGS = LeaderElectionSettings
+NAME = "leaderelection"
+_REACH = {
+    Scope.PROCESS: "within this process",
+    Scope.HOST: "among the servers of this host that share the file",
+    Scope.CLUSTER: "among all servers that share the engine",
+}
+
+
+async def wire(settings: Settings, section: LeaderElectionSettings) -> Pattern:
+    """Leader election over its engine or, with an upstream, a relay."""
+    if settings.upstream is not None:
+        return _relay(settings.upstream)
+    engine = _engine(settings, section)
+    _check_scope(engine.capabilities, section, os.environ, in_pod=_in_pod())
+    elections = Elections(
+        engine,
+        names=section.elections,
+        max_sessions=section.max_sessions,
+        max_observers=section.max_observers,
+        drain_ms=int(settings.drain_seconds * 1000),
+    )
+    proofs = Proofs(section.proof_dir or settings.data_dir.absolute() / NAME / "proofs")
+    make_directory(proofs.directory)
+    defaults = service.Defaults(int(section.lease_seconds * 1000), int(section.app_lease_seconds * 1000))
+    servicer = service.LeaderElectionService(elections, defaults, proofs)
+    return Pattern(
+        name=NAME,
+        services=(Service(service.DESCRIPTOR, servicer, service.ROLES),),
+        parts=(engine, elections),
+        health=elections,
+        quiesce=elections.quiesce,
+        metrics=partial(metrics.families, elections),
+        notices=lambda: [f"engine {engine.capabilities.engine}: elects {_REACH[engine.capabilities.scope]}"],
+    )
+
+
+def _in_pod() -> bool:
+    return Path("/var/run/secrets/kubernetes.io/serviceaccount").exists()
+
+
+def _check_scope(
+    can: Capabilities, section: LeaderElectionSettings, environment: Mapping[str, str], *, in_pod: bool
+) -> None:
+    """Three replicas with defaults must not have three leaders."""
+    pods = in_pod or "KUBERNETES_SERVICE_HOST" in environment
+    if pods and can.scope is not Scope.CLUSTER and section.scope != "pod":
+        raise ConfigError(
+            f"cannot elect with engine {can.engine} in a pod: it reaches no other pod, so each replica would lead; "
+            "choose leaderelection.engine etcd, kubernetes or postgres, "
+            "or say leaderelection.scope: pod if one leader per pod is meant"
+        )
+
+
+def _relay(upstream: Upstream) -> Pattern:
+    from retinue_server.runtime.relay import RelayServicer, UpstreamChannel  # noqa: PLC0415 - relays only
+
+    channel = UpstreamChannel(upstream)
+    return Pattern(
+        name=NAME,
+        services=[Service(service.DESCRIPTOR, RelayServicer(service.DESCRIPTOR, channel))],
+        parts=(channel,),
+        health=channel,
+        notices=lambda: [f"relays to {upstream.address}"],
+    )
+
+
+def _engine(settings: Settings, section: LeaderElectionSettings) -> Engine:
+    if section.engine == "memory":
+        from retinue_server.leaderelection.engines.memory import MemoryEngine  # noqa: PLC0415 - the chosen engine only
+
+        return MemoryEngine()
+    try:
+        from retinue_server.leaderelection.engines.sqlite import SqliteEngine  # noqa: PLC0415 - the chosen engine only
+    except ImportError as error:
+        raise ConfigError("cannot use engine sqlite: install it with pip install 'retinue-server[sqlite]'") from error
+    return SqliteEngine(section.sqlite.path or settings.data_dir / NAME / "elections.db", fatal)
