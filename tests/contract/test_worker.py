@@ -78,9 +78,9 @@ async def test_callers_of_one_turn_share_one_call(queue: Queue) -> None:
     calls: list[int] = []
     send = queue._enqueue_block
 
-    async def counted(tasks: list[pb.TaskSpec]) -> Any:
+    async def counted(tasks: list[pb.TaskSpec], left: float) -> Any:
         calls.append(len(tasks))
-        return await send(tasks)
+        return await send(tasks, left)
 
     queue._outbox._send = counted
     await asyncio.gather(*(queue.enqueue(str(number)) for number in range(100)))
