@@ -215,10 +215,10 @@ def test_a_program_that_cannot_be_started_fails_the_attempt(queue: Queue, work: 
 def test_a_hanging_command_is_killed_at_the_attempt_deadline(queue: Queue, work: Any, tmp_path: Path) -> None:
     program = script(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nnote(os.getpid())\ntime.sleep(600)\n")
     task = queue.enqueue("x", attempt_duration=1.0, retry=pb.RetryPolicy(max_attempts=1))
-    work("--kill-grace", "0.5", "--", sys.executable, program)
+    running = work("--kill-grace", "0.5", "--", sys.executable, program)
     done = finished(queue, task.task_id)
     assert (done.state, done.last_failure.reason) == (pb.TASK_STATE_DEAD, "ATTEMPT_DEADLINE")
-    # The runner tells `dead` or `lost`: its clock and the server's end the attempt at the same moment.
+    running.until("dead", "lost")  # its clock and the server's end the attempt at the same moment
     [pid] = pids_in(tmp_path / "notes")
     eventually(lambda: not alive(pid), "the command ends", 5)
 
