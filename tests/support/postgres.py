@@ -141,7 +141,7 @@ def shared(run_id: str) -> Iterator[Postgres]:
     users = home / "users"
     users.mkdir(exist_ok=True)
     mine = users / str(os.getpid())
-    with _locked(home):
+    with locked(home):
         mine.touch()
         port = home / "port"
         if not port.exists():
@@ -150,7 +150,7 @@ def shared(run_id: str) -> Iterator[Postgres]:
     try:
         yield server
     finally:
-        with _locked(home):
+        with locked(home):
             mine.unlink()
             last = not any(users.iterdir())
             if last:
@@ -160,7 +160,8 @@ def shared(run_id: str) -> Iterator[Postgres]:
 
 
 @contextlib.contextmanager
-def _locked(home: Path) -> Iterator[None]:
+def locked(home: Path) -> Iterator[None]:
+    """Nobody else of this run is inside meanwhile."""
     with (home / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
