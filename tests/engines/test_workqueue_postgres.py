@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psycopg
@@ -52,16 +52,15 @@ def schema(postgres: Postgres) -> Iterator[str]:
 
 @asynccontextmanager
 async def coordinators(url: str, schema: str, count: int = 2, **options: object) -> AsyncIterator[list[WorkQueue]]:
-    async with AsyncExitStack() as stack:
-        queues = []
-        for _ in range(count):
-            engine = PostgresEngine(url, schema=schema, **options)  # type: ignore[arg-type] # as they are
-            queue = WorkQueue(engine, NoBlobs(), clock=engine.now)
+    engines = [PostgresEngine(url, schema=schema, **options) for _ in range(count)]  # type: ignore[arg-type] # as they are
+    queues = [WorkQueue(engine, NoBlobs(), clock=engine.now) for engine in engines]
+    try:
+        for engine, queue in zip(engines, queues, strict=True):
             engine.on_ready(queue.hear_ready)
             await engine.start()
-            stack.push_async_callback(engine.stop)
-            queues.append(queue)
         yield queues
+    finally:
+        await asyncio.gather(*(engine.stop() for engine in engines))
 
 
 async def enqueue(queue: WorkQueue, count: int) -> list[str]:
