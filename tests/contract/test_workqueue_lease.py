@@ -279,10 +279,10 @@ def test_an_extension_counts_from_now(line: Line) -> None:
 
 def test_an_extension_keeps_a_short_lease_alive(line: Line) -> None:
     task_id = line.put()
-    lease = line.take_one(lease_duration=seconds(1))
+    lease = line.take_one(lease_duration=seconds(2))
     marker_line = new_line(line.app)
     for _ in range(3):
-        marker_line.ended(marker_line.put(expire_duration=seconds(0.5)))
+        marker_line.ended(marker_line.put(expire_duration=seconds(0.8)))
         assert not line.extend(lease).HasField("status")
     assert line.get(task_id).lease_expirations == 0
     assert not line.complete(lease).HasField("status")

@@ -229,11 +229,11 @@ def test_a_repeated_outcome_on_a_stream_is_ok(line: Line) -> None:
 
 def test_extend_all_keeps_the_leases_of_the_stream_alive(line: Line) -> None:
     line.put_many(2)
-    with opened(line, credit=2, lease_duration=seconds(1)) as stream:
+    with opened(line, credit=2, lease_duration=seconds(2)) as stream:
         leases = granted(stream, 2)
         other = new_line(line.app)
         for sequence in range(3):
-            other.ended(other.put(expire_duration=seconds(0.5)))
+            other.ended(other.put(expire_duration=seconds(0.8)))
             stream.send(extend_all=True, sequence=sequence)
             assert list(settled(stream).lost_lease_tokens) == []
         stream.send(completions=tokens(leases), sequence=9)
@@ -255,11 +255,11 @@ def test_extend_all_extends_by_the_streams_lease_duration(line: Line) -> None:
     line.put()
     with opened(line, credit=1, lease_duration=seconds(10)) as stream:
         [lease] = granted(stream, 1)
-        line.extend(lease, lease_duration=seconds(1))
+        line.extend(lease, lease_duration=seconds(2))
         stream.send(extend_all=True, sequence=1)
         settled(stream)
         other = new_line(line.app)
-        other.ended(other.put(expire_duration=seconds(1.3)))
+        other.ended(other.put(expire_duration=seconds(2.2)))
         assert line.state(lease.task_id) == "LEASED"
 
 
@@ -277,17 +277,17 @@ def test_extend_all_tells_which_tasks_were_cancelled(line: Line) -> None:
 
 def test_extend_all_goes_on_with_a_lease_whose_completion_was_refused(line: Line) -> None:
     line.put()
-    with opened(line, credit=1, lease_duration=seconds(1)) as stream:
+    with opened(line, credit=1, lease_duration=seconds(2)) as stream:
         [lease] = granted(stream, 1)
         taken = line.spec(task_id=lease.task_id)
         stream.send(sequence=1, completions=[{"lease_token": lease.lease_token, "follow_ups": [taken]}])
         assert settled(stream).errors[0].status.reason == "TASK_EXISTS"
         other = new_line(line.app)
-        for sequence in (2, 3):
-            other.ended(other.put(expire_duration=seconds(0.6)))
+        for sequence in (2, 3, 4):
+            other.ended(other.put(expire_duration=seconds(0.8)))
             stream.send(extend_all=True, sequence=sequence)
             settled(stream)
-        stream.send(sequence=4, completions=tokens([lease]))
+        stream.send(sequence=5, completions=tokens([lease]))
         assert list(settled(stream).errors) == []
 
 

@@ -13,11 +13,9 @@ import os
 import pwd
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,13 +90,6 @@ class Postgres:
         """Stops it; connections are cut."""
         self._run("pg_ctl", "stop", "--wait", f"--mode={mode}", "--silent")
 
-    def kill(self) -> None:
-        """As a crash of the machine's process table: SIGKILL for the postmaster; its children see it and end."""
-        pid = int((self.data / "postmaster.pid").read_text().split()[0])
-        os.kill(pid, signal.SIGKILL)
-        while Path(f"/proc/{pid}").exists() and _state(pid) != "Z":
-            time.sleep(0.01)
-
     def _run(self, program: str, *args: str) -> None:
         command = [*as_nobody(), binary(program), f"--pgdata={self.data}", *args]
         done = subprocess.run(command, check=False, capture_output=True, text=True, cwd="/")
@@ -125,12 +116,6 @@ class Postgres:
     def drop(self, schema: str) -> None:
         """Removes a schema."""
         self.run(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
-
-
-def _state(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return "Z"
 
 
 @contextlib.contextmanager

@@ -82,75 +82,76 @@ async def test_a_caller_that_leaves_before_the_turn_ends_takes_its_item_along() 
     assert calls in ([[1]], [[1, 2]])
 
 
-async def test_idle_waits_for_what_is_under_way() -> None:
-    go, done = asyncio.Event(), []
+class Held:
+    """A server that answers when it is let go."""
 
-    async def send(items: list[int], _: float) -> list[int | Exception]:
-        await go.wait()
-        done.extend(items)
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.calls: list[list[int]] = []
+        self.left: list[float] = []
+        self.outbox: Coalescer[int, int] = Coalescer(self._send, lambda _: 1)
+
+    async def _send(self, items: list[int], left: float) -> list[int | Exception]:
+        self.calls.append(items)
+        self.left.append(left)
+        await self.go.wait()
         return list(items)
 
-    outbox: Coalescer[int, int] = Coalescer(send, lambda _: 1)
-    one = await begun(outbox.submit(1, LONG))
-    idle = await begun(outbox.idle())
+    async def submitted(self, *items: int, patience: float = LONG) -> list[asyncio.Task[int]]:
+        """Callers that come one after the other."""
+        return [await begun(self.outbox.submit(item, patience)) for item in items]
+
+
+async def test_idle_waits_for_what_is_under_way() -> None:
+    server = Held()
+    [one] = await server.submitted(1)
+    idle = await begun(server.outbox.idle())
     assert not idle.done()
-    go.set()
+    server.go.set()
     await asyncio.wait_for(idle, 5)
-    assert done == [1]
-    assert await one == 1
+    assert one.result() == 1
 
 
 async def test_what_comes_while_two_calls_are_under_way_goes_out_together() -> None:
-    go, calls = asyncio.Event(), []
-
-    async def send(items: list[int], _: float) -> list[int | Exception]:
-        calls.append(items)
-        await go.wait()
-        return list(items)
-
-    outbox: Coalescer[int, int] = Coalescer(send, lambda _: 1)
-    callers = [await begun(outbox.submit(item, LONG)) for item in range(6)]
-    assert calls == [[0], [1]]
-    go.set()
+    server = Held()
+    callers = await server.submitted(*range(6))
+    assert server.calls == [[0], [1]]
+    server.go.set()
     assert await asyncio.gather(*callers) == list(range(6))
-    assert calls == [[0], [1], [2, 3, 4, 5]]
+    assert server.calls == [[0], [1], [2, 3, 4, 5]]
 
 
 async def test_who_runs_out_of_time_behind_hanging_calls_is_told_and_never_sent() -> None:
-    go, calls = asyncio.Event(), []
-
-    async def send(items: list[int], _: float) -> list[int | Exception]:
-        calls.append(items)
-        await go.wait()
-        return list(items)
-
-    outbox: Coalescer[int, int] = Coalescer(send, lambda _: 1)
-    hanging = [await begun(outbox.submit(item, LONG)) for item in range(IN_FLIGHT)]
-    late, patient = outbox.submit(2, 0.01), asyncio.ensure_future(outbox.submit(3, LONG))
+    server = Held()
+    hanging = await server.submitted(*range(IN_FLIGHT))
+    [late] = await server.submitted(2, patience=0.01)
+    [patient] = await server.submitted(3)
     with pytest.raises(DeadlineExceeded):
         await late
     assert not any(caller.done() for caller in (*hanging, patient))
-    go.set()
+    server.go.set()
     assert await asyncio.gather(*hanging, patient) == [0, 1, 3]
-    assert calls == [[0], [1], [3]]
+    assert server.calls == [[0], [1], [3]]
+
+
+async def test_who_runs_out_of_time_during_the_call_is_told() -> None:
+    server = Held()
+    [late] = await server.submitted(0, patience=0.01)
+    assert server.calls == [[0]]
+    with pytest.raises(DeadlineExceeded):
+        await late
+    server.go.set()
+    await asyncio.wait_for(server.outbox.idle(), 5)
 
 
 async def test_a_call_lasts_no_longer_than_its_callers_wait() -> None:
-    go, left = asyncio.Event(), []
-
-    async def send(items: list[int], seconds: float) -> list[int | Exception]:
-        left.append(seconds)
-        await go.wait()
-        return list(items)
-
-    outbox: Coalescer[int, int] = Coalescer(send, lambda _: 1)
-    hanging = [await begun(outbox.submit(item, LONG)) for item in range(IN_FLIGHT)]
-    loop = asyncio.get_running_loop()
-    submitted = loop.time()
-    callers = [await begun(outbox.submit(seconds, seconds)) for seconds in (5, 20, 10)]
-    go.set()
+    server, loop = Held(), asyncio.get_running_loop()
+    hanging = await server.submitted(*range(IN_FLIGHT))
+    began = loop.time()
+    callers = [caller for seconds in (5, 20, 10) for caller in await server.submitted(seconds, patience=seconds)]
+    server.go.set()
     await asyncio.gather(*hanging, *callers)
-    assert 20 - (loop.time() - submitted) <= left[IN_FLIGHT] <= 20
+    assert 20 - (loop.time() - began) <= server.left[IN_FLIGHT] <= 20 + (loop.time() - began)
 
 
 async def test_a_queue_keeps_its_timeout_behind_calls_that_hang() -> None:
