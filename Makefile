@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 GENERATE := .retinue/generate
 PROTOS := $(shell find protos -name '*.proto' | sort)
+export PYTHONDONTWRITEBYTECODE := # compiled modules are kept: tests start hundreds of processes
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev run demo test generate check-generated proto lint types contract faults e2e bench bench-profile check lock clean
