@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import psycopg
 import pytest
 from google.protobuf.json_format import MessageToDict
 from msgspec.structs import replace
+from psycopg.types.json import Jsonb
 from support.postgres import Postgres, as_nobody, free_port
 from support.workqueue_core import NoBlobs
 
@@ -52,16 +54,15 @@ def schema(postgres: Postgres) -> Iterator[str]:
 
 @asynccontextmanager
 async def coordinators(url: str, schema: str, count: int = 2, **options: object) -> AsyncIterator[list[WorkQueue]]:
-    async with AsyncExitStack() as stack:
-        queues = []
-        for _ in range(count):
-            engine = PostgresEngine(url, schema=schema, **options)  # type: ignore[arg-type] # as they are
-            queue = WorkQueue(engine, NoBlobs(), clock=engine.now)
+    engines = [PostgresEngine(url, schema=schema, **options) for _ in range(count)]  # type: ignore[arg-type] # as they are
+    queues = [WorkQueue(engine, NoBlobs(), clock=engine.now) for engine in engines]
+    try:
+        for engine, queue in zip(engines, queues, strict=True):
             engine.on_ready(queue.hear_ready)
             await engine.start()
-            stack.push_async_callback(engine.stop)
-            queues.append(queue)
         yield queues
+    finally:
+        await asyncio.gather(*(engine.stop() for engine in engines))
 
 
 async def enqueue(queue: WorkQueue, count: int) -> list[str]:
@@ -345,6 +346,67 @@ async def test_sql_keeps_to_the_state_and_the_room_of_a_queue(queue: WorkQueue, 
     await queue.set_queue_state("q", QueueState.DRAINING)
     with pytest.raises(psycopg.Error, match="is draining"):
         postgres.run(call)
+
+
+GUIDE = Path(__file__).parents[2] / "deploy/workqueue/README.md"
+RIGHTS = """
+SELECT c.relname, p.name FROM pg_class c,
+  unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) p (name)
+WHERE c.relnamespace = {schema}::regnamespace AND c.relkind IN ('r', 'p') AND has_table_privilege(c.oid, p.name)
+UNION ALL
+SELECT c.relname, p.name FROM pg_class c, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'REFERENCES']) p (name)
+WHERE c.relnamespace = {schema}::regnamespace AND c.relkind IN ('r', 'p') AND has_any_column_privilege(c.oid, p.name)
+UNION ALL
+SELECT c.relname, p.name FROM pg_class c, unnest(ARRAY['USAGE', 'SELECT', 'UPDATE']) p (name)
+WHERE c.relnamespace = {schema}::regnamespace AND c.relkind = 'S' AND has_sequence_privilege(c.oid, p.name)
+UNION ALL
+SELECT DISTINCT p.proname, 'EXECUTE' FROM pg_proc p
+WHERE p.pronamespace = {schema}::regnamespace AND has_function_privilege(p.oid, 'EXECUTE')
+UNION ALL
+SELECT {schema}, 'CREATE' WHERE has_schema_privilege({schema}, 'CREATE')
+"""
+"""What a role may do in a schema, one right a row."""
+
+
+@contextmanager
+def granted_by_the_guide(postgres: Postgres, schema: str) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
+    """A connection of a role that has what the guide says, and no more."""
+    role = f"app_{schema}"
+    [block] = [text for text in re.findall(r"```sql\n(.*?)```", GUIDE.read_text(), re.DOTALL) if "GRANT" in text]
+    postgres.run(f"CREATE ROLE {role} LOGIN")
+    postgres.run(re.sub(r"\bapp\b", role, re.sub(r"\bretinue\b", schema, block)))
+    try:
+        with psycopg.connect(postgres.url, user=role) as connection:
+            yield connection
+    finally:
+        postgres.run(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+async def test_a_role_with_the_rights_of_the_guide_enqueues_in_its_transaction_and_does_nothing_else(
+    queue: WorkQueue, postgres: Postgres
+) -> None:
+    schema = queue.engine._statements.schema  # type: ignore[attr-defined] # the engine's
+    enqueue_under_key = f"SELECT {schema}.retinue_enqueue_v1('q', %s, idempotency_key => 'k')"
+    with granted_by_the_guide(postgres, schema) as connection:
+        for content in (Jsonb({"a": 1}), "text", b"bytes"):
+            connection.execute(f"SELECT {schema}.retinue_enqueue_v1('q', %s)", [content])
+        first = connection.execute(enqueue_under_key, ["x"]).fetchone()
+        assert await queue.lease(LeaseAsk("q", "w", 1)) == []
+        connection.commit()
+        assert len(await queue.lease(LeaseAsk("q", "w", 5))) == 4
+        assert connection.execute(enqueue_under_key, ["x"]).fetchone() == first
+        connection.commit()
+        assert connection.execute(RIGHTS.format(schema=f"'{schema}'")).fetchall() == [("retinue_enqueue_v1", "EXECUTE")]
+        for forbidden in (
+            "SELECT input FROM {}.body",
+            "SELECT input, result FROM {}.history",
+            "DELETE FROM {}.task",
+            "UPDATE {}.task SET priority = 1",
+            "UPDATE {}.queue SET state = 2",
+            "SELECT {}.enqueue_payload('q', 'no message', 1, '', '', 0, NULL, NULL, NULL, '', '{{}}', '', false)",
+        ):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege), connection.transaction():
+                connection.execute(forbidden.format(schema))
 
 
 # A pooler
