@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 COMMAND = """
 import sys
-from retinue_server import __main__ as command
+from retinue_server import command
 command.PATTERNS = {"workqueue": "support.echo_wiring"}
 sys.exit(command.main())
 """
@@ -247,7 +247,7 @@ async def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
 async def test_a_signal_while_it_starts_stops_what_has_started(tmp_path: Path) -> None:
     code = """
 import asyncio, sys
-from retinue_server import __main__ as command
+from retinue_server import command
 from support import echo, echo_wiring
 class Slow:
     async def start(self):
@@ -278,10 +278,9 @@ class Early:
     def find_spec(self, name, *_):
         if name == "retinue_server.runtime.lifecycle":
             os.kill(os.getpid(), signal.SIGTERM)
-from retinue_server import __main__ as command
+from retinue_server import __main__ as entry
 sys.meta_path.insert(0, Early())
-command.PATTERNS = {"workqueue": "support.echo_wiring"}
-sys.exit(command.main())
+sys.exit(entry.main())
 """
     async with command(tmp_path, "workqueue", "--listen", "127.0.0.1:0", code=code) as server:
         assert await asyncio.wait_for(server.process.wait(), 10) == 128 + signal.SIGTERM
@@ -328,7 +327,7 @@ async def test_a_failed_fsync_ends_the_process_with_70(tmp_path: Path) -> None:
 async def test_a_plain_server_loads_no_optional_package(tmp_path: Path) -> None:
     code = """
 import asyncio, sys
-from retinue_server import __main__ as command
+from retinue_server import command
 from retinue_server.runtime import lifecycle
 command.PATTERNS = {"workqueue": "support.echo_wiring"}
 def announce(*_):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
+import msgspec
 from grpc import aio
 
 from retinue_server.runtime import addresses
@@ -40,7 +41,7 @@ _OPTIONS = (
 )
 
 
-class Route(NamedTuple):
+class Route(msgspec.Struct, frozen=True):
     """A method as one listener serves it."""
 
     method: Method

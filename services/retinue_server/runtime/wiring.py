@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from retinue_server.runtime import addresses, tls
 from retinue_server.runtime.addresses import StartError, Tcp
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from retinue_server.runtime.interceptors import Endpoint
 
 
-class _Shared(NamedTuple):
+class _Shared(msgspec.Struct, frozen=True):
     """What the listeners of one process have in common."""
 
     settings: Settings

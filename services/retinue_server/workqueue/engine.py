@@ -74,7 +74,7 @@ class Capabilities(Struct, frozen=True):
     """Transactions tell the time, by a clock that outlives coordinators: their leases need no recovery at a start."""
 
 
-class Instant(NamedTuple):
+class Instant(Struct, frozen=True):
     """Now, on both clocks."""
 
     wall_ms: int
@@ -203,7 +203,7 @@ class QueueTotals(Struct, frozen=True):
     workers: int
 
 
-class Room(NamedTuple):
+class Room(Struct, frozen=True):
     """What is left for new data, as it was looked at last."""
 
     free_bytes: int
