@@ -6,9 +6,9 @@ import argparse
 import asyncio
 import gc
 import importlib.util
-import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ SUITE_PORT = 7070
 _OLDEST_KNOWN, _NEWEST_KNOWN = (1, 76), (1, 85)
 """The releases of grpcio whose experiments were tried."""
 HTTP_PORT = 7080
+_HELP_WIDTH = 110
+"""Given, since argparse would load shutil and the compressions to ask the terminal, at every start."""
 
 _EXAMPLES = """\
 examples:
@@ -67,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         prog="retinue-server",
         description="Serves the container design patterns over gRPC.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=_HELP_WIDTH),
     )
     p.add_argument("patterns", nargs="*", metavar="PATTERN", help=f"{', '.join(PATTERNS)} (default: all)")
     address, flag = "HOST:PORT", {"action": "store_true", "default": None}
@@ -143,7 +145,7 @@ def announce(process: Process, patterns: Sequence[Pattern], ready_file: str | No
     lines += [f"  {pattern.name}: {notice}" for pattern in patterns for notice in pattern.notices()]
     names = ", ".join(pattern.name for pattern in patterns)
     say(f"retinue-server {__version__}, pid {os.getpid()}, serves {names}", *lines)
-    ready = json.dumps(ready_event(process))
+    ready = msgspec.json.encode(ready_event(process)).decode()
     if ready_file:
         write_ready(Path(ready_file), ready)
     print(ready, flush=True)  # noqa: T201 - the line is for programs that read our stdout
