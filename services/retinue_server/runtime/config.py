@@ -19,7 +19,7 @@ from retinue_server.runtime import addresses
 
 PREFIX = "RETINUE_"
 
-_OTHERS = re.compile(
+_OTHERS = (
     r"ADDRESS|[A-Z]+_ADDRESS"  # where clients dial
     r"|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?)"  # what Kubernetes sets for a Service
 )
@@ -186,7 +186,7 @@ def _environment_layer(environment: Mapping[str, str], schema: type[msgspec.Stru
 def _is_other(name: str, path: tuple[str, ...], schema: type[msgspec.Struct], ignored: frozenset[str]) -> bool:
     if path[0] in schema.__struct_fields__:
         return False
-    return path[0] in ignored or bool(_OTHERS.fullmatch(name.removeprefix(PREFIX)))
+    return path[0] in ignored or bool(re.fullmatch(_OTHERS, name.removeprefix(PREFIX)))
 
 
 def _flag_layer(flags: Namespace) -> _Layer:

@@ -6,8 +6,7 @@ atomic unit. The rules so stand once for all engines, and an engine is judged by
 Units: wall times (`…_ms` that name an instant) are milliseconds since the Unix epoch; lease times (`lease_until`,
 `attempt_until`) are milliseconds of the lease clock, whose zero means nothing; durations are milliseconds.
 """
-
-from __future__ import annotations
+# Annotations are no text here, as in runtime/config.py: stores decode some of these records.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
