@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -103,6 +102,8 @@ class _Upload:
     """See engine.BlobWriter."""
 
     def __init__(self, blobs: LocalBlobs, path: Path, max_bytes: int) -> None:
+        import hashlib  # noqa: PLC0415 - loads slowly, and only uploads need it
+
         self._blobs, self._path, self._max_bytes = blobs, path, max_bytes
         self._hash = hashlib.sha256()
         self._size = 0
