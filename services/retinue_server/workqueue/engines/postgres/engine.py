@@ -24,6 +24,7 @@ from retinue_server.workqueue.engine import View as AnyView
 from retinue_server.workqueue.engines.groups import Step, Steps, answer
 from retinue_server.workqueue.engines.postgres.blobs import PostgresBlobs
 from retinue_server.workqueue.engines.postgres.days import keep_days
+from retinue_server.workqueue.engines.postgres.leases import Leases
 from retinue_server.workqueue.engines.postgres.marks import Marks
 from retinue_server.workqueue.engines.postgres.migrate import migrate
 from retinue_server.workqueue.engines.postgres.news import News, Ready
@@ -102,9 +103,9 @@ class PostgresEngine:
         self._reading = ThreadPoolExecutor(_READERS, "workqueue-reader")
         for _ in range(_READERS):
             self._readers.put(self._session("reader"))
-        turn, marks = threading.Lock(), Marks()
+        turn, marks, leases = threading.Lock(), Marks(), Leases()
         for number in range(self._connections):
-            store = Store(self._session("writer"), self._statements, lambda: self._days, marks)
+            store = Store(self._session("writer"), self._statements, lambda: self._days, marks, leases)
             store.own_clock = self.capabilities.own_clock
             writer = _Writer(self._steps, store, loop, self._committed, turn)
             writer.thread = threading.Thread(target=writer.run, name=f"workqueue-writer-{number}", daemon=True)
@@ -278,9 +279,7 @@ class _Writer:
     def _make_up_for(self, error: Exception, group: list[Step]) -> None:
         """Makes the best of what came between a group and its commit."""
         lost = self.store.session.lost and not self._committing
-        if isinstance(error, AGAIN):
-            self._one_by_one(group)
-        elif isinstance(error, Exclusively) or (isinstance(error, psycopg.OperationalError) and lost):
+        if isinstance(error, (*AGAIN, Exclusively)) or (isinstance(error, psycopg.OperationalError) and lost):
             self._again(group, exclusive=isinstance(error, Exclusively))
         else:
             self._give_up(group, error)
@@ -288,7 +287,7 @@ class _Writer:
     def _again(self, group: list[Step], *, exclusive: bool) -> None:
         """The whole group once more."""
         self._undo()
-        error = self._tried(lambda: self._run(group, exclusive=exclusive)) or self._tried(self._commit)
+        error = self._tried(lambda: self._run(group, exclusive=exclusive, careful=True)) or self._tried(self._commit)
         if isinstance(error, (*AGAIN, Exclusively)):
             self._one_by_one(group)
         elif error:
@@ -302,7 +301,7 @@ class _Writer:
     def _persist(self, step: Step) -> None:
         """One step, alone, until no other coordinator is faster."""
         for number in range(_TRIES):
-            run = partial(self._run, [step], exclusive=number >= _TRIES // 2)
+            run = partial(self._run, [step], exclusive=number >= _TRIES // 2, careful=True)
             error = self._tried(run) or self._tried(self._commit)
             if error is None:
                 return
@@ -311,18 +310,20 @@ class _Writer:
                 return
             time.sleep(random.uniform(0, 0.01))  # noqa: S311 - so that two do not meet again
 
-    def _run(self, group: list[Step], *, exclusive: bool = False) -> None:
+    def _run(self, group: list[Step], *, exclusive: bool = False, careful: bool = False) -> None:
         self._committing = False
-        self.store.open(exclusive=exclusive)
+        self.store.open(exclusive=exclusive, careful=careful)
         for step in group:
             step.run(self.store, (psycopg.Error, Exclusively))
         self._writes = self.store.writes()
 
     def _commit(self) -> None:
         self._committing = True
-        [(status,)] = self.store.session.run([*self._writes, ("COMMIT", ())])
+        rows = self.store.session.first_rows([*self._writes, ("COMMIT", ())])
+        [status] = rows.pop()
         if status != "COMMIT":
             raise psycopg.OperationalError(f"the commit ended as {status}")
+        self.store.committed(rows)
         self._committed(self.store)
 
     def _undo(self) -> None:
