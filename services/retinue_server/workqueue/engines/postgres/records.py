@@ -197,8 +197,15 @@ _CLEARED = ("lease_until", "attempt_until", "worker_id", "lease_request_id", "ca
 _clear = (None, None, "", "", False)
 
 
+_NEVER = {
+    "seq", "task_id", "queue_id", "create_ms", "attempt_ms", "idempotency_key", "parent_task_id",
+}  # fmt: skip
+"""What no step changes."""
+
+
 def _all_but(*names: str) -> Callable[[TaskRow], Change]:
-    return attrgetter(*(name for name in TaskRow.__struct_fields__ if name not in {"state", *names}))
+    changed = {"state", *names, *_NEVER}
+    return attrgetter(*(name for name in TaskRow.__struct_fields__ if name not in changed))
 
 
 _leased_to, _beside_leased = attrgetter("state", *_LEASED), _all_but(*_LEASED)
