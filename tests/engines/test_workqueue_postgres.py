@@ -24,9 +24,21 @@ from retinue.workqueue.v1 import task_pb2
 from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.errors import Reason, RetinueError, Unavailable
 from retinue_server.workqueue.core.queue import WorkQueue
-from retinue_server.workqueue.core.requests import Complete, Enqueue, LeaseAsk, LeaseRef, NewTask, SettingsPatch
+from retinue_server.workqueue.core.requests import (
+    Complete,
+    Enqueue,
+    Extend,
+    Fail,
+    LeaseAsk,
+    LeaseRef,
+    NewTask,
+    Release,
+    Selection,
+    SettingsPatch,
+)
 from retinue_server.workqueue.engine import (
     Durability,
+    Failure,
     QueueRow,
     QueueSettings,
     QueueState,
@@ -164,6 +176,84 @@ async def test_leases_go_on_when_their_coordinator_is_gone(postgres: Postgres, s
         after = await other.get(granted.task.row.task_id)
     assert settled.error is None
     assert after.row.state == State.SUCCEEDED
+
+
+# What a coordinator knows by heart
+
+
+async def test_a_cancellation_at_another_coordinator_counts_when_the_lease_ends(
+    postgres: Postgres, schema: str
+) -> None:
+    async with coordinators(postgres.url, schema) as (one, other):
+        ids = await enqueue(one, 20)
+        granted = await one.lease(LeaseAsk("q", "w", 20))
+        await other.cancel(Selection(tuple(ids[:10])))
+        failed = [Fail(LeaseRef.of(task.row), Failure("BAD", "it is")) for task, *_ in granted]
+        settled = await one.settle(failed)
+    assert [one.state for one in settled] == [State.CANCELLED] * 10 + [State.RETRYING] * 10
+
+
+async def test_a_lease_that_another_coordinator_ended_is_not_ended_again(postgres: Postgres, schema: str) -> None:
+    async with coordinators(postgres.url, schema) as (one, other):
+        await enqueue(one, 20)
+        granted = await one.lease(LeaseAsk("q", "w", 20))
+        leases = [LeaseRef.of(task.row) for task, *_ in granted]
+        await other.settle([Complete(lease) for lease in leases[:5]])
+        await other.settle([Release(lease) for lease in leases[5:10]])
+        settled = await one.settle([Fail(lease, Failure("BAD", "it is"), final=True) for lease in leases])
+        counts = (await one.reports(["q"]))[0].counts
+    errors = [settled_.error.reason if settled_.error else None for settled_ in settled]
+    assert errors == [Reason.ALREADY_FINALIZED] * 10 + [None] * 10
+    assert counts == {State.SUCCEEDED: 5, State.READY: 5, State.DEAD: 10}
+
+
+async def test_a_coordinator_that_leased_first_does_not_refuse_who_leased_later(
+    postgres: Postgres, schema: str
+) -> None:
+    async with coordinators(postgres.url, schema) as (one, other):
+        await enqueue(one, 1)
+        (first,) = await one.lease(LeaseAsk("q", "w", 1))
+        await other.settle([Release(LeaseRef.of(first.task.row))])
+        (second,) = await other.lease(LeaseAsk("q", "v", 1))
+        (late,) = await one.settle([Complete(LeaseRef.of(first.task.row))])
+        (extended,) = await one.extend([Extend(LeaseRef.of(second.task.row), 60_000)])
+        (settled,) = await one.settle([Complete(LeaseRef.of(second.task.row))])
+    assert late.error is not None
+    assert late.error.reason == Reason.LEASE_LOST
+    assert (extended.error, settled.error, settled.state) == (None, None, State.SUCCEEDED)
+
+
+async def test_leases_that_two_coordinators_end_at_once_end_once(postgres: Postgres, schema: str) -> None:
+    async with coordinators(postgres.url, schema) as (one, other):
+        await enqueue(one, 200)
+        granted = await one.lease(LeaseAsk("q", "w", 200))
+        leases = [LeaseRef.of(task.row) for task, *_ in granted]
+        calls = [
+            queue.settle([kind(lease) for lease in leases[start : start + 20]])
+            for start in range(0, 200, 20)
+            for queue, kind in ((one, Complete), (other, Release))
+        ]
+        settled = [item for items in await asyncio.gather(*calls) for item in items]
+        counts = (await one.reports(["q"]))[0].counts
+    accepted = Counter(item.state for item in settled if item.error is None)
+    assert accepted == {state: count for state, count in counts.items() if count}
+    assert accepted.total() == 200
+
+
+@pytest.mark.parametrize("task_id", ["", "named"])
+async def test_a_request_that_was_answered_elsewhere_is_answered_alike(
+    task_id: str, postgres: Postgres, schema: str
+) -> None:
+    asked = Enqueue((NewTask("q", task_id=task_id), NewTask("q")), atomic=True, request_id="r")
+    async with coordinators(postgres.url, schema) as queues:
+        answers = await asyncio.gather(*(queue.enqueue(asked) for _ in range(5) for queue in queues))
+        later = await queues[1].enqueue(asked)
+        with pytest.raises(RetinueError) as refused:
+            await queues[0].enqueue(replace(asked, fingerprint=b"other"))
+        counts = (await queues[0].reports(["q"]))[0].counts
+    assert all(answer == later for answer in answers)
+    assert refused.value.reason == Reason.REQUEST_CONFLICT
+    assert counts == {State.READY: 2}
 
 
 # Losing the server
