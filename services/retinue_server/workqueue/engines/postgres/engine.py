@@ -251,7 +251,8 @@ class _Writer:
         """Serves until None comes.
 
         The next writer's turn begins before this one's commit: what these steps read is locked, so that its steps find
-        what these ones made of it. Not so if they made tasks ready, which the next ones may look for.
+        what these ones made of it (or one of the two runs again, if it was known by heart). Not so if they made tasks
+        ready, which the next ones may look for.
         """
         while True:
             with self._turn:
