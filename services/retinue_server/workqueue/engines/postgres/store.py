@@ -267,6 +267,10 @@ class Store(View):
             [version] = answers[-1]
             self._leases.put(self._granted.values(), version)
 
+    def settled(self) -> None:
+        """The group is through, by whatever transaction: those who follow may go by what came of it."""
+        self._leases.done(self)
+
     def forget(self) -> None:
         """The transaction came to nothing: what was learnt in it may be wrong."""
         if self._exclusive:
@@ -322,7 +326,7 @@ class Store(View):
 
     def _recall(self, seqs: Sequence[int]) -> None:
         """What is known of them by heart."""
-        found = self._leases.take(seqs)
+        found = self._leases.take(seqs, self)
         self._hot.update(found)
         self._before.update((seq, known.row) for seq, known in found.items())
         self._unproved.update((seq, known.version) for seq, known in found.items())
