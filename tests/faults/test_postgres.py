@@ -21,11 +21,11 @@ def test_whatever_befalls_the_database_or_a_coordinator_breaks_no_rule(
     tmp_path: Path, go_worker: Path, row: Row
 ) -> None:
     """All in one story: two coordinators on one database, under load."""
-    size = Size(kills=0, tasks=0, rate=100)
+    size = Size(kills=0, tasks=0, rate=300)
     with postgres(tmp_path) as engine, Campaign(tmp_path, engine, 1, go_worker, size) as campaign:
         campaign.play(*[Step(0.5, Kind.TERMINATE_BACKENDS, 0, 0)] * 6)
         campaign.play(*(Step(1.0, kind, 0, 0) for kind in (Kind.RESTART_DATABASE, Kind.CRASH_DATABASE)))
-        campaign.play(Step(1.0, Kind.KILL_SERVER, 2.0, 0))
+        campaign.play(Step(1.0, Kind.KILL_SERVER, 4.0, 0))
         campaign.play(Step(0.2, Kind.STOP_WORKER, 2.5, 0.9), Step(0.2, Kind.KILL_WORKER, 0, 0.1))
         campaign.settle()
         story = campaign.story()
