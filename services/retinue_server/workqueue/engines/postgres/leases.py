@@ -2,7 +2,8 @@
 
 What is known here may be wrong: another coordinator may have changed the task since. So each row comes with the
 transaction that wrote it (PostgreSQL's `xmin`), and whoever uses it writes on condition that the row is still that one
-(`end` and `prove` in statements.sql); if not, the database undoes the transaction, and the steps run again without this.
+(`end` and `prove` in statements.sql); if not, the database undoes the transaction, and the steps run again without
+this.
 """
 
 from __future__ import annotations
