@@ -21,14 +21,25 @@ def test_what_is_taken_is_no_longer_known() -> None:
 
 
 def test_who_comes_later_waits_for_the_commit_of_who_took_it() -> None:
-    leases, order = Leases(), []
+    leases = Leases()
+    order: list[str] = []
     leases.put([row(1)], 7)
     leases.take([1], "a")
+
+    def take_later() -> None:
+        assert leases.take([1], "b") == {}, "it reads the table"
+        order.append("b went on")
+
     with ThreadPoolExecutor(1) as second:
-        waiting = second.submit(lambda: (leases.take([1], "b"), order.append("b went on")))
-        while not leases._settled._waiters:  # type: ignore[attr-defined] # the condition's own list of who waits
+        waiting = second.submit(take_later)
+        while not _waiters(leases):
             pass
         order.append("a committed")
         leases.done("a")
-        assert waiting.result(10)[0] == {}, "it reads the table"
+        waiting.result(10)
     assert order == ["a committed", "b went on"]
+
+
+def _waiters(leases: Leases) -> object:
+    """Who waits, by the condition's own list."""
+    return vars(leases._settled)["_waiters"]
