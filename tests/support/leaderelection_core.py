@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from retinue_server.leaderelection.core.clock import Instant
@@ -99,7 +99,7 @@ class CutEngine:
         self.capabilities = store.memory.capabilities
         self.cut = self.deaf = False
         self.renewals: list[int] = []
-        self._told = lambda _: None
+        self._told: Callable[[str], None] = lambda _: None
         self._watched: set[str] = set()
 
     async def start(self) -> None:
@@ -108,8 +108,8 @@ class CutEngine:
     async def stop(self) -> None:
         """Nothing to do."""
 
-    def listen(self, told: object) -> None:
-        self._told = told  # type: ignore[assignment] # the port's callback
+    def listen(self, told: Callable[[str], None]) -> None:
+        self._told = told
 
     def watch(self, election_id: str) -> None:
         self._watched.add(election_id)
