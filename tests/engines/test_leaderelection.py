@@ -304,6 +304,19 @@ async def test_a_server_that_starts_again_finds_the_same_domain_and_higher_token
     assert second.record.epoch > first.record.epoch
 
 
+async def test_a_session_goes_on_under_the_next_process_of_its_server(make: Make, engine: Engine) -> None:
+    if engine.capabilities.scope is Scope.PROCESS:
+        return
+    first = await won(engine, claim("a"))
+    await engine.stop()
+    again = await make()
+    resumed = await won(again, claim("a"))
+    assert (resumed.record.epoch, resumed.record.domain) == (first.record.epoch, first.record.domain)
+    (renewed,) = await again.renew([hold(resumed)])
+    assert renewed is not None
+    assert await again.release(hold(resumed), EndReason.RESIGNED, 1)
+
+
 def test_every_field_of_a_record_has_a_meaning_when_vacant() -> None:
     vacant = Record("e", "d", 1, "v")
     assert not vacant.candidate_id

@@ -91,19 +91,19 @@ class Client:
         """A transaction; it may be sent twice, so what it does must bear that."""
         return await self._call(lambda at: at.kv.Txn(request, timeout=self.timeout_s, metadata=WITH_LEADER))
 
-    async def grant(self, ttl_s: int) -> int:
-        """A new lease; its id."""
+    async def grant(self, ttl_s: int) -> tuple[int, int]:
+        """A new lease; its id and its length in seconds, which is longer than asked for if etcd wants that."""
         request = rpc_pb2.LeaseGrantRequest(TTL=ttl_s)
         granted = await self._call(
             lambda at: at.lease.LeaseGrant(request, timeout=self.timeout_s, metadata=WITH_LEADER)
         )
-        return granted.ID
+        return granted.ID, granted.TTL
 
-    async def keep_alive(self, lease_id: int) -> bool:
-        """Begins a lease again; whether it is there."""
+    async def keep_alive(self, lease_id: int) -> int:
+        """Begins a lease again; its length in seconds, 0 = it is gone."""
         return await self._call(lambda at: self._keep_alive(at, lease_id))
 
-    async def _keep_alive(self, at: Endpoint, lease_id: int) -> bool:
+    async def _keep_alive(self, at: Endpoint, lease_id: int) -> int:
         call = at.lease.LeaseKeepAlive(timeout=self.timeout_s, metadata=WITH_LEADER)
         try:
             await call.write(rpc_pb2.LeaseKeepAliveRequest(ID=lease_id))
@@ -112,7 +112,7 @@ class Client:
                 raise Unavailable(
                     "cannot go on: etcd ended a call", reason=Reason.ENGINE_UNAVAILABLE, retry_ms=RETRY_MS
                 )
-            return bool(answer.TTL > 0)
+            return int(answer.TTL)
         finally:
             call.cancel()
 

@@ -71,6 +71,8 @@ class EtcdEngine:
         self._layout = Layout(prefix)
         self._leases: dict[int, Lease] = {}
         """By their length in seconds."""
+        self._adopted: dict[int, Lease] = {}
+        """Of an earlier process, by their ids."""
         self._places: dict[tuple[str, str], _Place] = {}
         """By election and session."""
         self._told: Callable[[str], None] = lambda _: None
@@ -80,7 +82,7 @@ class EtcdEngine:
 
     async def start(self) -> None:
         self._client.open()
-        watcher = Watcher(self._client, self._layout.everything, self._heard, self._missed)
+        self._watcher = watcher = Watcher(self._client, self._layout.everything, self._heard, self._missed)
         self._tasks = [asyncio.create_task(watcher.run()), asyncio.create_task(self._keep_waiting())]
         try:
             _check_version(await self._client.version())
@@ -97,6 +99,8 @@ class EtcdEngine:
             await asyncio.wait(tasks)
             with contextlib.suppress(RetinueError):
                 await self._leave_lines()
+        self._places.clear()
+        self._leases, self._adopted = {}, {}
         await self._client.close()
 
     def listen(self, told: Callable[[str], None]) -> None:
@@ -110,19 +114,31 @@ class EtcdEngine:
 
     # Leading
 
-    async def claim(self, claim: Claim, watched: str | None = None) -> Granted | Refused:  # noqa: ARG002 - etcd judges
+    async def claim(self, claim: Claim, watched: str | None = None) -> Granted | Refused:  # noqa: ARG002 - as etcd
         place = self._place(claim)
-        lease, key = place.lease, place.key
-        claim = replace(claim, lease_ms=min(claim.lease_ms, lease.ttl_s * 1_000))
-        lease_id, seen = await asyncio.gather(lease.refresh(), self._see(claim.election_id, key))
+        lease_id, seen = await asyncio.gather(place.lease.refresh(), self._see(claim.election_id, place.key))
         if lease_id != place.lease_id:
             place.lease_id, place.key = lease_id, self._layout.place(claim.election_id, lease_id, claim.session_id)
             seen = seen._replace(own=None)
+        if seen.first is not None and (key := self._layout.place_of(seen.first, claim.session_id)) not in (
+            "",
+            place.key,
+        ):
+            seen = await self._adopt(place, key, seen.first.lease)
+        claim = replace(claim, lease_ms=min(claim.lease_ms, place.lease.ttl_s * 1_000))
         for _ in range(_TRIES):
             if (outcome := self._outcome(place, claim, seen)) is not None:
                 return outcome
             _, seen = await self._write(claim.election_id, self._step(place, claim, seen), place.key)
         raise _contended()
+
+    async def _adopt(self, place: _Place, key: str, lease_id: int) -> Seen:
+        """Goes on in the place that the session has from an earlier process of this server, if its lease stands."""
+        lease = self._adopted.setdefault(lease_id, Lease(self._client, place.lease.ttl_s, lease_id))
+        if await lease.refresh() == lease_id:
+            await self._client.txn(rpc_pb2.TxnRequest(success=[self._layout.delete(place.key)]))
+            place.lease, place.lease_id, place.key = lease, lease_id, key
+        return await self._see(place.election_id, place.key)
 
     def _outcome(self, place: _Place, claim: Claim, seen: Seen) -> Granted | Refused | None:
         """What a reading says; None if there is something to be done first."""
@@ -162,8 +178,7 @@ class EtcdEngine:
 
     async def renew(self, holds: Sequence[Hold]) -> Sequence[Record | None]:
         places = [self._places.get((hold.election_id, hold.session_id)) for hold in holds]
-        leases = {place.lease.ttl_s: place.lease for place in places if place is not None}
-        await asyncio.gather(*(lease.refresh() for lease in leases.values()))
+        await asyncio.gather(*(lease.refresh() for lease in {place.lease for place in places if place is not None}))
         found = await self._see_all([hold.election_id for hold in holds])
         return [self._renewed(*each) for each in zip(holds, places, found, strict=True)]
 
@@ -273,7 +288,7 @@ class EtcdEngine:
                 await self._joined.wait()
                 continue
             await asyncio.sleep(min(lengths) / _RENEWALS)
-            for lease in {place.lease.ttl_s: place.lease for place in self._waiting()}.values():
+            for lease in {place.lease for place in self._waiting()}:
                 with contextlib.suppress(RetinueError):
                     await lease.refresh()
             for place in self._waiting():
@@ -285,7 +300,6 @@ class EtcdEngine:
         steps = [self._layout.delete(place.key) for place in self._waiting() if place.key]
         for start in range(0, len(steps), _OPS):
             await self._client.txn(rpc_pb2.TxnRequest(success=steps[start : start + _OPS]))
-        self._places.clear()
 
     # Changes by others
 

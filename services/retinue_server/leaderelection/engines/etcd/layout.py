@@ -124,8 +124,12 @@ class Layout:
 
     def place(self, election_id: str, lease_id: int, session_id: str) -> str:
         """A session's key in line, without the prefix; it does not betray the session's name."""
-        digest = hashlib.sha256(session_id.encode()).hexdigest()[:16]
-        return f"{election_id}/{lease_id:x}-{digest}"
+        return f"{election_id}/{lease_id:x}{_mark(session_id)}"
+
+    def place_of(self, kv: kv_pb2.KeyValue, session_id: str) -> str:
+        """The key without the prefix, if it is a place of that session; else empty."""
+        name = kv.key.decode(errors="replace")
+        return name.removeprefix(self._at) if name.endswith(_mark(session_id)) else ""
 
     def touched(self, event: kv_pb2.Event) -> str | None:
         """The election that a change may matter to; None for what is written beside other changes, and for a newcomer
@@ -276,6 +280,10 @@ class Layout:
         """All keys that begin with a name that ends with a slash, or all."""
         key = self._key(name)
         return key, key[:-1] + bytes([key[-1] + 1])
+
+
+def _mark(session_id: str) -> str:
+    return f"-{hashlib.sha256(session_id.encode()).hexdigest()[:16]}"
 
 
 def _stored(seen: Seen) -> Stored:

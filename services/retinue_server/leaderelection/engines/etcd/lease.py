@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 class Lease:
     """A lease of one length: made when it is needed, made anew when etcd has lost it."""
 
-    def __init__(self, client: Client, ttl_s: int) -> None:
-        self._client = client
-        self.ttl_s = ttl_s
-        self.id = 0
+    def __init__(self, client: Client, asked_s: int, lease_id: int = 0) -> None:
+        self._client, self._asked_s = client, asked_s
+        self.ttl_s = asked_s
+        """Its length."""
+        self.id = lease_id
         """Of the present one; 0 = there is none yet."""
         self._next: asyncio.Task[int] | None = None
         """The keep-alive that has not been sent yet."""
@@ -31,9 +32,11 @@ class Lease:
     async def _send(self) -> int:
         async with self._turn:
             self._next = None  # who comes from now on needs a later one
-            if not self.id or not await self._client.keep_alive(self.id):
+            ttl_s = await self._client.keep_alive(self.id) if self.id else 0
+            if ttl_s <= 0:
                 self.id = 0
-                self.id = await self._client.grant(self.ttl_s)
+                self.id, ttl_s = await self._client.grant(self._asked_s)
+            self.ttl_s = ttl_s
             return self.id
 
 
