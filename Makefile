@@ -37,6 +37,8 @@ check-generated: ## Fails if the committed stubs differ from what the protos giv
 	@clients/generate.sh --check
 	@cd clients/python && for stub in $$(find retinue -name '*_pb2_grpc.py' | sed 's/\.py$$//' | tr / .); do \
 	  ../../$(GENERATE)/bin/python -W error -c "import $$stub" || exit 1; done
+	@cd services && for stub in $$(find retinue_server -name '*_pb2_grpc.py' | sed 's/\.py$$//' | tr / .); do \
+	  ../$(GENERATE)/bin/python -W error -c "import $$stub" || exit 1; done
 
 run: $(VENV)/.run ## Starts the whole suite on loopback and prints lines to try, until Ctrl-C
 	@exec $(BIN)/python deploy/local/run.py

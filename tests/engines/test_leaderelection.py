@@ -20,7 +20,7 @@ from retinue_server.leaderelection.engine import (
     Refused,
     Scope,
 )
-from retinue_server.leaderelection.engines.etcd import EtcdEngine
+from retinue_server.leaderelection.engines.etcd.engine import EtcdEngine
 from retinue_server.leaderelection.engines.memory import MemoryEngine
 from retinue_server.leaderelection.engines.sqlite import SqliteEngine
 

@@ -22,7 +22,8 @@ from retinue_server.leaderelection.core.elections import Elections
 from retinue_server.leaderelection.core.requests import Elected, Event, Standby, Standing
 from retinue_server.leaderelection.core.session import Outbox
 from retinue_server.leaderelection.engine import Claim, EndReason, Granted, Hold, Record, Refused
-from retinue_server.leaderelection.engines.etcd import EtcdEngine, engine
+from retinue_server.leaderelection.engines.etcd import engine as etcd_engine
+from retinue_server.leaderelection.engines.etcd.engine import EtcdEngine
 from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.config import ConfigError
 from retinue_server.runtime.errors import Reason, Unavailable
@@ -475,12 +476,12 @@ async def test_it_speaks_tls_with_a_certificate_of_its_own(tmp_path: Path) -> No
 @pytest.mark.parametrize("version", ["3.4.38", "3.5.22", "3.6.4", "3.6.0-rc.1"])
 def test_an_etcd_that_renews_revoked_leases_is_refused(version: str) -> None:
     with pytest.raises(StartError, match="upgrade etcd"):
-        engine._check_version(version)
+        etcd_engine._check_version(version)
 
 
 @pytest.mark.parametrize("version", ["3.5.23", "3.6.5", "3.6.16", "3.7.0", "3.8.0-alpha.0", "4.0.0"])
 def test_later_ones_are_taken(version: str) -> None:
-    engine._check_version(version)
+    etcd_engine._check_version(version)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def _engine(section: LeaderElectionSettings, directory: Path) -> Engine:
 
 
 def _etcd(section: EtcdSettings) -> Engine:
-    from retinue_server.leaderelection.engines.etcd import EtcdEngine  # noqa: PLC0415 - the chosen engine only
+    from retinue_server.leaderelection.engines.etcd.engine import EtcdEngine  # noqa: PLC0415 - the chosen engine only
 
     prefix = section.prefix.strip("/")
     if not section.endpoints or not prefix:

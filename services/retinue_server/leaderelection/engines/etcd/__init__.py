@@ -18,7 +18,3 @@ ran out: the next leader is told the release delay that it asked for.
 One watch tells each server of everything under the prefix, its predecessors and its own keys among it. What it tells
 are hints: nothing is believed but a reading.
 """
-
-from retinue_server.leaderelection.engines.etcd.engine import EtcdEngine
-
-__all__ = ["EtcdEngine"]

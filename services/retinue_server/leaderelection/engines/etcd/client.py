@@ -36,6 +36,7 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),  # finds a dead member under an idle watch; etcd allows one every 5 s
     ("grpc.keepalive_timeout_ms", 3_000),
     ("grpc.http2.ping_timeout_ms", 3_000),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 
 

@@ -61,6 +61,8 @@ class Watcher:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
                     raise
+            except Exception:  # noqa: BLE001 - a watch that ends would leave its server to look every few seconds
+                _log.exception("cannot watch etcd for the moment")
             await asyncio.sleep(_AGAIN_S)
 
     async def _follow(self, endpoint: Endpoint) -> None:
