@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from support.certificates import Authority
-from support.etcd import Etcd
+from support.etcd import Etcd, three
 from support.faults.proxy import Mode, Proxy
 
 from retinue_server.leaderelection import wiring
@@ -323,6 +323,46 @@ async def test_the_next_endpoint_is_called_when_one_does_not_answer(own: Cluster
         await other.ask_step_down("e", first.epoch)
         async with asyncio.timeout(PATIENCE_S):
             await heard.wait()
+
+
+@pytest.fixture
+async def trio(tmp_path: Path) -> AsyncIterator[tuple[Cluster, list[Etcd]]]:
+    with three(tmp_path) as members:
+        made = Cluster(members[0])
+        yield made, members
+        await made.stop()
+
+
+async def test_when_the_leader_of_etcd_dies_holds_and_places_go_on_at_the_others(
+    trio: tuple[Cluster, list[Etcd]],
+) -> None:
+    own, members = trio
+    endpoints = [member.endpoint for member in members]
+    first, second = await own.engine(*endpoints), await own.engine(*endpoints[1:], endpoints[0])
+    term = await won(first, claim("a", lease_ms=15_000))
+    await refused(second, claim("b", lease_ms=15_000))
+    waiting = own.line()[1]
+    second.watch("e")
+    _leading(members).kill()
+    await answering(first)
+    await answering(second)
+    (renewed,) = await first.renew([hold(term)])
+    assert renewed is not None
+    assert (renewed.epoch, renewed.domain) == (term.epoch, term.domain)
+    heard = asyncio.Event()
+    second.listen(lambda _: heard.set())
+    await first.release(hold(term), EndReason.RESIGNED, 1)
+    async with asyncio.timeout(PATIENCE_S):
+        await heard.wait()
+    assert (await won_at_last(second, claim("b", lease_ms=15_000))).record.epoch == waiting["create_revision"]
+
+
+def _leading(members: list[Etcd]) -> Etcd:
+    for member in members:
+        [status] = json.loads(member.ctl("endpoint", "status", "-w=json"))
+        if status["Status"]["leader"] == status["Status"]["header"]["member_id"]:
+            return member
+    raise AssertionError("no member leads")
 
 
 async def test_changes_that_were_compacted_away_are_looked_for(cluster: Cluster) -> None:

@@ -57,12 +57,15 @@ def built() -> Path:
 
 
 class Etcd:
-    """A cluster of one, in a directory of its own."""
+    """A member, in a directory of its own; a cluster of one unless told otherwise."""
 
-    def __init__(self, directory: Path, port: int, options: Sequence[str] = (), scheme: str = "http") -> None:
-        self.directory, self.port = directory, port
+    def __init__(
+        self, directory: Path, port: int, options: Sequence[str] = (), scheme: str = "http", name: str = "one"
+    ) -> None:
+        self.directory, self.port, self.name = directory, port, name
         self._options, self._scheme = options, scheme
-        self._peer_port, self._health_port = free_port(), free_port()
+        self.peer, self._health_port = f"http://127.0.0.1:{free_port()}", free_port()
+        self.cluster = f"{name}={self.peer}"
         self.process: subprocess.Popen[bytes] | None = None
 
     @classmethod
@@ -80,17 +83,31 @@ class Etcd:
 
     def start(self) -> None:
         """Starts it on the data that is there, and waits until it can serve."""
-        client, peer = f"{self._scheme}://{self.endpoint}", f"http://127.0.0.1:{self._peer_port}"
-        command = [str(built() / "etcd"), "--name=one", f"--data-dir={self.directory / 'data'}", "--log-level=warn"]
+        self.spawn()
+        self.wait()
+
+    def spawn(self) -> None:
+        """Starts it."""
+        client, peer = f"{self._scheme}://{self.endpoint}", self.peer
+        command = [
+            str(built() / "etcd"),
+            f"--name={self.name}",
+            f"--data-dir={self.directory / 'data'}",
+            "--log-level=warn",
+        ]
         command += [f"--listen-client-urls={client}", f"--advertise-client-urls={client}"]
         command += [
             f"--listen-peer-urls={peer}",
             f"--initial-advertise-peer-urls={peer}",
-            f"--initial-cluster=one={peer}",
+            f"--initial-cluster={self.cluster}",
         ]
         command += [f"--listen-metrics-urls=http://127.0.0.1:{self._health_port}", *self._options]
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def wait(self) -> None:
+        """Returns when it can serve."""
+        assert self.process is not None
         end = time.monotonic() + _START
         while not self._healthy():
             assert time.monotonic() < end, (self.directory / "log").read_text()[-4000:]
@@ -134,6 +151,24 @@ class Etcd:
         done = subprocess.run(self.command(*args), check=False, capture_output=True, text=True)
         assert done.returncode == 0, f"etcdctl {args}: {done.stdout}{done.stderr}"
         return done.stdout
+
+
+@contextlib.contextmanager
+def three(directory: Path) -> Iterator[list[Etcd]]:
+    """A cluster of three members on this host."""
+    members = [Etcd(directory / f"member-{number}", free_port(), name=f"member-{number}") for number in range(3)]
+    cluster = ",".join(f"{member.name}={member.peer}" for member in members)
+    try:
+        for member in members:
+            member.directory.mkdir(parents=True)
+            member.cluster = cluster
+            member.spawn()
+        for member in members:
+            member.wait()
+        yield members
+    finally:
+        for member in members:
+            member.kill()
 
 
 @contextlib.contextmanager
