@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -297,6 +298,29 @@ async def test_whoever_loses_the_answers_to_its_claims_has_one_key_and_one_term(
     assert [term.reason for term in await waiter.terms("e", None, 9)] == [EndReason.UNKNOWN, EndReason.RESIGNED]
 
 
+async def test_a_key_that_is_lost_between_reading_and_beginning_begins_nothing(cluster: Cluster) -> None:
+    leader, waiter, third = [await cluster.engine() for _ in range(3)]
+    first = await won(leader, claim("a"))
+    await refused(waiter, claim("b"))
+    await refused(third, claim("c"))
+    revoke = "lease", "revoke", f"{cluster.line()[1]['lease']:x}"
+    await leader.release(hold(first), EndReason.RESIGNED, 1)
+    whole, terms = waiter._client.txn, list[Record]()
+
+    async def late(request: Any) -> Any:
+        if request.compare and not terms:
+            await asyncio.to_thread(cluster.server.ctl, *revoke)
+            terms.append(await won(third, claim("c")))
+        return await whole(request)
+
+    waiter._client.txn = late  # type: ignore[method-assign] # between the engine and its etcd
+    with contextlib.suppress(Unavailable):
+        await refused(waiter, claim("b"))
+    assert len(terms) == 1
+    await refused(waiter, claim("b"))
+    assert cluster.line()[0]["create_revision"] == terms[0].epoch
+
+
 async def test_a_term_whose_begin_was_not_heard_of_can_be_given_back(cluster: Cluster) -> None:
     cut, other = await cluster.engine(), await cluster.engine()
     lose_answer(cut, 2)
@@ -383,6 +407,28 @@ async def test_changes_that_were_compacted_away_are_looked_for(cluster: Cluster)
     await leader.release(hold(record), EndReason.RESIGNED, 1)
     async with asyncio.timeout(PATIENCE_S):
         await heard.wait()
+
+
+async def test_a_store_that_went_back_is_followed_from_where_it_is(own: Cluster) -> None:
+    """As after a restored backup; the tokens of before are the operator's to deal with."""
+    leader, observer = await own.engine(), await own.engine()
+    for number in range(20):
+        first = await won(leader, claim("a", f"e{number}", lease_ms=15_000))
+    own.server.kill()
+    shutil.rmtree(own.server.directory / "data")
+    await asyncio.to_thread(own.server.start)
+    await answering(leader)
+    await answering(observer)
+    assert await leader.renew([hold(first)]) == [None]
+    again = (await won_at_last(leader, claim("a", "e1"))).record
+    assert again.domain == first.domain, "etcd does not tell"
+    heard = asyncio.Event()
+    observer.listen(lambda _: heard.set())
+    observer.watch("e1")
+    async with asyncio.timeout(PATIENCE_S):
+        while not heard.is_set():
+            await leader.proclaim(hold(again), "again")
+            await asyncio.sleep(0.05)
 
 
 async def test_many_holds_are_renewed_by_one_keep_alive_and_no_write(own: Cluster) -> None:
