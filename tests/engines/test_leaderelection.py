@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
+from support.postgres import Postgres
 
 from retinue_server.leaderelection.engine import (
     Claim,
@@ -20,9 +22,9 @@ from retinue_server.leaderelection.engine import (
     Scope,
 )
 from retinue_server.leaderelection.engines.memory import MemoryEngine
+from retinue_server.leaderelection.engines.postgres import PostgresEngine
 from retinue_server.leaderelection.engines.sqlite import SqliteEngine
 
-ENGINES = ("memory", "sqlite")
 LEASE_MS = 1_000
 
 
@@ -34,12 +36,31 @@ Make = Callable[[], Awaitable[Engine]]
 """Starts one more server's engine on the same store."""
 
 
+def memory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+    yield MemoryEngine
+
+
+def sqlite(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+    yield partial(SqliteEngine, tmp_path / "elections.db", no_fatal)
+
+
+def postgres(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+    server: Postgres = request.getfixturevalue("postgres")
+    schema = server.schema()
+    yield partial(PostgresEngine, server.url, schema=schema)
+    server.drop(schema)
+
+
+STORES = {"memory": memory, "sqlite": sqlite, "postgres": postgres}
+
+
 @asynccontextmanager
 async def store(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> AsyncIterator[Make]:
     async with AsyncExitStack() as stack:
+        new = stack.enter_context(contextmanager(STORES[name])(request, tmp_path))
 
         async def make() -> Engine:
-            engine: Engine = MemoryEngine() if name == "memory" else SqliteEngine(tmp_path / "elections.db", no_fatal)
+            engine = new()
             await engine.start()
             stack.push_async_callback(engine.stop)
             return engine
@@ -47,7 +68,7 @@ async def store(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> As
         yield make
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=STORES)
 async def make(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Make]:
     async with store(request, request.param, tmp_path) as made:
         yield made

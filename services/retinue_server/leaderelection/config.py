@@ -18,12 +18,29 @@ class SqliteSettings(msgspec.Struct, frozen=True, kw_only=True):
     Never on a network file system."""
 
 
+class PostgresSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the engine `postgres` finds its database."""
+
+    url: str = ""
+    """postgresql://USER@HOST:PORT/DATABASE?…, as libpq takes it; several hosts are tried for one that takes writes.
+    Give a password by the environment or by a file."""
+    password_file: Path | None = None
+    """A file whose content is the password; read at every connect."""
+    schema: str = "retinue"
+    """Where its tables are; servers that share a schema elect together."""
+    prepared_statements: bool = True
+    """false behind a pooler that gives each transaction another connection and does not follow them (PgBouncer)."""
+    listen_url: str = ""
+    """A way to the database past the pooler, to hear of others' changes at once; empty = the url."""
+
+
 class LeaderElectionSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What an operator may set."""
 
-    engine: Literal["sqlite", "memory"] = "sqlite"
+    engine: Literal["sqlite", "postgres", "memory"] = "sqlite"
     """Who decides who leads."""
     sqlite: SqliteSettings = SqliteSettings()
+    postgres: PostgresSettings = PostgresSettings()
     scope: Literal["pod"] | None = None
     """`pod` says that an election within one pod or host is meant, where an engine that reaches no further would refuse
     to start because it runs in a pod."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retinue_server.leaderelection import metrics, service
-from retinue_server.leaderelection.config import LeaderElectionSettings
+from retinue_server.leaderelection.config import LeaderElectionSettings, PostgresSettings
 from retinue_server.leaderelection.core.elections import Elections
 from retinue_server.leaderelection.engine import Scope
 from retinue_server.leaderelection.proof import Proofs
@@ -95,8 +95,29 @@ def _engine(settings: Settings, section: LeaderElectionSettings) -> Engine:
         from retinue_server.leaderelection.engines.memory import MemoryEngine  # noqa: PLC0415 - the chosen engine only
 
         return MemoryEngine()
+    if section.engine == "postgres":
+        return _postgres(section.postgres)
     try:
         from retinue_server.leaderelection.engines.sqlite import SqliteEngine  # noqa: PLC0415 - the chosen engine only
     except ImportError as error:
         raise ConfigError("cannot use engine sqlite: install it with pip install 'retinue-server[sqlite]'") from error
     return SqliteEngine(section.sqlite.path or settings.data_dir / NAME / "elections.db", fatal)
+
+
+def _postgres(said: PostgresSettings) -> Engine:
+    try:
+        from retinue_server.leaderelection.engines.postgres import PostgresEngine  # noqa: PLC0415 - the chosen one only
+    except ImportError as error:
+        raise ConfigError(
+            "cannot use engine postgres: install it with pip install 'retinue-server[postgres]'"
+        ) from error
+    try:
+        return PostgresEngine(
+            said.url,
+            password_file=said.password_file,
+            schema=said.schema,
+            prepared_statements=said.prepared_statements,
+            listen_url=said.listen_url,
+        )
+    except ValueError as error:
+        raise ConfigError(f"cannot use leaderelection.postgres: {error}") from None
