@@ -3,6 +3,7 @@
 pytest tests/contract                                     starts a server for each engine
 pytest tests/contract --target HOST:PORT                  any server; tests for operators are skipped and say so
 pytest tests/contract --target HOST:PORT --control unix:PATH
+pytest tests/engines -k kubernetes --kubeconfig PATH      any cluster, in namespaces of the tests' own
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 from servers import start_server
+from support import kubernetes as clusters
 from support.postgres import Postgres, shared
 
 ENGINES = ("sqlite", "memory", "postgres")
@@ -32,6 +34,9 @@ class Target(NamedTuple):
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--target", metavar="HOST:PORT", help="test this server instead of starting one per engine")
     parser.addoption("--control", metavar="ADDRESS", default="", help="where operators dial the --target")
+    parser.addoption(
+        "--kubeconfig", type=Path, help="test the engine kubernetes on this cluster, not on one of our own"
+    )
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -52,6 +57,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL that all workers of this run share."""
     with shared(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest) -> Iterator[clusters.Cluster]:
+    """A Kubernetes that all workers of this run share: the one that is named, or a real one of our own."""
+    named = request.config.getoption("--kubeconfig")
+    if named:
+        yield clusters.Cluster(named)
+        return
+    with clusters.shared(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))) as server:
         yield server
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from support.kubernetes import Cluster
 from support.postgres import Postgres
 
 from retinue_server.leaderelection.engine import (
@@ -21,6 +22,7 @@ from retinue_server.leaderelection.engine import (
     Refused,
     Scope,
 )
+from retinue_server.leaderelection.engines.kubernetes import KubernetesEngine
 from retinue_server.leaderelection.engines.memory import MemoryEngine
 from retinue_server.leaderelection.engines.postgres import PostgresEngine
 from retinue_server.leaderelection.engines.sqlite import SqliteEngine
@@ -51,7 +53,14 @@ def postgres(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callabl
     server.drop(schema)
 
 
-STORES = {"memory": memory, "sqlite": sqlite, "postgres": postgres}
+def kubernetes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+    cluster: Cluster = request.getfixturevalue("cluster")
+    namespace = cluster.namespace()
+    yield partial(KubernetesEngine, kubeconfig=cluster.kubeconfig, namespace=namespace, create=True)
+    cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+
+
+STORES = {"memory": memory, "sqlite": sqlite, "postgres": postgres, "kubernetes": kubernetes}
 
 
 @asynccontextmanager

@@ -97,6 +97,8 @@ def _engine(settings: Settings, section: LeaderElectionSettings) -> Engine:
         return MemoryEngine()
     if section.engine == "postgres":
         return _postgres(section.postgres)
+    if section.engine == "kubernetes":
+        return _kubernetes(section)
     try:
         from retinue_server.leaderelection.engines.sqlite import SqliteEngine  # noqa: PLC0415 - the chosen engine only
     except ImportError as error:
@@ -121,3 +123,20 @@ def _postgres(said: PostgresSettings) -> Engine:
         )
     except ValueError as error:
         raise ConfigError(f"cannot use leaderelection.postgres: {error}") from None
+
+
+def _kubernetes(section: LeaderElectionSettings) -> Engine:
+    try:
+        from retinue_server.leaderelection.engines.kubernetes import KubernetesEngine  # noqa: PLC0415 - the chosen one
+    except ImportError as error:
+        raise ConfigError(
+            "cannot use engine kubernetes: install it with pip install 'retinue-server[kubernetes]'"
+        ) from error
+    said = section.kubernetes
+    return KubernetesEngine(
+        kubeconfig=said.kubeconfig,
+        namespace=said.namespace,
+        create=said.create,
+        watch_namespace=said.watch_namespace,
+        names=section.elections,
+    )
