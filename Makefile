@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 GENERATE := .retinue/generate
 PROTOS := $(shell find protos -name '*.proto' | sort)
+export PYTHONDONTWRITEBYTECODE := # compiled modules are kept: tests start hundreds of processes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run demo test generate check-generated proto lint types contract faults e2e bench bench-profile check lock clean
+.PHONY: help setup setup-dev run demo test kubernetes generate check-generated proto lint types contract faults e2e bench bench-profile check lock clean
 
 help: ## Shows this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,10 +45,13 @@ DEMO ?= workqueue
 demo: $(VENV)/.run ## Shows each pattern on real input (DEMO=pattern for one)
 	@exec $(BIN)/python deploy/demo/$(DEMO).py
 
-PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+PARALLEL := -n 4 --dist worksteal # also on two cores: tests wait about as long as they compute
 
 test: $(VENV)/.dev ## Runs the tests (unit, engines, contract, faults)
 	@$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST)
+
+kubernetes: $(VENV)/.dev ## Builds the API server on which `make test` then tries the engine kubernetes (a quarter of an hour)
+	@PYTHONPATH=tests $(BIN)/python -m support.kubernetes.build
 
 contract: $(VENV)/.dev ## Runs the conformance suite against TARGET=host:port (CONTROL=unix:PATH for operators)
 	@$(BIN)/python -m pytest -q tests/contract $(if $(TARGET),--target $(TARGET)) $(if $(CONTROL),--control $(CONTROL)) $(PYTEST)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 from servers import start_server
 from support import kubernetes as clusters
+from support.kubernetes.build import are_built
 from support.postgres import Postgres, shared
 
 ENGINES = ("sqlite", "memory", "postgres")
@@ -39,6 +40,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def _has_cluster(config: pytest.Config) -> bool:
+    """Whether the engine kubernetes can be tried: building an API server takes too long to do it unasked."""
+    return bool(config.getoption("--kubeconfig") or are_built() or os.environ.get("FORBID_SKIPS"))
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [] if _has_cluster(config) else ["the engine kubernetes is NOT tried: make kubernetes builds an API server"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _has_cluster(config):
+        return
+    without = [item for item in items if "kubernetes" in item.keywords or "[kubernetes]" in item.name]
+    config.hook.pytest_deselected(items=without)
+    items[:] = [item for item in items if item not in without]
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """With FORBID_SKIPS, as in CI, a skipped test fails the run."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
@@ -50,7 +68,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
         named = metafunc.config.getoption("--target")
-        metafunc.parametrize("target", ("target",) if named else ENGINES, indirect=True, scope="session")
+        marker = metafunc.definition.get_closest_marker("engines")
+        engines = marker.args if marker else ENGINES
+        metafunc.parametrize("target", ("target",) if named else engines, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Builds kube-apiserver and etcd from the published modules that go.mod here pins, and keeps them in .retinue.
 
-python -m support.kubernetes.build    builds now (about a quarter of an hour of CPU, 2 GiB of Go's build cache)
+PYTHONPATH=tests python -m support.kubernetes.build    builds now: a quarter of an hour of CPU, 2 GiB of build cache
 """
 
 from __future__ import annotations
@@ -19,10 +19,19 @@ _CACHE = _ROOT / ".retinue" / "kubernetes"
 _PROGRAMS = {"etcd": "go.etcd.io/etcd/server/v3", "kube-apiserver": "k8s.io/kubernetes/cmd/kube-apiserver"}
 
 
+def directory() -> Path:
+    """Where both programs are kept, for these pins."""
+    return _CACHE / hashlib.sha256((_HERE / "go.sum").read_bytes()).hexdigest()[:12]
+
+
+def are_built() -> bool:
+    """Whether both are there."""
+    return all((directory() / program).exists() for program in _PROGRAMS)
+
+
 def built() -> Path:
     """The directory with both programs; builds what is missing, one process at a time."""
-    pins = hashlib.sha256((_HERE / "go.sum").read_bytes()).hexdigest()[:12]
-    where = _CACHE / pins
+    where = directory()
     where.mkdir(parents=True, exist_ok=True)
     with (where / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

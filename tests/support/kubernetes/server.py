@@ -6,7 +6,6 @@ The first of a run who needs it starts it, the last stops it. Both listen on fre
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -15,6 +14,7 @@ import shutil
 import signal
 import ssl
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from support.kubernetes.build import built
-from support.postgres import free_port
+from support.postgres import free_port, locked
 
 _START = 60.0
 _numbers = itertools.count()
@@ -40,7 +40,8 @@ class Cluster:
 
     def kubectl(self, *args: str, given: str = "") -> str:
         """Runs kubectl as the kubeconfig's user; what it prints."""
-        command = ["kubectl", f"--kubeconfig={self.kubeconfig}", *args]
+        program = shutil.which("kubectl", path=Path(sys.executable).parent) or "kubectl"
+        command = [program, f"--kubeconfig={self.kubeconfig}", *args]
         done = subprocess.run(command, input=given, check=False, capture_output=True, text=True)
         assert done.returncode == 0, f"{args}: {done.stderr}"
         return done.stdout
@@ -176,24 +177,17 @@ def shared(run_id: str) -> Iterator[Kubernetes]:
     users = home / "users"
     users.mkdir(parents=True, exist_ok=True)
     mine = users / str(os.getpid())
-    with _locked(home):
+    with locked(home):
         mine.touch()
         where = home / "server"
         server = Kubernetes(where) if (where / "kubeconfig").exists() else Kubernetes.create(where)
     try:
         yield server
     finally:
-        with _locked(home):
+        with locked(home):
             mine.unlink()
             last = not any(users.iterdir())
             if last:
                 server.stop()
         if last:
             shutil.rmtree(home, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(home: Path) -> Iterator[None]:
-    with (home / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
