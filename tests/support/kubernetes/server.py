@@ -18,18 +18,16 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from support.kubernetes.build import built
 from support.postgres import free_port, locked
 
 _START = 60.0
 _numbers = itertools.count()
-ADMIN, ELECTOR = "admin-token", "elector-token"
-"""Who may do anything, and who may do what a role of the test says (the user `elector`)."""
-_TOKENS = f'{ADMIN},admin,1,"system:masters"\n{ELECTOR},elector,2,""\n'
+_ADMIN = "admin-token"
+_TOKENS = f'{_ADMIN},admin,1,"system:masters"\n'
 
 
 class Cluster:
@@ -46,9 +44,12 @@ class Cluster:
         assert done.returncode == 0, f"{args}: {done.stderr}"
         return done.stdout
 
-    def apply(self, *objects: Mapping[str, Any]) -> None:
-        """Applies objects."""
-        self.kubectl("apply", "-f", "-", given=json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}))
+    def kubeconfig_of(self, account: str, namespace: str, path: Path) -> Path:
+        """Writes a kubeconfig for a service account."""
+        said = json.loads(self.kubectl("config", "view", "--raw", "--minify", "--flatten", "-o", "json"))
+        said["users"][0]["user"] = {"token": self.kubectl("create", "token", account, "-n", namespace).strip()}
+        path.write_text(json.dumps(said))
+        return path
 
     def namespace(self) -> str:
         """A new one of its own."""
@@ -79,7 +80,7 @@ class Kubernetes(Cluster):
         made = cls(directory)
         made.start_etcd()
         made.start_api()
-        made.kubeconfig_of(ADMIN, made.kubeconfig)
+        made._write_kubeconfig()
         return made
 
     def start_etcd(self) -> None:
@@ -112,7 +113,7 @@ class Kubernetes(Cluster):
 
     def _is_ready(self) -> bool:
         url = f"https://127.0.0.1:{self.api_port}/readyz"
-        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {ADMIN}"})
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {_ADMIN}"})
         with contextlib.suppress(OSError):
             trusted = ssl.create_default_context(cafile=self._certificate)
             with urllib.request.urlopen(request, timeout=2, context=trusted) as answer:
@@ -123,19 +124,17 @@ class Kubernetes(Cluster):
     def _certificate(self) -> str:
         return str(self.directory / "certs" / "apiserver.crt")
 
-    def kubeconfig_of(self, token: str, path: Path) -> Path:
-        """Writes a kubeconfig for who has that token."""
+    def _write_kubeconfig(self) -> None:
         server = {"server": f"https://127.0.0.1:{self.api_port}", "certificate-authority": self._certificate}
         said = {
             "apiVersion": "v1",
             "kind": "Config",
             "current-context": "it",
             "clusters": [{"name": "it", "cluster": server}],
-            "users": [{"name": "it", "user": {"token": token}}],
+            "users": [{"name": "it", "user": {"token": _ADMIN}}],
             "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it"}}],
         }
-        path.write_text(json.dumps(said))
-        return path
+        self.kubeconfig.write_text(json.dumps(said))
 
     def _start(self, program: str, *args: str) -> None:
         path = Path((self.directory / "programs").read_text()) / program

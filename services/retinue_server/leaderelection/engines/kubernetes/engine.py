@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import logging
 import re
-import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from retinue_server.leaderelection.engine import (
     Capabilities,
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _POLL_MS = 2_000
-_FRESH_S = 1.0
-"""For how long what a watch told is believed when it says that somebody else leads."""
 _TRIES = 8
 _AT_ONCE = 16
 """How many renewals are on their way at a time."""
@@ -41,14 +38,6 @@ _WATCH_AGAIN_S = 1.0
 _MAX_WATCHES = 64
 """Each has a connection; for more elections than that, watch the namespace."""
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
-
-
-class _Seen(NamedTuple):
-    """A Lease as it was told last."""
-
-    lease: Lease
-    watched_s: float
-    """When a watch told it, on the monotonic clock; 0 = it was this server's own write."""
 
 
 class KubernetesEngine:
@@ -72,7 +61,8 @@ class KubernetesEngine:
         self._kubeconfig, self._namespace = kubeconfig, namespace
         self._create, self._watch_namespace, self._names = create, watch_namespace, names
         self._leases: Leases | None = None
-        self._seen: dict[str, _Seen] = {}
+        self._seen: dict[str, Lease] = {}
+        """As they were told last."""
         self._met: set[str] = set(names)
         """Elections that were asked for, for a role that may not list."""
         self._told: Callable[[str], None] = lambda _: None
@@ -144,8 +134,8 @@ class KubernetesEngine:
         if lease.name not in self._watched:
             return
         before = self._seen.get(lease.name)
-        self._seen[lease.name] = _Seen(lease, time.monotonic())
-        if before is None or before.lease.version != lease.version:
+        self._seen[lease.name] = lease
+        if before is None or before.version != lease.version:
             self._told(lease.name)
 
     # The port
@@ -156,7 +146,7 @@ class KubernetesEngine:
                 return lease.renewed(claim.lease_ms)
             return lease.claimed(claim) if lease.is_free(watched) else None
 
-        before, after = await self._change(claim.election_id, step, believe=True)
+        before, after = await self._change(claim.election_id, step)
         if before is None:
             raise NotFound(
                 _missing(claim.election_id, self._api.namespace),
@@ -242,18 +232,15 @@ class KubernetesEngine:
         return after.record() if after is not None else None
 
     async def _change(
-        self, election_id: str, step: Callable[[Lease], Lease | None], *, believe: bool = False
+        self, election_id: str, step: Callable[[Lease], Lease | None]
     ) -> tuple[Lease | None, Lease | None]:
-        """The Lease as it was, and as it became if there was a step; begins with what was seen last.
-
-        A step that is refused by what was seen looks again, unless a watch told it just now and that is to be believed.
-        """
+        """The Lease as it was, and as it became if there was a step; begins with what was seen last, to be quick."""
         seen = self._seen.get(election_id)
-        lease = seen.lease if seen is not None else await self._found(election_id)
+        lease = seen or await self._found(election_id)
         for _ in range(_TRIES):
             wanted = step(lease) if lease is not None else None
             if wanted is None:
-                if seen is None or (believe and time.monotonic() - seen.watched_s < _FRESH_S):
+                if seen is None:
                     return lease, None
             else:
                 with contextlib.suppress(ConflictError):
@@ -275,7 +262,7 @@ class KubernetesEngine:
         stored = await (self._api.put(lease) if lease.version else self._api.create(lease))
         if stored is not None:
             self._met.add(stored.name)
-            self._seen[stored.name] = _Seen(stored, 0)
+            self._seen[stored.name] = stored
         return stored
 
 
