@@ -55,7 +55,7 @@ class Deadline:
         stamp = self._stamps.get(sequence)
         if stamp is not None:
             self.at = max(self.at, stamp + seconds)
-        self._stamps = {known: at for known, at in self._stamps.items() if known >= sequence}
+            self._stamps = {known: at for known, at in self._stamps.items() if known >= sequence}
 
     def reset(self) -> None:
         """Another term: what was granted for the last one does not count for it."""

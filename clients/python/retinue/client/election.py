@@ -27,7 +27,7 @@ import socket
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias, TypeVar, overload
 
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
@@ -131,8 +131,18 @@ class Term:
     def check(self) -> None:
         """Raises TermLost if this is not the leader, or should not be any longer: for work that can't be cancelled."""
         self.on_check()
-        if self.lost or not self.is_leader():
-            raise TermLost(self.election_id, self.lost or "DEADLINE")
+        if not self.is_leader():
+            raise self.loss()
+        self.raise_if_lost()
+
+    def raise_if_lost(self) -> None:
+        """Raises TermLost if the work had to end, but does not look at the clock."""
+        if self.lost:
+            raise self.loss()
+
+    def loss(self) -> TermLost:
+        """What is raised for work that had to end."""
+        return TermLost(self.election_id, self.lost or "DEADLINE")
 
     async def proclaim(self, value: str) -> None:
         """Publishes a value for those who look for the leader, up to 4,096 characters. Raises RetinueError."""
@@ -170,6 +180,7 @@ class Campaign:
         self._leader: pb.Leader | None = None
         self._cancel: Callable[[], object] = lambda: None
         self._connected: bool | None = None
+        self._entered = False
         self._cancelled = False
         self._ended = False
         """The work has stopped; what is heard from now on is the echo of our resignation."""
@@ -191,15 +202,16 @@ class Campaign:
     async def begin(self, cancel: Callable[[], object]) -> Term:
         """Returns when elected; calls `cancel`, on the loop, when the work must end. As campaign() raises."""
         try:
-            await self._stand()
-            assert self.term is not None
+            term = await self._stand()
+            term.raise_if_lost()  # in the same breath
         except BaseException:
+            self._ended = True
             await self._leave()
             raise
-        self._cancel = cancel
+        self._cancel, self._entered = cancel, True
         self._emit("elected")
         self._look()
-        return self.term
+        return term
 
     async def end(self) -> None:
         """The work has stopped: resigns."""
@@ -211,7 +223,7 @@ class Campaign:
     def loss(self) -> TermLost:
         """What is raised for the work that had to end."""
         assert self.term is not None
-        return TermLost(self.term.election_id, self.term.lost)
+        return self.term.loss()
 
     @property
     def _fatal(self) -> BaseException | None:
@@ -220,23 +232,23 @@ class Campaign:
 
     # Before the term
 
-    async def _stand(self) -> None:
+    async def _stand(self) -> Term:
         try:
-            await self._until_elected()
+            return await self._until_elected()
         except errors.InvalidArgument as error:
             if not (self._proof and self._election.proof_is_guess and _about_proof(error)):
                 raise
             log.info("the server can't see our proof of death in its directory: going without")
             self._drop_proof()
             self._election.proof_dir = None
-            await self._until_elected()
+            return await self._until_elected()
 
     async def _take_proof(self) -> None:
         if self._proof is None:
             self._proof = await self._election.proof()
             self._candidate.start.proof_file = self._proof.name if self._proof else ""
 
-    async def _until_elected(self) -> None:
+    async def _until_elected(self) -> Term:
         self._running = asyncio.create_task(self._candidate.run())
         entering = asyncio.create_task(self._entering.wait())
         try:
@@ -247,6 +259,7 @@ class Campaign:
             self._running.result()
         if self.term is None:
             raise NotElected(self._candidate.start.election_id, self._leader or pb.Leader())
+        return self.term
 
     @property
     def _patience(self) -> float | None:
@@ -327,9 +340,10 @@ class Campaign:
             return
         self.term.lost = reason
         self.term.ending.set()
-        self._emit("lost", reason=reason)
-        self._cancelled = True
-        self._cancel()
+        if self._entered:
+            self._emit("lost", reason=reason)
+            self._cancelled = True
+            self._cancel()
 
     async def _proclaim(self, value: str) -> None:
         assert self.term is not None
@@ -483,7 +497,12 @@ class Election:
         )
         return Campaign(self, start, wait=wait, margin=self._margin, cancel_on_request=cancel_on_request, alive=alive)
 
-    async def lead(self, function: Callable[[Term], Awaitable[T]] | Callable[[Term], T], **options: Any) -> T:
+    @overload
+    async def lead(self, function: Callable[[Term], Awaitable[T]], **options: Any) -> T: ...
+    @overload
+    async def lead(self, function: Callable[[Term], T], **options: Any) -> T: ...
+
+    async def lead(self, function: Callable[[Term], Any], **options: Any) -> Any:
         """Campaigns again and again, and runs `function(term)` each time it leads, until the function returns.
 
         A coroutine function is cancelled when leadership is lost. A plain one runs in a thread and must return soon
@@ -492,7 +511,7 @@ class Election:
         while True:
             try:
                 async with self.campaign(**options) as term:
-                    return cast("T", await _run(function, term))
+                    return await _run(function, term)
             except TermLost as lost:
                 log.info("%s; standing again", lost)
                 if lost.reason in ("STEP_DOWN_REQUESTED", "UNHEALTHY"):
