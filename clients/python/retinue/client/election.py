@@ -116,6 +116,8 @@ class Term:
         """Why the work had to end; empty = it has not."""
         self.on_check: Callable[[], None] = lambda: None
         """Called by check(): a sign that the work goes on."""
+        self.on_renewed: Callable[[], None] = lambda: None
+        """Called on the event loop whenever the deadline has moved."""
         self._deadline = candidate.deadline
         self._speak = speak
         self._over = False
@@ -298,8 +300,10 @@ class Campaign:
                 self._entering.set()
         elif candidate.token != self.term.token:
             self.lost("EXPIRED")
-        elif not self._election.healthy():
-            self._stop("UNHEALTHY")
+        else:
+            self.term.on_renewed()
+            if not self._election.healthy():
+                self._stop("UNHEALTHY")
 
     def at_risk(self, seconds: float) -> None:
         self._emit("at_risk", seconds=seconds)

@@ -4,8 +4,8 @@ removes its files.
     python guard.py DIRECTORY...
 
 Reads `+PGID` and `-PGID` lines, `!` to forget the groups that are no more, and `@SECONDS`: until when, on the boot
-clock, the groups may live unless it is told a later time. At the end of its input, however the runner died, it kills the
-process groups that are left and removes the directories. It imports little and ignores the signals of the terminal.
+clock, the groups may live unless it is told a later time. At the end of its input, however the runner died, it kills
+the process groups that are left and removes the directories. It imports little and ignores the signals of the terminal.
 """
 
 import os
