@@ -45,7 +45,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in metafunc.fixturenames:
         named = metafunc.config.getoption("--target")
-        metafunc.parametrize("target", ("target",) if named else ENGINES, indirect=True, scope="session")
+        marker = metafunc.definition.get_closest_marker("engines")
+        engines = marker.args if marker else ENGINES
+        metafunc.parametrize("target", ("target",) if named else engines, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -58,16 +58,16 @@ class Work:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def until(self, event: str, patience: float = PATIENCE) -> dict[str, Any]:
-        """The next event of that kind."""
+    def until(self, *kinds: str, patience: float = PATIENCE) -> dict[str, Any]:
+        """The next event of one of these kinds."""
         end = time.monotonic() + patience
         while True:
             try:
                 found = self._incoming.get(timeout=max(end - time.monotonic(), 0.01))
             except threadsafe.Empty:
-                raise AssertionError(f"no event {event}; there were {self.events}; log:\n{self.log[-3000:]}") from None
+                raise AssertionError(f"no event {kinds}; there were {self.events}; log:\n{self.log[-3000:]}") from None
             self.events.append(found)
-            if found["event"] == event:
+            if found["event"] in kinds:
                 return found
 
     def signal(self, number: signal.Signals) -> None:

@@ -118,7 +118,7 @@ def restart(entrant: Entrant, count: int) -> Round:
     try:
         producer = _producer(entrant, port)
         producer.tell('{"do": "enqueue", "queue": "bench", "first": 0, "count": 1000000, "mode": "bulk"}')
-        time.sleep(1.0)
+        time.sleep(1.0)  # so that it dies amid writes
     finally:
         server.process.kill()
         server.process.wait()

@@ -43,6 +43,14 @@ def operator(target: Target) -> Iterator[Client]:
         yield client
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """The server of what is tested with commands and clients, which share it; none of them ends it."""
+    running = start_server(tmp_path_factory.mktemp("server"))
+    yield running
+    assert running.stop() == 0
+
+
 @pytest.fixture
 def line(app: Client) -> Line:
     """A queue that no other test uses; it springs into being with its first task."""

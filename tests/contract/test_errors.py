@@ -147,6 +147,7 @@ def test_a_reason_comes_with_the_metadata_that_its_comment_promises(line: Line, 
     assert error.value.metadata.items() >= METADATA[reason](line).items()
 
 
+@pytest.mark.engines("sqlite")
 def test_a_request_that_is_no_message_is_refused(app: Client) -> None:
     call: Any = app.channel.unary_unary("/retinue.workqueue.v1.WorkQueueService/GetTask")
     with pytest.raises(grpc.RpcError) as error:
@@ -154,6 +155,7 @@ def test_a_request_that_is_no_message_is_refused(app: Client) -> None:
     assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
+@pytest.mark.engines("sqlite")
 def test_an_unknown_method_is_unimplemented(app: Client) -> None:
     call: Any = app.channel.unary_unary("/retinue.workqueue.v1.WorkQueueService/Nothing")
     with pytest.raises(grpc.RpcError) as error:
@@ -161,6 +163,7 @@ def test_an_unknown_method_is_unimplemented(app: Client) -> None:
     assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
+@pytest.mark.engines("sqlite")
 def test_fields_that_the_server_does_not_know_are_ignored(line: Line) -> None:
     call: Any = line.app.channel.unary_unary("/retinue.workqueue.v1.WorkQueueService/EnqueueTasks")
     request = line.app.request("EnqueueTasks", tasks=[line.spec()]).SerializeToString() + b"\xfa\x3f\x02hi"
@@ -223,6 +226,7 @@ def test_a_strict_server_takes_tasks_for_queues_that_were_made(serve: Serve) -> 
         assert line.state(lease.task_id) == "LEASED"
 
 
+@pytest.mark.engines("sqlite")
 def test_every_method_of_the_contract_is_there(app: Client, operator: Client) -> None:
     for name, method in METHODS.items():
         if not method.client_streaming and not method.server_streaming:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from collector import Collector, collecting
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from servers import RunningServer, start_server
+from servers import RunningServer
 from workers import Work
 
 from retinue.client import errors, trace
@@ -26,13 +26,6 @@ from retinue.workqueue.v1 import workqueue_admin_service_pb2_grpc as rpc
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    running = start_server(tmp_path_factory.mktemp("server"))
-    yield running
-    running.stop()
 
 
 @pytest.fixture
@@ -78,9 +71,9 @@ async def test_callers_of_one_turn_share_one_call(queue: Queue) -> None:
     calls: list[int] = []
     send = queue._enqueue_block
 
-    async def counted(tasks: list[pb.TaskSpec]) -> Any:
+    async def counted(tasks: list[pb.TaskSpec], left: float) -> Any:
         calls.append(len(tasks))
-        return await send(tasks)
+        return await send(tasks, left)
 
     queue._outbox._send = counted
     await asyncio.gather(*(queue.enqueue(str(number)) for number in range(100)))
@@ -93,7 +86,7 @@ async def test_a_handler_that_blocks_the_loop_keeps_its_lease(queue: Queue, star
         return "done"
 
     task = await queue.enqueue("x")
-    start(block, lease_duration=1)
+    start(block, lease_duration=2)
     done = await finished(queue, task.task_id)
     assert (done.state, done.lease_expirations, done.lease_epoch) == (pb.TASK_STATE_SUCCEEDED, 0, 1)
 
@@ -362,7 +355,7 @@ def test_a_handler_is_a_consumer_span_in_the_producers_trace(
 def test_a_collector_that_is_away_costs_a_worker_nothing_but_a_warning(server: RunningServer, tmp_path: Path) -> None:
     with SyncQueue("untraced", address=server.address) as queue:
         task = queue.enqueue("x")
-        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
+        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_TIMEOUT": "1"}
         work = Work(server, tmp_path, "untraced", "--max-tasks", "1", "--", "cat", **env)
         assert queue.wait(task.task_id, timeout=20).state == pb.TASK_STATE_SUCCEEDED
         assert work.ended(25) == 0

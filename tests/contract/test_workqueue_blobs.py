@@ -105,6 +105,7 @@ def test_other_bytes_than_announced_are_refused_and_not_kept(app: Client, announ
     assert not is_there(app, "0" * 64)
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(
     ("first", "fields"),
     [
@@ -121,6 +122,7 @@ def test_a_malformed_announcement_is_refused(app: Client, first: Any, fields: se
     assert (error.value.code, error.value.reason, error.value.fields) == ("INVALID_ARGUMENT", "INVALID_FIELD", fields)
 
 
+@pytest.mark.engines("sqlite")
 def test_an_announcement_after_the_first_message_is_refused(app: Client) -> None:
     content = os.urandom(10)
     for late in ({"blob_id": sha(content)}, {"size_bytes": 10}):
@@ -130,6 +132,7 @@ def test_an_announcement_after_the_first_message_is_refused(app: Client) -> None
     assert not is_there(app, sha(content))
 
 
+@pytest.mark.engines("sqlite")
 def test_a_piece_over_1_mib_is_refused(app: Client) -> None:
     content = os.urandom(MIB + 1)
     with pytest.raises(Refused) as error:
@@ -182,6 +185,7 @@ def test_an_offset_beyond_the_end_is_refused(app: Client, offset: int) -> None:
     assert (error.value.code, error.value.fields) == ("INVALID_ARGUMENT", {"offset_bytes"})
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("blob_id", ["", "0" * 63, "A" * 64, "../" + "0" * 61])
 def test_a_malformed_blob_id_is_refused(app: Client, blob_id: str) -> None:
     for look in (lambda: app.StatBlob(blob_id=blob_id), lambda: download(app, blob_id)):
@@ -227,6 +231,7 @@ def test_an_atomic_batch_with_a_lost_blob_takes_nothing(line: Line) -> None:
     assert line.tasks() == []
 
 
+@pytest.mark.engines("sqlite")
 def test_a_malformed_blob_reference_is_named(line: Line) -> None:
     lease = line.lend()
     tasks = [line.spec(input=blob("")), line.spec(input=blob("xyz"))]

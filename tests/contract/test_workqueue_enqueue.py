@@ -82,6 +82,7 @@ def test_a_task_id_that_the_server_makes_is_as_legal_as_a_chosen_one(line: Line)
     assert set(task_id) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._:/-")
 
 
+@pytest.mark.engines("sqlite")
 def test_the_trace_context_comes_from_the_calls_metadata_unless_the_spec_has_one(line: Line) -> None:
     of_call = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     of_spec = "00-11111111111111111111111111111111-2222222222222222-00"
@@ -90,6 +91,7 @@ def test_the_trace_context_comes_from_the_calls_metadata_unless_the_spec_has_one
     assert [lease.traceparent for lease in line.take(2)] == [of_call, of_spec]
 
 
+@pytest.mark.engines("sqlite")
 def test_a_malformed_trace_context_in_the_metadata_fails_no_call(line: Line) -> None:
     pending = line.app.begin("EnqueueTasks", metadata=[("traceparent", "x" * 200)], tasks=[line.spec()])
     assert not pending.result().results[0].HasField("status")
@@ -269,6 +271,7 @@ def test_an_inline_payload_of_256_kib_is_taken(line: Line, kind: str) -> None:
     line.put(input={kind: content, "content_type": "text/plain"})
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("kind", ["data", "text", "json"])
 def test_an_inline_payload_over_256_kib_is_refused_for_good(line: Line, kind: str) -> None:
     content = "x" * (INLINE + 1)

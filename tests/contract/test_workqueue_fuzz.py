@@ -14,6 +14,8 @@ from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.engines("sqlite", "postgres")  # those that write down what is sent
+
 ALLOWED = {
     "INVALID_ARGUMENT",
     "NOT_FOUND",

@@ -150,6 +150,7 @@ def test_a_task_at_the_limit_is_taken(line: Line, fields: dict[str, Any]) -> Non
     line.put(**fields)
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(("fields", "wrong"), numbered(BAD_SPECS))
 def test_a_task_over_a_limit_fails_the_whole_batch(line: Line, fields: dict[str, Any], wrong: set[str]) -> None:
     tasks = [line.spec(), line.spec(**fields), line.spec(priority=5000)]
@@ -158,6 +159,7 @@ def test_a_task_over_a_limit_fails_the_whole_batch(line: Line, fields: dict[str,
     assert line.tasks() == []
 
 
+@pytest.mark.engines("sqlite")
 def test_a_follow_up_over_a_limit_fails_the_whole_batch(line: Line) -> None:
     line.put_many(2)
     good, bad = line.take(2)
@@ -253,6 +255,7 @@ def filled(fields: Any, line: Line) -> Any:
     return line.id if isinstance(fields, str) and fields == "{queue}" else fields
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(("rpc", "fields", "wrong"), numbered(BAD_APP))
 def test_a_request_over_a_limit_is_refused(line: Line, rpc: str, fields: dict[str, Any], wrong: set[str]) -> None:
     task_id = line.put()
@@ -291,6 +294,7 @@ BAD_ITEMS: list[tuple[str, str, dict[str, Any], set[str]]] = [
 ]
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(("rpc", "kind", "fields", "wrong"), numbered(BAD_ITEMS))
 def test_an_item_over_a_limit_fails_the_whole_batch(
     line: Line, rpc: str, kind: str, fields: dict[str, Any], wrong: set[str]
@@ -302,6 +306,7 @@ def test_an_item_over_a_limit_fails_the_whole_batch(
     assert line.tasks() == before
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(
     ("rpc", "kind"),
     [
@@ -317,6 +322,7 @@ def test_a_batch_of_1001_settlements_is_refused(line: Line, rpc: str, kind: str)
     assert not any(task.state != task_pb2.TASK_STATE_LEASED for task in line.tasks())
 
 
+@pytest.mark.engines("sqlite")
 def test_follow_ups_are_limited_for_one_completion_and_for_a_batch(line: Line) -> None:
     line.put_many(11)
     tokens = [lease.lease_token for lease in line.take(11)]
@@ -361,6 +367,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], set[str]]] = [
 ]
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(("settings", "wrong"), numbered(BAD_SETTINGS))
 def test_settings_over_a_limit_are_refused(
     operator: Client, line: Line, settings: dict[str, Any], wrong: set[str]
@@ -411,6 +418,7 @@ BAD_OPERATOR: list[tuple[str, dict[str, Any], set[str]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(("rpc", "fields", "wrong"), numbered(BAD_OPERATOR))
 def test_an_operators_request_over_a_limit_is_refused(
     operator: Client, rpc: str, fields: dict[str, Any], wrong: set[str]
@@ -418,6 +426,7 @@ def test_an_operators_request_over_a_limit_is_refused(
     assert invalid(lambda: getattr(operator, rpc)(**fields)) == wrong
 
 
+@pytest.mark.engines("sqlite")
 def test_more_violations_than_fit_are_counted(line: Line) -> None:
     tasks = [line.spec(priority=5000, labels={"a b": ""})] * 1_000
     with pytest.raises(Refused) as error:
@@ -429,6 +438,7 @@ def test_more_violations_than_fit_are_counted(line: Line) -> None:
     assert sum(len(field) + len(why) for field, why in found.violations) < 6 * 1024
 
 
+@pytest.mark.engines("sqlite")
 def test_a_violation_of_a_huge_field_stays_small(line: Line) -> None:
     with pytest.raises(Refused) as error:
         line.app.EnqueueTasks(tasks=[line.spec(labels={"x y" * 50_000: "v"}, task_type="t" * 100_000)])

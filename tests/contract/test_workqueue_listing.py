@@ -163,6 +163,7 @@ def test_queues_come_by_name_and_pages_hold_every_one(operator: Client) -> None:
 # Page tokens
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("rpc", ["ListTasks", "ListQueues"])
 @pytest.mark.parametrize("token", ["x", "!!", "eyJhIjoxfQ", "bnVsbA", "W10", "A" * 5_000, "ü", "\x00"])
 def test_a_page_token_that_is_none_is_malformed(app: Client, rpc: str, token: str) -> None:

@@ -50,6 +50,7 @@ def states(line: Line, ids: dict[str, str]) -> dict[str, str]:
 # Roles
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("rpc", sorted(set(ADMIN) - OPEN_TO_APPS))
 def test_an_app_may_not_do_an_operators_work(app: Client, line: Line, rpc: str) -> None:
     line.put()
@@ -61,6 +62,7 @@ def test_an_app_may_not_do_an_operators_work(app: Client, line: Line, rpc: str) 
     assert stats(line).state == queue_pb2.QUEUE_STATE_ACTIVE
 
 
+@pytest.mark.engines("sqlite")
 def test_a_call_beyond_the_callers_role_tells_both_roles(app: Client, line: Line) -> None:
     with pytest.raises(Refused) as error:
         app.CreateQueue(queue_id=line.id)

@@ -104,6 +104,7 @@ def test_a_paused_queue_grants_nothing_until_it_is_resumed(line: Line, operator:
         assert len(granted(stream, 1)) == 1
 
 
+@pytest.mark.engines("sqlite")
 def test_credit_adds_up_to_a_hundred_thousand_and_no_more(line: Line) -> None:
     with opened(line, credit=10_000) as stream:
         for _ in range(9):
@@ -228,11 +229,11 @@ def test_a_repeated_outcome_on_a_stream_is_ok(line: Line) -> None:
 
 def test_extend_all_keeps_the_leases_of_the_stream_alive(line: Line) -> None:
     line.put_many(2)
-    with opened(line, credit=2, lease_duration=seconds(1)) as stream:
+    with opened(line, credit=2, lease_duration=seconds(2)) as stream:
         leases = granted(stream, 2)
         other = new_line(line.app)
         for sequence in range(3):
-            other.ended(other.put(expire_duration=seconds(0.5)))
+            other.ended(other.put(expire_duration=seconds(0.8)))
             stream.send(extend_all=True, sequence=sequence)
             assert list(settled(stream).lost_lease_tokens) == []
         stream.send(completions=tokens(leases), sequence=9)
@@ -254,11 +255,11 @@ def test_extend_all_extends_by_the_streams_lease_duration(line: Line) -> None:
     line.put()
     with opened(line, credit=1, lease_duration=seconds(10)) as stream:
         [lease] = granted(stream, 1)
-        line.extend(lease, lease_duration=seconds(1))
+        line.extend(lease, lease_duration=seconds(2))
         stream.send(extend_all=True, sequence=1)
         settled(stream)
         other = new_line(line.app)
-        other.ended(other.put(expire_duration=seconds(1.3)))
+        other.ended(other.put(expire_duration=seconds(2.2)))
         assert line.state(lease.task_id) == "LEASED"
 
 
@@ -276,17 +277,17 @@ def test_extend_all_tells_which_tasks_were_cancelled(line: Line) -> None:
 
 def test_extend_all_goes_on_with_a_lease_whose_completion_was_refused(line: Line) -> None:
     line.put()
-    with opened(line, credit=1, lease_duration=seconds(1)) as stream:
+    with opened(line, credit=1, lease_duration=seconds(2)) as stream:
         [lease] = granted(stream, 1)
         taken = line.spec(task_id=lease.task_id)
         stream.send(sequence=1, completions=[{"lease_token": lease.lease_token, "follow_ups": [taken]}])
         assert settled(stream).errors[0].status.reason == "TASK_EXISTS"
         other = new_line(line.app)
-        for sequence in (2, 3):
-            other.ended(other.put(expire_duration=seconds(0.6)))
+        for sequence in (2, 3, 4):
+            other.ended(other.put(expire_duration=seconds(0.8)))
             stream.send(extend_all=True, sequence=sequence)
             settled(stream)
-        stream.send(sequence=4, completions=tokens([lease]))
+        stream.send(sequence=5, completions=tokens([lease]))
         assert list(settled(stream).errors) == []
 
 
@@ -331,6 +332,7 @@ def test_a_cancelled_stream_gives_back_what_it_did_not_deliver_and_no_more(line:
     assert {task.task_id for task in line.tasks(states=[task_pb2.TASK_STATE_LEASED])} == kept | {after}
 
 
+@pytest.mark.engines("sqlite")
 def test_a_reader_that_does_not_read_gets_no_more_than_its_credit(line: Line) -> None:
     for _ in range(4):
         line.app.EnqueueTasks(tasks=[line.spec(input=text("x" * 100_000))] * 20)
@@ -343,6 +345,7 @@ def test_a_reader_that_does_not_read_gets_no_more_than_its_credit(line: Line) ->
         assert not {x.task_id for x in got} & {x.task_id for x in taken}
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(
     ("message", "fields"),
     [
@@ -368,6 +371,7 @@ def test_a_bad_message_ends_the_stream_and_changes_nothing(line: Line, message: 
     assert len(line.tasks(states=[task_pb2.TASK_STATE_READY])) == 1
 
 
+@pytest.mark.engines("sqlite")
 def test_a_bad_message_right_after_a_lease_ends_the_stream_and_the_lease_goes_on(line: Line) -> None:
     """The answer to the lease overtakes the end of the server's own write of it."""
     line.put_many(300)
@@ -381,6 +385,7 @@ def test_a_bad_message_right_after_a_lease_ends_the_stream_and_the_lease_goes_on
     assert line.take() == []
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize(
     ("first", "fields"),
     [
@@ -401,6 +406,7 @@ def test_a_first_message_that_is_wrong_is_refused(app: Client, first: Any, field
     assert (error.code, error.reason, error.fields) == ("INVALID_ARGUMENT", "INVALID_FIELD", fields)
 
 
+@pytest.mark.engines("sqlite")
 def test_a_stream_without_any_message_lacks_its_open(app: Client) -> None:
     with app.stream("StreamTasks") as stream:
         stream.half_close()

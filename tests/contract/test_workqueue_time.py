@@ -164,6 +164,7 @@ def test_without_a_wait_the_task_comes_as_it_stands(line: Line) -> None:
     assert (task.state, task.spec.input) == (task_pb2.TASK_STATE_READY, text("in"))
 
 
+@pytest.mark.engines("sqlite")
 def test_a_wait_that_is_over_gives_the_task_as_it_stands(line: Line) -> None:
     task_id = line.put()
     began = time.monotonic()
@@ -171,6 +172,7 @@ def test_a_wait_that_is_over_gives_the_task_as_it_stands(line: Line) -> None:
     assert 0.3 <= time.monotonic() - began < 2
 
 
+@pytest.mark.engines("sqlite")
 def test_a_wait_ends_200_ms_before_the_callers_deadline(line: Line) -> None:
     task_id = line.put()
     began = time.monotonic()

@@ -135,6 +135,7 @@ def more_events_than_are_remembered(line: Line, operator: Client) -> int:
     return 18_000
 
 
+@pytest.mark.engines("sqlite")
 def test_a_watcher_that_falls_behind_is_told_to_list_anew(line: Line, operator: Client, target: Target) -> None:
     small_window = [("grpc.http2.lookahead_bytes", 4_096), ("grpc.http2.bdp_probe", 0)]
     with Client(target.address, options=small_window) as reader, Line(reader, line.id).watch() as slow:
@@ -144,6 +145,7 @@ def test_a_watcher_that_falls_behind_is_told_to_list_anew(line: Line, operator: 
     assert (error.value.code, error.value.reason) == ("OUT_OF_RANGE", "WATCH_TOKEN_EXPIRED")
 
 
+@pytest.mark.engines("sqlite")
 def test_a_token_whose_events_are_forgotten_is_expired(line: Line, operator: Client) -> None:
     with line.watch() as watch:
         token = watch.token
@@ -153,6 +155,7 @@ def test_a_token_whose_events_are_forgotten_is_expired(line: Line, operator: Cli
     assert (error.value.code, error.value.reason) == ("OUT_OF_RANGE", "WATCH_TOKEN_EXPIRED")
 
 
+@pytest.mark.engines("sqlite")
 @pytest.mark.parametrize("fields", [{"resume_token": "x"}, {"queue_id": "!"}, {"queue_id": "!", "resume_token": "x"}])
 def test_a_malformed_watch_is_refused(app: Client, fields: dict[str, str]) -> None:
     with pytest.raises(Refused) as error, app.stream("WatchEvents", **fields) as stream:

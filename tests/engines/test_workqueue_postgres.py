@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import subprocess
 import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import psycopg
 import pytest
 from google.protobuf.json_format import MessageToDict
 from msgspec.structs import replace
+from psycopg.types.json import Jsonb
 from support.postgres import Postgres, as_nobody, free_port
 from support.workqueue_core import NoBlobs
 
@@ -22,9 +24,21 @@ from retinue.workqueue.v1 import task_pb2
 from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.errors import Reason, RetinueError, Unavailable
 from retinue_server.workqueue.core.queue import WorkQueue
-from retinue_server.workqueue.core.requests import Complete, Enqueue, LeaseAsk, LeaseRef, NewTask, SettingsPatch
+from retinue_server.workqueue.core.requests import (
+    Complete,
+    Enqueue,
+    Extend,
+    Fail,
+    LeaseAsk,
+    LeaseRef,
+    NewTask,
+    Release,
+    Selection,
+    SettingsPatch,
+)
 from retinue_server.workqueue.engine import (
     Durability,
+    Failure,
     QueueRow,
     QueueSettings,
     QueueState,
@@ -52,16 +66,15 @@ def schema(postgres: Postgres) -> Iterator[str]:
 
 @asynccontextmanager
 async def coordinators(url: str, schema: str, count: int = 2, **options: object) -> AsyncIterator[list[WorkQueue]]:
-    async with AsyncExitStack() as stack:
-        queues = []
-        for _ in range(count):
-            engine = PostgresEngine(url, schema=schema, **options)  # type: ignore[arg-type] # as they are
-            queue = WorkQueue(engine, NoBlobs(), clock=engine.now)
+    engines = [PostgresEngine(url, schema=schema, **options) for _ in range(count)]  # type: ignore[arg-type] # as they are
+    queues = [WorkQueue(engine, NoBlobs(), clock=engine.now) for engine in engines]
+    try:
+        for engine, queue in zip(engines, queues, strict=True):
             engine.on_ready(queue.hear_ready)
             await engine.start()
-            stack.push_async_callback(engine.stop)
-            queues.append(queue)
         yield queues
+    finally:
+        await asyncio.gather(*(engine.stop() for engine in engines))
 
 
 async def enqueue(queue: WorkQueue, count: int) -> list[str]:
@@ -163,6 +176,84 @@ async def test_leases_go_on_when_their_coordinator_is_gone(postgres: Postgres, s
         after = await other.get(granted.task.row.task_id)
     assert settled.error is None
     assert after.row.state == State.SUCCEEDED
+
+
+# What a coordinator knows by heart
+
+
+async def test_a_cancellation_at_another_coordinator_counts_when_the_lease_ends(
+    postgres: Postgres, schema: str
+) -> None:
+    async with coordinators(postgres.url, schema) as (one, other):
+        ids = await enqueue(one, 20)
+        granted = await one.lease(LeaseAsk("q", "w", 20))
+        await other.cancel(Selection(tuple(ids[:10])))
+        failed = [Fail(LeaseRef.of(task.row), Failure("BAD", "it is")) for task, *_ in granted]
+        settled = await one.settle(failed)
+    assert [one.state for one in settled] == [State.CANCELLED] * 10 + [State.RETRYING] * 10
+
+
+async def test_a_lease_that_another_coordinator_ended_is_not_ended_again(postgres: Postgres, schema: str) -> None:
+    async with coordinators(postgres.url, schema) as (one, other):
+        await enqueue(one, 20)
+        granted = await one.lease(LeaseAsk("q", "w", 20))
+        leases = [LeaseRef.of(task.row) for task, *_ in granted]
+        await other.settle([Complete(lease) for lease in leases[:5]])
+        await other.settle([Release(lease) for lease in leases[5:10]])
+        settled = await one.settle([Fail(lease, Failure("BAD", "it is"), final=True) for lease in leases])
+        counts = (await one.reports(["q"]))[0].counts
+    errors = [settled_.error.reason if settled_.error else None for settled_ in settled]
+    assert errors == [Reason.ALREADY_FINALIZED] * 10 + [None] * 10
+    assert counts == {State.SUCCEEDED: 5, State.READY: 5, State.DEAD: 10}
+
+
+async def test_a_coordinator_that_leased_first_does_not_refuse_who_leased_later(
+    postgres: Postgres, schema: str
+) -> None:
+    async with coordinators(postgres.url, schema) as (one, other):
+        await enqueue(one, 1)
+        (first,) = await one.lease(LeaseAsk("q", "w", 1))
+        await other.settle([Release(LeaseRef.of(first.task.row))])
+        (second,) = await other.lease(LeaseAsk("q", "v", 1))
+        (late,) = await one.settle([Complete(LeaseRef.of(first.task.row))])
+        (extended,) = await one.extend([Extend(LeaseRef.of(second.task.row), 60_000)])
+        (settled,) = await one.settle([Complete(LeaseRef.of(second.task.row))])
+    assert late.error is not None
+    assert late.error.reason == Reason.LEASE_LOST
+    assert (extended.error, settled.error, settled.state) == (None, None, State.SUCCEEDED)
+
+
+async def test_leases_that_two_coordinators_end_at_once_end_once(postgres: Postgres, schema: str) -> None:
+    async with coordinators(postgres.url, schema) as (one, other):
+        await enqueue(one, 200)
+        granted = await one.lease(LeaseAsk("q", "w", 200))
+        leases = [LeaseRef.of(task.row) for task, *_ in granted]
+        calls = [
+            queue.settle([kind(lease) for lease in leases[start : start + 20]])
+            for start in range(0, 200, 20)
+            for queue, kind in ((one, Complete), (other, Release))
+        ]
+        settled = [item for items in await asyncio.gather(*calls) for item in items]
+        counts = (await one.reports(["q"]))[0].counts
+    accepted = Counter(item.state for item in settled if item.error is None)
+    assert accepted == {state: count for state, count in counts.items() if count}
+    assert accepted.total() == 200
+
+
+@pytest.mark.parametrize("task_id", ["", "named"])
+async def test_a_request_that_was_answered_elsewhere_is_answered_alike(
+    task_id: str, postgres: Postgres, schema: str
+) -> None:
+    asked = Enqueue((NewTask("q", task_id=task_id), NewTask("q")), atomic=True, request_id="r")
+    async with coordinators(postgres.url, schema) as queues:
+        answers = await asyncio.gather(*(queue.enqueue(asked) for _ in range(5) for queue in queues))
+        later = await queues[1].enqueue(asked)
+        with pytest.raises(RetinueError) as refused:
+            await queues[0].enqueue(replace(asked, fingerprint=b"other"))
+        counts = (await queues[0].reports(["q"]))[0].counts
+    assert all(answer == later for answer in answers)
+    assert refused.value.reason == Reason.REQUEST_CONFLICT
+    assert counts == {State.READY: 2}
 
 
 # Losing the server
@@ -345,6 +436,67 @@ async def test_sql_keeps_to_the_state_and_the_room_of_a_queue(queue: WorkQueue, 
     await queue.set_queue_state("q", QueueState.DRAINING)
     with pytest.raises(psycopg.Error, match="is draining"):
         postgres.run(call)
+
+
+GUIDE = Path(__file__).parents[2] / "deploy/workqueue/README.md"
+RIGHTS = """
+SELECT c.relname, p.name FROM pg_class c,
+  unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) p (name)
+WHERE c.relnamespace = {schema}::regnamespace AND c.relkind IN ('r', 'p') AND has_table_privilege(c.oid, p.name)
+UNION ALL
+SELECT c.relname, p.name FROM pg_class c, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'REFERENCES']) p (name)
+WHERE c.relnamespace = {schema}::regnamespace AND c.relkind IN ('r', 'p') AND has_any_column_privilege(c.oid, p.name)
+UNION ALL
+SELECT c.relname, p.name FROM pg_class c, unnest(ARRAY['USAGE', 'SELECT', 'UPDATE']) p (name)
+WHERE c.relnamespace = {schema}::regnamespace AND c.relkind = 'S' AND has_sequence_privilege(c.oid, p.name)
+UNION ALL
+SELECT DISTINCT p.proname, 'EXECUTE' FROM pg_proc p
+WHERE p.pronamespace = {schema}::regnamespace AND has_function_privilege(p.oid, 'EXECUTE')
+UNION ALL
+SELECT {schema}, 'CREATE' WHERE has_schema_privilege({schema}, 'CREATE')
+"""
+"""What a role may do in a schema, one right a row."""
+
+
+@contextmanager
+def granted_by_the_guide(postgres: Postgres, schema: str) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
+    """A connection of a role that has what the guide says, and no more."""
+    role = f"app_{schema}"
+    [block] = [text for text in re.findall(r"```sql\n(.*?)```", GUIDE.read_text(), re.DOTALL) if "GRANT" in text]
+    postgres.run(f"CREATE ROLE {role} LOGIN")
+    postgres.run(re.sub(r"\bapp\b", role, re.sub(r"\bretinue\b", schema, block)))
+    try:
+        with psycopg.connect(postgres.url, user=role) as connection:
+            yield connection
+    finally:
+        postgres.run(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+async def test_a_role_with_the_rights_of_the_guide_enqueues_in_its_transaction_and_does_nothing_else(
+    queue: WorkQueue, postgres: Postgres
+) -> None:
+    schema = queue.engine._statements.schema  # type: ignore[attr-defined] # the engine's
+    enqueue_under_key = f"SELECT {schema}.retinue_enqueue_v1('q', %s, idempotency_key => 'k')"
+    with granted_by_the_guide(postgres, schema) as connection:
+        for content in (Jsonb({"a": 1}), "text", b"bytes"):
+            connection.execute(f"SELECT {schema}.retinue_enqueue_v1('q', %s)", [content])
+        first = connection.execute(enqueue_under_key, ["x"]).fetchone()
+        assert await queue.lease(LeaseAsk("q", "w", 1)) == []
+        connection.commit()
+        assert len(await queue.lease(LeaseAsk("q", "w", 5))) == 4
+        assert connection.execute(enqueue_under_key, ["x"]).fetchone() == first
+        connection.commit()
+        assert connection.execute(RIGHTS.format(schema=f"'{schema}'")).fetchall() == [("retinue_enqueue_v1", "EXECUTE")]
+        for forbidden in (
+            "SELECT input FROM {}.body",
+            "SELECT input, result FROM {}.history",
+            "DELETE FROM {}.task",
+            "UPDATE {}.task SET priority = 1",
+            "UPDATE {}.queue SET state = 2",
+            "SELECT {}.enqueue_payload('q', 'no message', 1, '', '', 0, NULL, NULL, NULL, '', '{{}}', '', false)",
+        ):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege), connection.transaction():
+                connection.execute(forbidden.format(schema))
 
 
 # A pooler

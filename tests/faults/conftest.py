@@ -1,11 +1,13 @@
 """Faults are played against the same servers as the contract suite's, and in simulated worlds."""
 
+import os
 from pathlib import Path
 
 import pytest
 from contract.conftest import serve
 from faults.tables import pytest_terminal_summary, row
-from support.faults.clients import build_go_worker
+from support.faults.clients import GO_WORKER, build_go_worker
+from support.postgres import locked
 
 __all__ = ["pytest_terminal_summary", "row", "serve"]
 
@@ -43,8 +45,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def go_worker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The worker of the Go client."""
-    try:
-        return build_go_worker(tmp_path_factory.mktemp("go"))
-    except LookupError as missing:
-        pytest.skip(str(missing))
+    """The worker of the Go client, built by the first who needs it."""
+    mine = tmp_path_factory.getbasetemp()
+    directory = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "go"
+    directory.mkdir(exist_ok=True)
+    with locked(directory):
+        program = directory / GO_WORKER
+        try:
+            return program if program.exists() else build_go_worker(directory)
+        except LookupError as missing:
+            pytest.skip(str(missing))

@@ -101,9 +101,9 @@ def test_a_live_lease_survives_a_crash_with_its_token_and_uncounted(it: Crash) -
 
 def test_a_lease_that_ran_out_while_the_server_was_down_gets_one_full_term(it: Crash) -> None:
     it.line.put()
-    lease = it.line.take_one(lease_duration=seconds(1))
+    lease = it.line.take_one(lease_duration=seconds(2))
     it.server.kill()
-    until = time.monotonic() + 1.2
+    until = time.monotonic() + 2.1
     it.server.process.wait(10)
     time.sleep(max(0, until - time.monotonic()))  # nobody is there to be waited for
     it.server = it.server.restart()

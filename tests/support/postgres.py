@@ -13,11 +13,9 @@ import os
 import pwd
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,13 +90,6 @@ class Postgres:
         """Stops it; connections are cut."""
         self._run("pg_ctl", "stop", "--wait", f"--mode={mode}", "--silent")
 
-    def kill(self) -> None:
-        """As a crash of the machine's process table: SIGKILL for the postmaster; its children see it and end."""
-        pid = int((self.data / "postmaster.pid").read_text().split()[0])
-        os.kill(pid, signal.SIGKILL)
-        while Path(f"/proc/{pid}").exists() and _state(pid) != "Z":
-            time.sleep(0.01)
-
     def _run(self, program: str, *args: str) -> None:
         command = [*as_nobody(), binary(program), f"--pgdata={self.data}", *args]
         done = subprocess.run(command, check=False, capture_output=True, text=True, cwd="/")
@@ -127,12 +118,6 @@ class Postgres:
         self.run(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
 
 
-def _state(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return "Z"
-
-
 @contextlib.contextmanager
 def shared(run_id: str) -> Iterator[Postgres]:
     """The server of this run (the workers of pytest-xdist have one id)."""
@@ -141,7 +126,7 @@ def shared(run_id: str) -> Iterator[Postgres]:
     users = home / "users"
     users.mkdir(exist_ok=True)
     mine = users / str(os.getpid())
-    with _locked(home):
+    with locked(home):
         mine.touch()
         port = home / "port"
         if not port.exists():
@@ -150,7 +135,7 @@ def shared(run_id: str) -> Iterator[Postgres]:
     try:
         yield server
     finally:
-        with _locked(home):
+        with locked(home):
             mine.unlink()
             last = not any(users.iterdir())
             if last:
@@ -160,7 +145,8 @@ def shared(run_id: str) -> Iterator[Postgres]:
 
 
 @contextlib.contextmanager
-def _locked(home: Path) -> Iterator[None]:
+def locked(home: Path) -> Iterator[None]:
+    """Nobody else of this run is inside meanwhile."""
     with (home / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from retinue_server import __main__ as command
+from retinue_server import command
 from retinue_server.runtime import config
 from retinue_server.runtime.config import ConfigError
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 COMMAND = """
 import sys
-from retinue_server import __main__ as command
+from retinue_server import command
 command.PATTERNS = {"workqueue": "support.echo_wiring"}
 sys.exit(command.main())
 """
@@ -247,7 +247,7 @@ async def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
 async def test_a_signal_while_it_starts_stops_what_has_started(tmp_path: Path) -> None:
     code = """
 import asyncio, sys
-from retinue_server import __main__ as command
+from retinue_server import command
 from support import echo, echo_wiring
 class Slow:
     async def start(self):
@@ -278,10 +278,9 @@ class Early:
     def find_spec(self, name, *_):
         if name == "retinue_server.runtime.lifecycle":
             os.kill(os.getpid(), signal.SIGTERM)
-from retinue_server import __main__ as command
+from retinue_server import __main__ as entry
 sys.meta_path.insert(0, Early())
-command.PATTERNS = {"workqueue": "support.echo_wiring"}
-sys.exit(command.main())
+sys.exit(entry.main())
 """
     async with command(tmp_path, "workqueue", "--listen", "127.0.0.1:0", code=code) as server:
         assert await asyncio.wait_for(server.process.wait(), 10) == 128 + signal.SIGTERM
@@ -325,32 +324,24 @@ async def test_a_failed_fsync_ends_the_process_with_70(tmp_path: Path) -> None:
     assert b"disk on fire" in err
 
 
-async def test_a_plain_server_loads_no_optional_package(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["support.echo_wiring", "retinue_server.workqueue.wiring"])
+async def test_a_plain_server_loads_nothing_that_it_does_not_use(tmp_path: Path, module: str) -> None:
     code = """
-import asyncio, sys
-from retinue_server import __main__ as command
-from retinue_server.runtime import lifecycle
-command.PATTERNS = {"workqueue": "support.echo_wiring"}
+import gc, sys
+from retinue_server import __main__ as entry, command
+command.PATTERNS = {"workqueue": "MODULE"}
 def announce(*_):
     heavy = {"opentelemetry", "prometheus_client", "uvicorn", "rich", "click", "yaml", "h11", "psycopg", "tempfile"}
     heavy |= {"google.protobuf.json_format", "grpc_reflection.v1alpha.reflection", "importlib.resources", "difflib"}
-    print(sorted(name for name in sys.modules if {name, name.partition(".")[0]} & heavy), len(sys.modules) // 400)
-    sys.stdout.flush()
+    heavy |= {"dataclasses", "google.rpc", "hashlib", "hmac", "json", "random", "shutil", "bz2", "lzma"}
+    loaded = sorted(name for name in sys.modules if {name, name.partition(".")[0]} & heavy)
+    print(loaded, len(sys.modules) // 330, gc.isenabled(), flush=True)
 command.announce = announce
-sys.exit(command.main())
-"""
-    async with command(
-        tmp_path,
-        "workqueue",
-        "--listen",
-        "127.0.0.1:0",
-        "--probe",
-        "127.0.0.1:0",
-        "--metrics",
-        "127.0.0.1:0",
-        code=code,
-    ) as server:
-        assert await server.line() == "[] 0\n"
+sys.exit(entry.main())
+""".replace("MODULE", module)
+    addresses = [f"--{name}=127.0.0.1:0" for name in ("listen", "probe", "metrics")]
+    async with command(tmp_path, "workqueue", *addresses, code=code) as server:
+        assert await server.line() == "[] 0 True\n"
         server.process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(server.process.wait(), 5) == 0
 

@@ -244,7 +244,8 @@ async def test_a_waiter_whose_look_fails_passes_its_wake_up_on(bench: Bench) -> 
     bench.queue.engine = engine = SlowEngine()
     first = asyncio.ensure_future(bench.queue.lease(LeaseAsk("q", "w1"), 60_000))
     second = asyncio.ensure_future(bench.queue.lease(LeaseAsk("q", "w2"), 60_000))
-    await asyncio.sleep(0.01)
+    for _ in range(10):  # both look, find nothing and wait
+        await asyncio.sleep(0)
     engine.refuses = 1
     await bench.put()
     with pytest.raises(Unavailable):

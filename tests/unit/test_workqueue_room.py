@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from retinue_server.runtime.errors import Reason, ResourceExhausted
+from retinue_server.workqueue.engine import Room
 from retinue_server.workqueue.engines import room
 from retinue_server.workqueue.engines.room import DiskRoom
 
@@ -66,7 +67,7 @@ def test_new_data_stops_at_the_reserve_and_comes_again_when_there_is_clearly_roo
     assert refused(made, 1), "else it would open and close all the time"
     disk.becomes(12 * MIB)
     assert not refused(made, 1)
-    assert made.report == (12 * MIB, True)
+    assert made.report == Room(12 * MIB, admitting=True)
 
 
 def test_what_is_let_in_between_two_looks_counts(disk: Disk) -> None:

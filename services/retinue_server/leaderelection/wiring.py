@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from retinue_server.leaderelection import metrics, service
 from retinue_server.leaderelection.config import LeaderElectionSettings
-from retinue_server.leaderelection.core.elections import Elections
+from retinue_server.leaderelection.core.elections import SERVER_ID_BYTES, Elections
 from retinue_server.leaderelection.engine import Scope
 from retinue_server.leaderelection.proof import Proofs
 from retinue_server.runtime.config import ConfigError
 from retinue_server.runtime.dispatch import Pattern, Service
 from retinue_server.runtime.files import make_directory
-from retinue_server.runtime.lifecycle import fatal
+from retinue_server.runtime.lifecycle import DataDirLock, fatal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +36,8 @@ async def wire(settings: Settings, section: LeaderElectionSettings) -> Pattern:
     """Leader election over its engine or, with an upstream, a relay."""
     if settings.upstream is not None:
         return _relay(settings.upstream)
-    engine = _engine(settings, section)
+    directory = settings.data_dir.absolute() / NAME
+    engine = _engine(section, directory)
     _check_scope(engine.capabilities, section, os.environ, in_pod=_in_pod())
     elections = Elections(
         engine,
@@ -44,15 +45,16 @@ async def wire(settings: Settings, section: LeaderElectionSettings) -> Pattern:
         max_sessions=section.max_sessions,
         max_observers=section.max_observers,
         drain_ms=int(settings.drain_seconds * 1000),
+        server_id=_server_id(directory),
     )
-    proofs = Proofs(section.proof_dir or settings.data_dir.absolute() / NAME / "proofs")
+    proofs = Proofs(section.proof_dir or directory / "proofs")
     make_directory(proofs.directory)
     defaults = service.Defaults(int(section.lease_seconds * 1000), int(section.app_lease_seconds * 1000))
     servicer = service.LeaderElectionService(elections, defaults, proofs)
     return Pattern(
         name=NAME,
         services=(Service(service.DESCRIPTOR, servicer, service.ROLES),),
-        parts=(engine, elections),
+        parts=(DataDirLock(directory), engine, elections),
         health=elections,
         quiesce=elections.quiesce,
         metrics=partial(metrics.families, elections),
@@ -90,7 +92,16 @@ def _relay(upstream: Upstream) -> Pattern:
     )
 
 
-def _engine(settings: Settings, section: LeaderElectionSettings) -> Engine:
+def _server_id(directory: Path) -> str:
+    """The same for every process that has this directory, one after the other."""
+    make_directory(directory)
+    path = directory / "server-id"
+    if not path.exists():
+        path.write_text(os.urandom(SERVER_ID_BYTES).hex())
+    return path.read_text().strip()
+
+
+def _engine(section: LeaderElectionSettings, directory: Path) -> Engine:
     if section.engine == "memory":
         from retinue_server.leaderelection.engines.memory import MemoryEngine  # noqa: PLC0415 - the chosen engine only
 
@@ -99,4 +110,4 @@ def _engine(settings: Settings, section: LeaderElectionSettings) -> Engine:
         from retinue_server.leaderelection.engines.sqlite import SqliteEngine  # noqa: PLC0415 - the chosen engine only
     except ImportError as error:
         raise ConfigError("cannot use engine sqlite: install it with pip install 'retinue-server[sqlite]'") from error
-    return SqliteEngine(section.sqlite.path or settings.data_dir / NAME / "elections.db", fatal)
+    return SqliteEngine(section.sqlite.path or directory / "elections.db", fatal)

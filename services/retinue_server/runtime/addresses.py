@@ -10,9 +10,10 @@ import os
 import socket
 import stat
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from retinue_server.runtime import owners
 
@@ -31,8 +32,7 @@ class AddressError(ValueError):
     """Text that is no address."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tcp:
+class Tcp(msgspec.Struct, frozen=True):
     """A host, by name or address, and a port; port 0 takes a free one."""
 
     host: str
@@ -42,8 +42,7 @@ class Tcp:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
-class Unix:
+class Unix(msgspec.Struct, frozen=True):
     """The path of a Unix socket."""
 
     path: Path
@@ -164,8 +163,7 @@ def _family(address: Tcp) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address.host else socket.AF_INET
 
 
-@dataclass(frozen=True, slots=True)
-class OwnedSocket:
+class OwnedSocket(msgspec.Struct, frozen=True):
     """A Unix socket that this process made: where, and which file it is."""
 
     path: Path

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from google.protobuf.message import DecodeError
 
 from retinue_server.runtime.errors import InvalidArgument, Reason, ResourceExhausted, Violation
@@ -22,8 +22,7 @@ MAX_REPLY_BYTES = 3 * 1024 * 1024
 """No message of ours exceeds this, so that every client's default limit has room."""
 
 
-@dataclass(frozen=True, slots=True)
-class Codec:
+class Codec(msgspec.Struct, frozen=True):
     """`decode` raises InvalidArgument; `encode` raises ResourceExhausted for a reply that is too large.
 
     What handlers see in between is a message, or its serialised bytes where the method is raw.

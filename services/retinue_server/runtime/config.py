@@ -4,25 +4,22 @@ Keys are nested in the file (`limits: {max_concurrent_calls: 64}`) and joined by
 environment (`RETINUE_LIMITS__MAX_CONCURRENT_CALLS=64`). A key that nothing knows is an error that names the
 nearest one.
 """
-
-from __future__ import annotations
+# Annotations are no text here: of text, msgspec would compile every one when the server starts.
 
 import re
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 from msgspec import inspect
 
 from retinue_server.runtime import addresses
 
-if TYPE_CHECKING:
-    from argparse import Namespace
-
 PREFIX = "RETINUE_"
 
-_OTHERS = re.compile(
+_OTHERS = (
     r"ADDRESS|[A-Z]+_ADDRESS"  # where clients dial
     r"|(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?)"  # what Kubernetes sets for a Service
 )
@@ -116,7 +113,7 @@ Naming = Callable[[tuple[str, ...]], str]
 """Says of the path of a setting what the user wrote."""
 
 
-class _Layer(NamedTuple):
+class _Layer(msgspec.Struct, frozen=True):
     """Settings of one origin, and how it names them."""
 
     values: dict[str, Any]
@@ -189,7 +186,7 @@ def _environment_layer(environment: Mapping[str, str], schema: type[msgspec.Stru
 def _is_other(name: str, path: tuple[str, ...], schema: type[msgspec.Struct], ignored: frozenset[str]) -> bool:
     if path[0] in schema.__struct_fields__:
         return False
-    return path[0] in ignored or bool(_OTHERS.fullmatch(name.removeprefix(PREFIX)))
+    return path[0] in ignored or bool(re.fullmatch(_OTHERS, name.removeprefix(PREFIX)))
 
 
 def _flag_layer(flags: Namespace) -> _Layer:
@@ -235,7 +232,7 @@ def _check_keys(
     where: Naming,
     spell: Naming,
 ) -> None:
-    fields = _fields(schema)
+    fields = _fields(schema) if values else {}  # few servers have any, and describing a schema takes a while
     for key, value in values.items():
         path = (*prefix, str(key))
         if key not in fields:
@@ -261,7 +258,7 @@ def _unknown(
 
 def _lists(values: dict[str, Any], schema: type[msgspec.Struct]) -> dict[str, Any]:
     """Splits at commas what the environment gives for a list."""
-    fields = _fields(schema)
+    fields = _fields(schema) if values else {}
     return {key: _split(value, fields[key].type) for key, value in values.items()}
 
 

@@ -14,10 +14,10 @@ A servicer's coroutines have one of four shapes, by the kind of the RPC:
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
 from google.protobuf.message_factory import GetMessageClass
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ class Call(Protocol):
         """Adds one pair to the trailing metadata of the reply; bytes for a key that ends in `-bin`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
+class Method(msgspec.Struct, frozen=True):
     """One RPC: its names, its kind, the role it needs and the coroutine that serves it."""
 
     service: str
@@ -78,13 +77,12 @@ class Method:
         return f"/{self.service}/{self.name}"
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
+class Service(msgspec.Struct, frozen=True):
     """A servicer with the descriptor it implements and the RPCs that need more than the role app."""
 
     descriptor: ServiceDescriptor
     servicer: object
-    roles: Mapping[str, Role] = field(default_factory=dict)
+    roles: Mapping[str, Role] = {}
 
     def methods(self) -> list[Method]:
         """The table's rows; raises TypeError naming every RPC that the servicer lacks."""
@@ -124,8 +122,7 @@ class Health(Protocol):
         """Calls the listener at once with the present state and again at each change, on the event loop."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pattern:
+class Pattern(msgspec.Struct, frozen=True):
     """A wired pattern: what its `wiring.py` returns and the runtime runs."""
 
     name: str

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
@@ -154,7 +154,7 @@ class ReflectionService:
     def methods(self) -> list[Method]:
         """As v1alpha and as v1, whose messages are the same on the wire."""
         alpha = Service(REFLECTION, self).methods()
-        return alpha + [replace(method, service=REFLECTION_V1) for method in alpha]
+        return alpha + [msgspec.structs.replace(method, service=REFLECTION_V1) for method in alpha]
 
 
 async def _read_before(call: Call, closed: asyncio.Task[Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -47,6 +46,8 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
+        import json  # noqa: PLC0415 - most servers have nothing to say while they start
+
         line = {
             "time": _timestamp(record.created),
             "level": record.levelname.lower(),

@@ -9,7 +9,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from retinue_server.runtime.errors import Code
 
@@ -21,7 +23,7 @@ BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.
 """Upper bounds of the histogram of durations, in seconds; one more bucket has what is longer."""
 
 
-class Histogram(NamedTuple):
+class Histogram(msgspec.Struct, frozen=True):
     """The value of a sample of type histogram."""
 
     buckets: tuple[tuple[float, int], ...]
@@ -30,14 +32,14 @@ class Histogram(NamedTuple):
     """The sum of the observations."""
 
 
-class Sample(NamedTuple):
+class Sample(msgspec.Struct, frozen=True):
     """One time series of a family."""
 
     labels: Mapping[str, str]
     value: float | Histogram
 
 
-class Family(NamedTuple):
+class Family(msgspec.Struct, frozen=True):
     """Samples that share a name; a counter's name ends in `_total`, units are seconds and bytes."""
 
     name: str

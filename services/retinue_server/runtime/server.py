@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
+import msgspec
 from grpc import aio
 
 from retinue_server.runtime import addresses
@@ -33,6 +34,8 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # lets callers do the same
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.bdp_probe", 0),  # a ping and its answer for most messages of a quiet connection
+    ("grpc.http2.lookahead_bytes", 1024 * 1024),  # instead of what the probe would find out, for links with latency
     ("grpc.max_send_message_length", -1),  # the codec checks, and says more
     # gRPC cuts calls off at random, as CANCELLED, when 1,000 wait to be taken up; the gates refuse in words.
     ("grpc.server.max_pending_requests", 1_000_000),
@@ -40,7 +43,7 @@ _OPTIONS = (
 )
 
 
-class Route(NamedTuple):
+class Route(msgspec.Struct, frozen=True):
     """A method as one listener serves it."""
 
     method: Method

@@ -13,7 +13,9 @@ import re
 import threading
 from contextlib import suppress
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+
+import msgspec
 
 from retinue_server.runtime.addresses import StartError
 
@@ -36,7 +38,7 @@ _FLUSH_S = 4.0
 _current: ContextVar[str] = ContextVar("traceparent", default="")
 
 
-class TraceContext(NamedTuple):
+class TraceContext(msgspec.Struct, frozen=True):
     """What a traceparent says."""
 
     trace_id: str

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from retinue_server.runtime import addresses, tls
+import msgspec
+
+from retinue_server.runtime import addresses
 from retinue_server.runtime.addresses import StartError, Tcp
-from retinue_server.runtime.authority import Authority, TokenFile, TokenFileError
+from retinue_server.runtime.authority import Authority
 from retinue_server.runtime.codec import Codec, proto_codec
 from retinue_server.runtime.dispatch import Method, Pattern, Role, Service
 from retinue_server.runtime.health import HEALTH, HealthService, ReflectionService
@@ -20,12 +22,15 @@ from retinue_server.runtime.telemetry import Telemetry
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    import grpc
+
     from retinue_server.runtime.addresses import Address
     from retinue_server.runtime.config import Settings
     from retinue_server.runtime.interceptors import Endpoint
+    from retinue_server.runtime.tokens import TokenFile
 
 
-class _Shared(NamedTuple):
+class _Shared(msgspec.Struct, frozen=True):
     """What the listeners of one process have in common."""
 
     settings: Settings
@@ -68,8 +73,12 @@ async def _share(settings: Settings, patterns: Sequence[Pattern]) -> _Shared:
 
 
 def _tokens(settings: Settings) -> TokenFile | None:
+    if settings.token_file is None:
+        return None
+    from retinue_server.runtime.tokens import TokenFile, TokenFileError  # noqa: PLC0415 - most servers have none
+
     try:
-        return TokenFile(settings.token_file) if settings.token_file else None
+        return TokenFile(settings.token_file)
     except TokenFileError as error:
         raise StartError(str(error)) from None
 
@@ -116,9 +125,16 @@ def _listeners(shared: _Shared) -> list[Listener]:
 
 def _apps(shared: _Shared) -> Listener:
     where = [addresses.parse(text) for text in shared.settings.listen]
-    credentials = tls.server_credentials(shared.settings.tls) if shared.settings.tls else None
-    routes = _routes(shared, Role.APP)
+    routes, credentials = _routes(shared, Role.APP), _credentials(shared.settings)
     return GrpcListener(where, routes, name="listen", socket_mode=0o660, credentials=credentials)
+
+
+def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    if settings.tls is None:
+        return None
+    from retinue_server.runtime import tls  # noqa: PLC0415 - optional
+
+    return tls.server_credentials(settings.tls)
 
 
 def _grpc(name: str, where: Sequence[Address], routes: Sequence[Route], socket_mode: int = 0o600) -> Listener:

@@ -1,6 +1,5 @@
 """The settings of the work queue (`workqueue:` in the file, RETINUE_WORKQUEUE__… in the environment)."""
-
-from __future__ import annotations
+# Annotations are no text here, as in runtime/config.py.
 
 from pathlib import Path
 from typing import Annotated, Literal

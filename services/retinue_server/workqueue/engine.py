@@ -6,8 +6,7 @@ atomic unit. The rules so stand once for all engines, and an engine is judged by
 Units: wall times (`…_ms` that name an instant) are milliseconds since the Unix epoch; lease times (`lease_until`,
 `attempt_until`) are milliseconds of the lease clock, whose zero means nothing; durations are milliseconds.
 """
-
-from __future__ import annotations
+# Annotations are no text here, as in runtime/config.py: stores decode some of these records.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -74,7 +73,7 @@ class Capabilities(Struct, frozen=True):
     """Transactions tell the time, by a clock that outlives coordinators: their leases need no recovery at a start."""
 
 
-class Instant(NamedTuple):
+class Instant(Struct, frozen=True):
     """Now, on both clocks."""
 
     wall_ms: int
@@ -203,7 +202,7 @@ class QueueTotals(Struct, frozen=True):
     workers: int
 
 
-class Room(NamedTuple):
+class Room(Struct, frozen=True):
     """What is left for new data, as it was looked at last."""
 
     free_bytes: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
 from retinue.workqueue.v1 import task_pb2
@@ -42,7 +41,7 @@ class WorkQueueService:
             tuple(read.task(spec, f"tasks[{i}]", traceparent) for i, spec in enumerate(request.tasks)),
             request.atomic,
             request.request_id,
-            hashlib.sha256(request.SerializeToString(deterministic=True)).digest() if request.request_id else b"",
+            translate.digest(request) if request.request_id else b"",
         )
         results = await self._queue.enqueue(asked, read.violations)
         self._tell_durability(call)
@@ -62,7 +61,7 @@ class WorkQueueService:
         read = translate.Reader()
         wanted = read.filter(request.filter)
         before = read.page(_PAGES, request.page_token)
-        mark = hashlib.sha256(request.filter.SerializeToString(deterministic=True)).hexdigest()[:16]
+        mark = translate.digest(request.filter).hex()[:16]
         if before is not None and before[0] != mark:
             raise wire.page_token_expired("it belongs to another filter")
         below = before[1] if before else None

@@ -39,6 +39,8 @@ class WorkerStream:
         self._has_credit = asyncio.Event()
         self._writing = asyncio.Lock()
         self._answers: asyncio.Queue[asyncio.Task[wq.StreamSettled] | None] = asyncio.Queue(_IN_FLIGHT)
+        self._unanswered = 0
+        """How many requests are in `_answers`, or were taken from it and are being answered."""
         self._held: dict[LeaseRef, None] = {}
         """The leases of this stream, in the order in which they were granted."""
         self._open: wq.StreamOpen
@@ -83,9 +85,13 @@ class WorkerStream:
     async def _take(self, request: wq.StreamTasksRequest, group: asyncio.TaskGroup) -> None:
         settlements, found = self._found(request)
         limits.refuse("stream", found)
-        if settlements or request.extend_all:
-            settling = self._settle(request.sequence, settlements, extend_all=request.extend_all)
-            await self._answers.put(group.create_task(settling))
+        if settlements or self._held or self._unanswered:
+            if settlements or request.extend_all:
+                settling = self._settle(request.sequence, settlements, extend_all=request.extend_all)
+                self._unanswered += 1
+                await self._answers.put(group.create_task(settling))
+        elif request.extend_all:  # a sign of life without a lease, as idle workers send by the thousand
+            await self._write(wq.StreamTasksResponse(settled=wq.StreamSettled(sequence=request.sequence)))
         if request.credit:
             self._credit += request.credit
             self._has_credit.set()
@@ -96,9 +102,13 @@ class WorkerStream:
         found += limits.within(request.credit, 0, limits.MAX_CREDIT, "credit")
         if self._credit + request.credit > limits.MAX_OUTSTANDING:
             found.append(Violation("credit", f"must not come to more than {limits.MAX_OUTSTANDING} outstanding"))
-        return settlements, [*found, *limits.settle(settlements, self._queue.now().wall_ms)]
+        if settlements:
+            found += limits.settle(settlements, self._queue.now().wall_ms)
+        return settlements, found
 
     def _settlements(self, request: wq.StreamTasksRequest) -> tuple[list[Settlement], list[Violation]]:
+        if not (request.completions or request.failures or request.releases):
+            return [], []
         read = translate.Reader()
         traceparent = telemetry.current()
         settlements: list[Settlement] = [
@@ -138,6 +148,7 @@ class WorkerStream:
     async def _answer(self) -> None:
         while (settling := await self._answers.get()) is not None:
             await self._write(wq.StreamTasksResponse(settled=await settling))
+            self._unanswered -= 1
 
     # Granting
 

@@ -342,6 +342,13 @@ def queue(row: QueueRow) -> queue_pb2.Queue:
     )
 
 
+def digest(message: Message) -> bytes:
+    """By which the same message is known again: 32 bytes."""
+    import hashlib  # noqa: PLC0415 - loads slowly, and only callers who repeat themselves need it
+
+    return hashlib.sha256(message.SerializeToString(deterministic=True)).digest()
+
+
 def task_results(task_ids: Sequence[str], selected: steps.Selected) -> list[wq.TaskResult]:
     """How each named task fared."""
     return [wq.TaskResult(task_id=task_id, status=status(selected.errors.get(task_id))) for task_id in task_ids]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from retinue_server.runtime.config import ConfigError
 from retinue_server.runtime.dispatch import Pattern, Service
@@ -75,7 +77,7 @@ def _relay(upstream: Upstream) -> Pattern:
     )
 
 
-class _Store(NamedTuple):
+class _Store(msgspec.Struct, frozen=True):
     """Where tasks and blobs live, which clock counts, and what starts first."""
 
     engine: Engine

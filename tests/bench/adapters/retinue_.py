@@ -94,7 +94,7 @@ async def idle(address: str, count: int) -> None:
     for sequence in itertools.count(2):
         for _, call in calls:
             await call.write(api.StreamTasksRequest(extend_all=True, sequence=sequence))
-            await asyncio.sleep(10 / count)
+            await asyncio.sleep(10 / count)  # each renews every 10 s, as workers do
             await call.read()
 
 

@@ -181,7 +181,7 @@ class Campaign:
         number = int(step.pick * len(self._servers))
         self._servers[number].kill()
         self._recorder.fault("kill", "server")  # after its end: the old one writes nothing any more
-        time.sleep(step.lasts_s)
+        time.sleep(step.lasts_s)  # how long there is none
         self._recorder.fault("start", "server")
         self._servers[number] = self._servers[number].restart()
 
@@ -189,7 +189,7 @@ class Campaign:
         process = self._servers[int(step.pick * len(self._servers))].process
         self._recorder.fault("stop", "server")
         process.send_signal(signal.SIGSTOP)
-        time.sleep(step.lasts_s)
+        time.sleep(step.lasts_s)  # how long it hangs
         process.send_signal(signal.SIGCONT)
 
     def _picked(self, step: Step, *kinds: str) -> Client:

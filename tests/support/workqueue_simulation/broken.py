@@ -30,6 +30,8 @@ class Broken(NamedTuple):
     claim: str
     parts: Parts = Parts()
     patches: tuple[tuple[Any, str, Any], ...] = ()
+    shows: int = 0
+    """A seed by which it showed; those from here on are played first."""
 
     def in_place(self) -> AbstractContextManager[None]:
         """The breakage lasts for a `with`."""
@@ -154,6 +156,11 @@ BROKEN = (
     Broken("recovers leases as they were", model.EXPLAINED, patches=((rules, "recovered", lambda row, *_: row),)),
     Broken("never sweeps lapsed leases", model.ENDS, patches=((steps, "_sweep_lapsed", lambda *_: 0),)),
     Broken("wakes nobody", model.PROMPT, patches=((Waiters, "wake", lambda *_: None),)),
-    Broken("tells nobody what a cancelled caller wrote", model.PROMPT, Parts(queue=MutteringQueue)),
-    Broken("drops a wake-up when a look fails", model.PROMPT, patches=((Waiters, "waiting", _keeps_its_wake_up),)),
+    Broken("tells nobody what a cancelled caller wrote", model.PROMPT, Parts(queue=MutteringQueue), shows=88),
+    Broken(
+        "drops a wake-up when a look fails",
+        model.PROMPT,
+        patches=((Waiters, "waiting", _keeps_its_wake_up),),
+        shows=416,
+    ),
 )

@@ -25,12 +25,12 @@ from retinue_server.workqueue.engine import (
     View,
 )
 from retinue_server.workqueue.engines import memory
+from retinue_server.workqueue.engines.groups import GROUP, Step, answer
 from support.simulation.chance import Chance
 from support.simulation.records import History, Noted
 from support.workqueue_simulation.history import REFUSED, Changed, QueueChanged
 
 T = TypeVar("T")
-_GROUP = 256
 _TABLES = ("_queues", "_rows", "_bodies", "_seqs", "_keys", "_requests")
 _GONE: Any = object()
 
@@ -190,7 +190,7 @@ class SimulatedEngine:
         self._disk, self._chance, self._history, self._clock = disk, chance, history, clock
         self.latency, self._plan, self._crash, self._name = latency, plan, crash, name
         self._store = Store(disk.tables)
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
         self._news = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
 
@@ -203,7 +203,7 @@ class SimulatedEngine:
             await asyncio.sleep(0.01)
 
     async def write(self, step: Callable[[Transaction], T]) -> T:
-        job = _Step(step, asyncio.get_running_loop().create_future())
+        job = Step(step)
         self._steps.append(job)
         self._news.set()
         result: T = await asyncio.shield(job.done)
@@ -225,7 +225,7 @@ class SimulatedEngine:
 
     async def _write_group(self) -> None:
         await self._point("before the step")
-        group = self._steps[:_GROUP]
+        group = self._steps[:GROUP]
         try:
             with self._store.savepoint():
                 self._run(group)
@@ -237,15 +237,16 @@ class SimulatedEngine:
         else:
             await self._commit(group)
         del self._steps[: len(group)]
-        for job in group:
-            job.answer()
+        answer(group)
         if self._plan.comes("after the answer"):
             asyncio.get_running_loop().call_later(self._chance.between(0, 0.02), self._crash, "after the answer")
 
-    def _run(self, group: Sequence[_Step]) -> None:
+    def _run(self, group: Sequence[Step]) -> None:
         for job in group:
             self._store.step, self._store.begun = self._disk.next_step(), self._clock()
             job.run(self._store)
+            if job.error is not None and not isinstance(job.error, RetinueError):
+                raise job.error
 
     def _refuse(self) -> None:
         if not self._chance.happens(self.latency.refuse):
@@ -253,7 +254,7 @@ class SimulatedEngine:
         self._history.add(Noted(asyncio.get_running_loop().time(), self._name, REFUSED))
         raise _Refused
 
-    async def _commit(self, group: Sequence[_Step]) -> None:
+    async def _commit(self, group: Sequence[Step]) -> None:
         await self._point("before the write")
         notes, self._store.notes = self._store.notes, []
         await self._takes(self.latency.write_s)
@@ -283,34 +284,3 @@ def _disk_full() -> RetinueError:
 
 def _unavailable() -> RetinueError:
     return Unavailable("cannot write: try again", reason=Reason.ENGINE_UNAVAILABLE, retry_ms=500)
-
-
-class _Step:
-    """A step with the caller who waits for it."""
-
-    def __init__(self, step: Callable[[Transaction], Any], done: asyncio.Future[Any]) -> None:
-        self._step, self.done = step, done
-        self._result: Any = None
-        self._error: Exception | None = None
-
-    def run(self, store: Store) -> None:
-        """Runs it; what it raises undoes it alone."""
-        try:
-            with store.savepoint():
-                self._result = self._step(store)
-        except RetinueError as error:
-            self._error = error
-
-    def fail(self, error: Exception) -> None:
-        """Replaces whatever came of it."""
-        self._error = error
-
-    def answer(self) -> None:
-        """Tells the caller, once."""
-        if self.done.done():
-            return
-        if self._error is None:
-            self.done.set_result(self._result)
-        else:
-            self.done.set_exception(self._error)
-            self.done.exception()

@@ -209,7 +209,8 @@ type CampaignStart struct {
 	ElectionId string `protobuf:"bytes,1,opt,name=election_id,json=electionId,proto3" json:"election_id,omitempty"`
 	// Required. The candidate: unique among those of the election, such as the pod's name.
 	CandidateId string `protobuf:"bytes,2,opt,name=candidate_id,json=candidateId,proto3" json:"candidate_id,omitempty"`
-	// A session to resume; empty = a new one. One that is over begins anew, with another session_id.
+	// A session to resume, on the server that gave it (restarted or not); empty = a new one. One that is over, or of another
+	// server, begins anew, with another session_id.
 	SessionId string `protobuf:"bytes,3,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
 	// What is proclaimed when it is elected: up to 4,096 characters.
 	Value string `protobuf:"bytes,4,opt,name=value,proto3" json:"value,omitempty"`

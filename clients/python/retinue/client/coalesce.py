@@ -6,7 +6,11 @@ As with group commit, nobody lingers when nothing is under way, and batches grow
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+import grpc
+
+from retinue.client import errors
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -35,31 +39,44 @@ def blocks(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[
         yield block
 
 
+class _Waiting(NamedTuple, Generic[Item, Answer]):
+    item: Item
+    answer: asyncio.Future[Answer]
+    end: float
+    """By the loop's clock."""
+
+
 class Coalescer(Generic[Item, Answer]):
     """Sends the items of all callers of one turn with one `send`, which answers item by item or raises for
-    all.
+    all, and is told for how many seconds anybody will wait.
 
-    A caller that is cancelled before the turn ends takes its item along; later the item is sent, its answer
-    dropped.
+    A caller that is cancelled or runs out of time before its item is sent takes it along; later the item is
+    sent, its answer dropped.
     """
 
     def __init__(
         self,
-        send: Callable[[list[Item]], Awaitable[Sequence[Answer | Exception]]],
+        send: Callable[[list[Item], float], Awaitable[Sequence[Answer | Exception]]],
         size: Callable[[Item], int],
     ) -> None:
         self._send = send
         self._size = size
-        self._waiting: list[tuple[Item, asyncio.Future[Answer]]] = []
+        self._waiting: list[_Waiting[Item, Answer]] = []
         self._sending: set[asyncio.Task[None]] = set()
         self._flushing = False
 
-    async def submit(self, item: Item) -> Answer:
+    async def submit(self, item: Item, patience: float) -> Answer:
+        """The item's answer. Raises DeadlineExceeded after `patience` seconds, be it sent by then or not."""
         loop = asyncio.get_running_loop()
         self._flush_soon(loop)
-        future: asyncio.Future[Answer] = loop.create_future()
-        self._waiting.append((item, future))
-        return await future
+        answer: asyncio.Future[Answer] = loop.create_future()
+        end = loop.time() + patience
+        self._waiting.append(_Waiting(item, answer, end))
+        timer = loop.call_at(end, _give_up, answer, patience)
+        try:
+            return await answer
+        finally:
+            timer.cancel()
 
     def _flush_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         if not self._flushing and len(self._sending) < IN_FLIGHT:
@@ -68,8 +85,8 @@ class Coalescer(Generic[Item, Answer]):
 
     def _flush(self) -> None:
         self._flushing = False
-        live = [entry for entry in self._waiting if not entry[1].done()]
-        parts = blocks(live, lambda entry: self._size(entry[0]))
+        live = [entry for entry in self._waiting if not entry.answer.done()]
+        parts = blocks(live, lambda entry: self._size(entry.item))
         while len(self._sending) < IN_FLIGHT and (block := next(parts, None)):
             task = asyncio.create_task(self._deliver(block))
             self._sending.add(task)
@@ -82,24 +99,30 @@ class Coalescer(Generic[Item, Answer]):
         if self._waiting:
             self._flush_soon(task.get_loop())
 
-    async def _deliver(self, block: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
+    async def _deliver(self, block: list[_Waiting[Item, Answer]]) -> None:
         answers: Sequence[Answer | Exception]
+        left = max(entry.end for entry in block) - asyncio.get_running_loop().time()
         try:
-            answers = await self._send([item for item, _ in block])
+            answers = await self._send([entry.item for entry in block], left)
         except Exception as error:  # noqa: BLE001 - it is the callers', who are waiting for it
             answers = [error] * len(block)
         except asyncio.CancelledError:
-            for _, future in block:
-                future.cancel()
+            for entry in block:
+                entry.answer.cancel()
             raise
-        for (_, future), answer in zip(block, answers, strict=True):
-            _resolve(future, answer)
+        for entry, answer in zip(block, answers, strict=True):
+            _resolve(entry.answer, answer)
 
     async def idle(self) -> None:
         """Returns when everything submitted so far is answered."""
         while self._waiting or self._sending:
             await asyncio.sleep(0)
             await asyncio.gather(*self._sending, return_exceptions=True)
+
+
+def _give_up(future: asyncio.Future[Answer], patience: float) -> None:
+    message = f"cannot wait for an answer longer than {patience:g} s"
+    _resolve(future, errors.DeadlineExceeded(grpc.StatusCode.DEADLINE_EXCEEDED, message))
 
 
 def _resolve(future: asyncio.Future[Answer], answer: Answer | Exception) -> None:

@@ -157,9 +157,10 @@ class Queue:
         """Enqueues one task, with the options of spec(); it is durable when this returns.
 
         Callers that await in the same turn of the loop share one call. Repeated while the server can't be
-        reached, but never enqueued twice.
+        reached, but never enqueued twice. Raises DeadlineExceeded after `timeout` seconds, also if other
+        callers' calls were in the way all the while.
         """
-        return await self._outbox.submit(await self.spec(content, **options))
+        return await self._outbox.submit(await self.spec(content, **options), self.timeout)
 
     async def enqueue_many(self, tasks: Iterable[pb.TaskSpec], *, atomic: bool = False) -> list[Enqueued | Exception]:
         """Enqueues tasks in blocks, item by item: the answer has the error where a task was refused.
@@ -169,11 +170,17 @@ class Queue:
         parts = list(blocks(tasks, pb.TaskSpec.ByteSize))
         if atomic and len(parts) > 1:
             raise ValueError("cannot enqueue atomically: more than 1,000 tasks or 3 MiB; drop atomic or send less")
-        return [answer for part in parts for answer in await self._enqueue_block(part, atomic=atomic)]
+        return [answer for part in parts for answer in await self._enqueue_block(part, self.timeout, atomic=atomic)]
 
-    async def _enqueue_block(self, tasks: list[pb.TaskSpec], *, atomic: bool = False) -> Sequence[Enqueued | Exception]:
+    async def _enqueue_block(
+        self,
+        tasks: list[pb.TaskSpec],
+        timeout: float,  # noqa: ASYNC109 - gRPC sends it along
+        *,
+        atomic: bool = False,
+    ) -> Sequence[Enqueued | Exception]:
         request = api.EnqueueTasksRequest(tasks=tasks, atomic=atomic, request_id=uuid.uuid4().hex)
-        response = await self.connection.call(self._stub.EnqueueTasks, request, timeout=self.timeout)
+        response = await self.connection.call(self._stub.EnqueueTasks, request, timeout=timeout)
         return [_enqueued(result) for result in response.results]
 
     async def get(self, task_id: str) -> pb.Task:

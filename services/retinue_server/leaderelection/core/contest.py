@@ -239,28 +239,33 @@ class Contest:
         try:
             while not self.idle:
                 self._wake.clear()
-                until = await self._try_turn()
+                failed = not await self._try_turn()
                 if self.idle:
                     break
-                await self._clock.wait(self._wake, until)
+                if failed:  # whatever happens meanwhile, or an engine that fails would be asked without a pause
+                    await self._clock.wait(asyncio.Event(), self._clock.now().boot_ms + _AFTER_ERROR_MS)
+                else:
+                    await self._clock.wait(self._wake, self._next_time())
         finally:
             self._engine.unwatch(self.election_id)
             self._running = None
 
-    async def _try_turn(self) -> int | None:
+    async def _try_turn(self) -> bool:
+        """Does what is due; whether that went well."""
         try:
-            return await self._turn()
+            await self._turn()
         except RetinueError as error:
             self._heard(error)
+            return False
         except Exception:  # noqa: BLE001 - a task that ends would leave its election without anybody
             _log.exception("cannot go on with election %s for the moment", self.election_id)
+            return False
         finally:
             self._introduce()
             self._notice()
-        return self._clock.now().boot_ms + _AFTER_ERROR_MS
+        return True
 
-    async def _turn(self) -> int | None:
-        """Does what is due; when the next thing is."""
+    async def _turn(self) -> None:
         while True:
             now = self._clock.now().boot_ms
             self._drop_the_gone(now)
@@ -271,7 +276,7 @@ class Contest:
             elif await self._attend(self.lead, now):
                 continue
             await self._look_if_due()
-            return self._next_time()
+            return
 
     def _introduce(self) -> None:
         """Tells newcomers where they stand."""
@@ -342,6 +347,8 @@ class Contest:
     def _take(self, session: Session, granted: Granted, stamp: Instant) -> None:
         act_ms = self._clock.now().boot_ms + granted.delay_ms if granted.delay_ms else 0
         self.lead = Lead(session, granted.record, stamp.boot_ms, act_ms)
+        if session.is_of_former_process:
+            self.lead.granted_until_ms = self._clock.now().boot_ms + session.asked.app_lease_ms
         self._began()
         self.saw(granted.record)
         self._look_later()
@@ -388,7 +395,7 @@ class Contest:
             return EndReason.ENGINE_LOST
         if session.outbox is None and session.is_dead is not None and session.is_dead():
             return EndReason.APP_DEAD
-        if now_ms < self._granted_until(lead) or (not lead.elected and session.may_stand(now_ms)):
+        if now_ms < self._granted_until(lead) or (not lead.elected and session.is_able(now_ms)):
             return None
         if self.stop_granting_ms is not None:
             return EndReason.SERVER_STOPPED
@@ -401,7 +408,7 @@ class Contest:
 
     def _end(self, lead: Lead, reason: EndReason, now_ms: int) -> None:
         lead.ending = reason
-        at_once = reason in (EndReason.RESIGNED, EndReason.STEPPED_DOWN) or not lead.elected
+        at_once = reason in (EndReason.RESIGNED, EndReason.STEPPED_DOWN) or not lead.granted_until_ms
         lead.release_ms = now_ms if at_once else now_ms + lead.session.asked.release_delay_ms
         if lead.elected:
             lead.session.tell(Lost(reason))
@@ -498,7 +505,8 @@ class Contest:
         now = self._clock.now().boot_ms
         self._look_ms = now + self._engine.capabilities.poll_ms
 
-    def _next_time(self) -> int | None:
+    def _next_time(self) -> int:
+        """When the next thing is due."""
         now = self._clock.now().boot_ms
         times = [self._look_ms]
         if self.record is not None and self.record.candidate_id and self.lead is None:

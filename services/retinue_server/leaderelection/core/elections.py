@@ -33,6 +33,9 @@ _PING_S = 5.0
 _PING_AGAIN_S = 0.5
 _RENEW_BATCH = 1_000
 _LIMIT_RETRY_MS = 1_000
+SERVER_ID_BYTES, _SESSION_ID_BYTES = 6, 16
+"""A session_id begins with the id of its server, which survives the process: no other server resumes the session, which
+might be alive here."""
 
 
 class Acquired(NamedTuple):
@@ -54,14 +57,16 @@ class Elections:
         max_sessions: int = 10_000,
         max_observers: int = 10_000,
         drain_ms: int = 10_000,
-        new_session_id: Callable[[], str] = lambda: os.urandom(16).hex(),
+        server_id: str = "",
+        chance: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.engine = engine
         self._clock = clock or SystemClock()
         self._names = frozenset(names)
         self._max_sessions, self._max_observers = max_sessions, max_observers
         self._drain_ms = drain_ms
-        self._new_session_id = new_session_id
+        self._server_id = server_id or chance(SERVER_ID_BYTES).hex()
+        self._chance = chance
         self.contests: dict[str, Contest] = {}
         self._sessions: dict[str, Session] = {}
         self.observers = 0
@@ -214,9 +219,14 @@ class Elections:
                 reason=Reason.ELECTION_LIMIT,
                 retry_ms=_LIMIT_RETRY_MS,
             )
-        session = Session(asked, asked.session_id or self._new_session_id(), now, is_dead)
+        former = asked.session_id.startswith(self._server_id)
+        session = Session(asked, asked.session_id if former else self._new_session_id(), now, is_dead)
+        session.is_of_former_process = former
         contest.enter(session)
         return session
+
+    def _new_session_id(self) -> str:
+        return self._server_id + self._chance(_SESSION_ID_BYTES - SERVER_ID_BYTES).hex()
 
     def end(self, session: Session, outbox: Outbox) -> None:
         """The stream of a session has ended."""

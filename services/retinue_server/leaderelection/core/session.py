@@ -39,6 +39,11 @@ class Outbox:
         self.closed = True
         self._news.set()
 
+    @property
+    def empty(self) -> bool:
+        """Whether none waits."""
+        return not self._events
+
     async def take(self) -> list[Event]:
         """All that wait, at least one; empty at the end."""
         while not self._events and not self.closed:
@@ -73,6 +78,8 @@ class Session:
         """When it may stand again after it gave up leadership."""
         self.leaving: EndReason | None = None
         """It has resigned, or its stream has ended and it wants nothing kept."""
+        self.is_of_former_process = False
+        """It began under an earlier process of this server, which may have told its app a deadline."""
         self.introduced = False
         """Its stream has been told where it stands."""
 
@@ -99,9 +106,13 @@ class Session:
         """Whether nothing is kept when its stream ends."""
         return self.asked.liveness is Liveness.STREAM or self.asked.on_disconnect is OnDisconnect.RELEASE
 
+    def is_able(self, now_ms: int) -> bool:
+        """Whether it could lead."""
+        return self.leaving is None and self.healthy and self.is_alive(now_ms)
+
     def may_stand(self, now_ms: int) -> bool:
-        """Whether it can be elected."""
-        return self.leaving is None and self.healthy and now_ms >= self.not_before_ms and self.is_alive(now_ms)
+        """Whether it waits to be elected: its stream is there to be told."""
+        return self.outbox is not None and now_ms >= self.not_before_ms and self.is_able(now_ms)
 
     def tell(self, event: Event) -> None:
         """Sends an event, if anybody listens."""

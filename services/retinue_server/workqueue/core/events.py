@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from itertools import repeat
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from retinue_server.runtime.errors import OutOfRange, Reason, Unavailable
 from retinue_server.workqueue.engine import State, TaskRow
@@ -35,7 +36,7 @@ class EventType(IntEnum):
     DELETED = 11
 
 
-class Event(NamedTuple):
+class Event(Struct, frozen=True):
     """One thing that happened to one task; the row is as it was after it (before it, for LEASE_EXPIRED and DELETED)."""
 
     type: EventType

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from retinue_server.runtime.errors import NotFound, Reason, Violation
@@ -66,20 +65,27 @@ def make_ids(count: int, now_ms: int) -> list[str]:
     return [prefix + chance[i : i + 16] for i in range(0, 16 * count, 16)]
 
 
+def _bits(count: int) -> int:
+    """So many bits of the system's randomness, 64 at most."""
+    return int.from_bytes(os.urandom(8)) >> (64 - count)
+
+
 COUNT_INTERVAL_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Chance:
+class Chance(Struct, frozen=True):
     """Where ids, token nonces and jitter come from; tests give their own."""
 
     ids: Callable[[int, int], list[str]] = make_ids
-    nonce: Callable[[], int] = lambda: random.SystemRandom().getrandbits(62)
-    jitter: Callable[[], float] = random.random
+    nonce: Callable[[], int] = lambda: _bits(62)
+    jitter: Callable[[], float] = lambda: _bits(53) * 2.0**-53
+    """At least 0 and less than 1."""
 
 
-@dataclass(frozen=True, slots=True)
-class QueueReport:
+_CHANCE = Chance()
+
+
+class QueueReport(Struct, frozen=True):
     """What statistics tell of a queue."""
 
     queue: QueueRow
@@ -96,7 +102,7 @@ class WorkQueue:
         blobs: BlobStore,
         *,
         clock: Callable[[], Instant] = read_clocks,
-        chance: Chance = Chance(),
+        chance: Chance = _CHANCE,
         strict_queues: bool = False,
         drain_ms: int = 10_000,
     ) -> None:

@@ -76,7 +76,7 @@ class Granted(NamedTuple):
     attempt_left_ms: int | None
 
 
-class Extended(NamedTuple):
+class Extended(Struct, frozen=True):
     """How one extension fared; `lease_ms` from now."""
 
     task_id: str = ""
@@ -104,7 +104,7 @@ Lacking = Mapping[str, RetinueError]
 """Blobs that were looked for and are not there, with what to say of each."""
 
 
-class Context(NamedTuple):
+class Context(Struct, frozen=True):
     """What a step needs beside the store."""
 
     now: Instant

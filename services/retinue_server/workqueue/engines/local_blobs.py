@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from retinue_server.runtime.addresses import StartError
-from retinue_server.runtime.errors import InvalidArgument, NotFound, Reason, ResourceExhausted, Violation
+from retinue_server.runtime.errors import NotFound, Reason
 from retinue_server.runtime.files import make_directory, sync_directory
 from retinue_server.workqueue.engine import BlobStat, Room
+from retinue_server.workqueue.engines.content import Content
 from retinue_server.workqueue.engines.room import RESERVE_BYTES, DiskRoom, is_full
 
 T = TypeVar("T")
@@ -103,41 +103,25 @@ class _Upload:
     """See engine.BlobWriter."""
 
     def __init__(self, blobs: LocalBlobs, path: Path, max_bytes: int) -> None:
-        self._blobs, self._path, self._max_bytes = blobs, path, max_bytes
-        self._hash = hashlib.sha256()
-        self._size = 0
+        self._blobs, self._path = blobs, path
+        self._content = Content(max_bytes)
         self._file: FileIO | None = None
 
     async def write(self, data: bytes) -> None:
-        self._size += len(data)
-        if self._size > self._max_bytes:
-            raise ResourceExhausted(
-                f"cannot keep a blob of more than {self._max_bytes} bytes",
-                reason=Reason.PAYLOAD_TOO_LARGE,
-                limit=self._max_bytes,
-            )
+        self._content.admit(len(data))
         await self._disk(lambda: self._append(data))
 
     def _append(self, data: bytes) -> None:
         self._blobs.disk.claim(len(data))
         if self._file is None:
             self._file = self._path.open("xb", buffering=0)  # what a full disk leaves in a buffer fails at close again
-        self._hash.update(data)
+        self._content.update(data)
         rest = memoryview(data)
         while rest:
             rest = rest[self._file.write(rest) :]
 
     async def commit(self, expected_id: str, expected_size: int) -> BlobStat:
-        blob_id = self._hash.hexdigest()
-        wrong = []
-        if expected_id not in ("", blob_id):
-            wrong.append(Violation("blob_id", f"the content's SHA-256 is {blob_id}"))
-        if expected_size not in (0, self._size):
-            wrong.append(Violation("size_bytes", f"{self._size} bytes came"))
-        if wrong:
-            error = InvalidArgument("cannot keep the blob: other bytes came than were announced", wrong)
-            error.reason = Reason.BLOB_MISMATCH
-            raise error
+        blob_id = self._content.checked(expected_id, expected_size)
         return await self._disk(lambda: self._publish(blob_id))
 
     def _publish(self, blob_id: str) -> BlobStat:
@@ -156,7 +140,7 @@ class _Upload:
             self._path.unlink()
         for directory in (target.parent, target.parent.parent):  # whoever put it there may not have come so far yet
             self._sync(partial(sync_directory, directory))
-        return kept or BlobStat(blob_id, self._size, int(time.time() * 1000))
+        return kept or BlobStat(blob_id, self._content.size, int(time.time() * 1000))
 
     def _sync(self, sync: Callable[[], None]) -> None:
         """A sync that fails is not tried again: what is on disk is not known, and the process ends."""

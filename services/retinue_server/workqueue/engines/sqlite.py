@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue as queues
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,6 +51,7 @@ from retinue_server.workqueue.engine import (
     Transaction,
     View,
 )
+from retinue_server.workqueue.engines.groups import Step, Steps, answer
 from retinue_server.workqueue.engines.room import RESERVE_BYTES, DiskRoom
 
 T = TypeVar("T")
@@ -59,8 +59,6 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-_GROUP = 256
-"""How many steps one commit holds at most."""
 _CHECKPOINT_PAGES = 1_000
 """How long the log may be before it is moved into the file."""
 _LOG_FILE_BYTES = 16 * 1024**2
@@ -115,7 +113,7 @@ class SqliteEngine:
         self._disk = DiskRoom(path.parent, reserve_bytes, "tasks", self._free_inside)
         self._log_pages = self._checked_pages = 0
         """How long the log is, and up to where a checkpoint has looked at it."""
-        self._steps: queues.SimpleQueue[_Step | None] = queues.SimpleQueue()
+        self._steps = Steps()
         self._writer: threading.Thread | None = None
         self._reader: ThreadPoolExecutor | None = None
         self._failed = False
@@ -139,7 +137,7 @@ class SqliteEngine:
         writer, self._writer = self._writer, None
         if writer is None:
             return
-        self._steps.put(None)
+        self._steps.end()
         await asyncio.to_thread(writer.join)
         if self._reader is not None:
             await asyncio.to_thread(self._reader.shutdown)
@@ -148,10 +146,7 @@ class SqliteEngine:
     async def write(self, step: Callable[[Transaction], T]) -> T:
         if self._writer is None:
             raise Unavailable("cannot write: the engine is stopped", reason=Reason.ENGINE_UNAVAILABLE, retry_ms=500)
-        job = _Step(step, asyncio.get_running_loop().create_future())
-        self._steps.put(job)
-        result: T = await asyncio.shield(job.done)
-        return result
+        return await self._steps.do(step)
 
     async def read(self, query: Callable[[View], T]) -> T:
         if self._reader is None or self._writer is None:
@@ -194,16 +189,16 @@ class SqliteEngine:
     # The writer thread
 
     def _write_steps(self, loop: asyncio.AbstractEventLoop) -> None:
-        while group := self._next_group():
+        while group := self._steps.next_group():
             try:
                 self._recover()
                 self._run(group)
             except Exception as error:  # noqa: BLE001 - a writer that ends would let every caller wait for ever
                 self._undo(group, error)
-            loop.call_soon_threadsafe(_answer, group)
+            loop.call_soon_threadsafe(answer, group)
             self._look_after_disk()
 
-    def _run(self, group: list[_Step]) -> None:
+    def _run(self, group: list[Step]) -> None:
         try:
             self._commit(group)
         except apsw.Error as error:
@@ -214,29 +209,14 @@ class SqliteEngine:
             self._recover()
             self._commit(group)
 
-    def _next_group(self) -> list[_Step]:
-        """Waits for a step, and takes with it all that wait already."""
-        first = self._steps.get()
-        group = [first] if first else []
-        while first and len(group) < _GROUP:
-            try:
-                step = self._steps.get_nowait()
-            except queues.Empty:
-                break
-            if step is None:
-                self._steps.put(None)
-                break
-            group.append(step)
-        return group
-
-    def _commit(self, group: list[_Step]) -> None:
+    def _commit(self, group: list[Step]) -> None:
         self._store.db.execute("BEGIN IMMEDIATE")
         for step in group:
-            step.run(self._store)
+            step.run(self._store, (apsw.Error,))
         self._store.db.execute("COMMIT")
         self._store.committed()
 
-    def _undo(self, group: list[_Step], error: Exception) -> None:
+    def _undo(self, group: list[Step], error: Exception) -> None:
         """Nothing of the group is durable: all of it fails."""
         if _is_failed_sync(error):
             self._fatal(error)
@@ -289,45 +269,6 @@ class SqliteEngine:
         """Moves the log into the file, as far as no reader needs it; the next one takes what is left."""
         self._checked_pages = self._log_pages
         self._store.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-
-
-class _Step:
-    """A step with the caller who waits for it."""
-
-    def __init__(self, step: Callable[[Transaction], Any], done: asyncio.Future[Any]) -> None:
-        self._step, self.done = step, done
-        self._result: Any = None
-        self._error: BaseException | None = None
-
-    def run(self, store: _Store) -> None:
-        """Runs it; what it raises undoes it alone. Errors of the database undo the group."""
-        self._error = None
-        try:
-            with store.savepoint():
-                self._result = self._step(store)
-        except apsw.Error:
-            raise
-        except Exception as error:  # noqa: BLE001 - the caller gets it
-            self._error = error
-
-    def fail(self, error: BaseException) -> None:
-        """Replaces whatever came of it."""
-        self._error = error
-
-    def answer(self) -> None:
-        """Tells the caller, on the loop."""
-        if self.done.done():
-            return
-        if self._error is None:
-            self.done.set_result(self._result)
-        else:
-            self.done.set_exception(self._error)
-            self.done.exception()
-
-
-def _answer(group: list[_Step]) -> None:
-    for step in group:
-        step.answer()
 
 
 class _Tally:

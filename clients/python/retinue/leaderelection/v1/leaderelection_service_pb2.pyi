@@ -114,7 +114,9 @@ class CampaignStart(_message.Message):
     candidate_id: _builtins.str
     """Required. The candidate: unique among those of the election, such as the pod's name."""
     session_id: _builtins.str
-    """A session to resume; empty = a new one. One that is over begins anew, with another session_id."""
+    """A session to resume, on the server that gave it (restarted or not); empty = a new one. One that is over, or of another
+    server, begins anew, with another session_id.
+    """
     value: _builtins.str
     """What is proclaimed when it is elected: up to 4,096 characters."""
     liveness: _election_pb2.Liveness.ValueType

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import queue as queues
 import secrets
 from collections.abc import Callable
@@ -12,15 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 
-from retinue_server.runtime.errors import (
-    InvalidArgument,
-    NotFound,
-    Reason,
-    ResourceExhausted,
-    Unavailable,
-    Violation,
-)
+from retinue_server.runtime.errors import NotFound, Reason, Unavailable
 from retinue_server.workqueue.engine import BlobStat
+from retinue_server.workqueue.engines.content import Content
 from retinue_server.workqueue.engines.postgres.session import Session, Statement, translated
 
 if TYPE_CHECKING:
@@ -104,20 +97,14 @@ class _Upload:
     def __init__(self, blobs: PostgresBlobs) -> None:
         self._blobs = blobs
         self._name = secrets.token_hex(16)
-        self._hash = hashlib.sha256()
-        self._size = self._number = 0
+        self._content = Content(blobs.max_bytes)
+        self._number = 0
         self._rest = bytearray()
         self._done = False
 
     async def write(self, data: bytes) -> None:
-        self._size += len(data)
-        if self._size > self._blobs.max_bytes:
-            raise ResourceExhausted(
-                f"cannot keep a blob of more than {self._blobs.max_bytes} bytes",
-                reason=Reason.PAYLOAD_TOO_LARGE,
-                limit=self._blobs.max_bytes,
-            )
-        self._hash.update(data)
+        self._content.admit(len(data))
+        self._content.update(data)
         self._rest += data
         while len(self._rest) >= PIECE:
             await self._put()
@@ -132,16 +119,7 @@ class _Upload:
         del self._rest[:PIECE]
 
     async def commit(self, expected_id: str, expected_size: int) -> BlobStat:
-        blob_id = self._hash.hexdigest()
-        wrong = []
-        if expected_id not in ("", blob_id):
-            wrong.append(Violation("blob_id", f"the content's SHA-256 is {blob_id}"))
-        if expected_size not in (0, self._size):
-            wrong.append(Violation("size_bytes", f"{self._size} bytes came"))
-        if wrong:
-            error = InvalidArgument("cannot keep the blob: other bytes came than were announced", wrong)
-            error.reason = Reason.BLOB_MISMATCH
-            raise error
+        blob_id = self._content.checked(expected_id, expected_size)
         if self._rest or not self._number:
             await self._put()
         return await self._publish(blob_id)
@@ -150,7 +128,7 @@ class _Upload:
         sql = self._blobs.sql
         statements: list[Statement] = [
             (sql["end_upload"], (self._name,)),
-            (sql["keep_blob"], (blob_id, self._name, str(self._size))),
+            (sql["keep_blob"], (blob_id, self._name, str(self._content.size))),
         ]
         [(upload, size, create_ms)] = await self._blobs.run(statements)
         self._done = upload == self._name

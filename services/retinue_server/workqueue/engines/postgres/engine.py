@@ -12,17 +12,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psycopg
 from msgspec.structs import replace
 
 from retinue_server.runtime.addresses import StartError
-from retinue_server.runtime.errors import Reason, RetinueError, Unavailable
+from retinue_server.runtime.errors import Reason, Unavailable
 from retinue_server.workqueue.engine import Capabilities, Durability, Instant, Transaction
 from retinue_server.workqueue.engine import View as AnyView
+from retinue_server.workqueue.engines.groups import Step, Steps, answer
 from retinue_server.workqueue.engines.postgres.blobs import PostgresBlobs
 from retinue_server.workqueue.engines.postgres.days import keep_days
+from retinue_server.workqueue.engines.postgres.leases import Leases
 from retinue_server.workqueue.engines.postgres.marks import Marks
 from retinue_server.workqueue.engines.postgres.migrate import migrate
 from retinue_server.workqueue.engines.postgres.news import News, Ready
@@ -32,8 +34,6 @@ from retinue_server.workqueue.engines.postgres.store import Exclusively, Store, 
 
 T = TypeVar("T")
 
-_GROUP = 256
-"""How many steps one commit holds at most."""
 _TRIES = 8
 """How often a step is run again because others were faster."""
 _READERS = 2
@@ -67,7 +67,7 @@ class PostgresEngine:
         self._news: News | None = None
         self._housekeeping: threading.Thread | None = None
         self._closing = threading.Event()
-        self._steps: queues.SimpleQueue[_Step | None] = queues.SimpleQueue()
+        self._steps = Steps()
         self._writers: list[_Writer] = []
         self._readers: queues.SimpleQueue[Session] = queues.SimpleQueue()
         self._reading: ThreadPoolExecutor | None = None
@@ -103,9 +103,9 @@ class PostgresEngine:
         self._reading = ThreadPoolExecutor(_READERS, "workqueue-reader")
         for _ in range(_READERS):
             self._readers.put(self._session("reader"))
-        turn, marks = threading.Lock(), Marks()
+        turn, marks, leases = threading.Lock(), Marks(), Leases()
         for number in range(self._connections):
-            store = Store(self._session("writer"), self._statements, lambda: self._days, marks)
+            store = Store(self._session("writer"), self._statements, lambda: self._days, marks, leases)
             store.own_clock = self.capabilities.own_clock
             writer = _Writer(self._steps, store, loop, self._committed, turn)
             writer.thread = threading.Thread(target=writer.run, name=f"workqueue-writer-{number}", daemon=True)
@@ -115,7 +115,7 @@ class PostgresEngine:
     async def stop(self) -> None:
         writers, self._writers = self._writers, []
         for _ in writers:
-            self._steps.put(None)
+            self._steps.end()
         for writer in writers:
             await asyncio.to_thread(writer.thread.join)
             writer.store.session.close()
@@ -129,10 +129,7 @@ class PostgresEngine:
     async def write(self, step: Callable[[Transaction], T]) -> T:
         if not self._writers:
             raise Unavailable("cannot write: the engine is stopped", reason=Reason.ENGINE_UNAVAILABLE, retry_ms=500)
-        job = _Step(step, asyncio.get_running_loop().create_future())
-        self._steps.put(job)
-        result: T = await asyncio.shield(job.done)
-        return result
+        return await self._steps.do(step)
 
     async def read(self, query: Callable[[AnyView], T]) -> T:
         if self._reading is None:
@@ -230,45 +227,6 @@ def _queried(session: Session, view: View, query: Callable[[AnyView], T]) -> T:
     return result
 
 
-class _Step:
-    """A step with the caller who waits for it."""
-
-    def __init__(self, step: Callable[[Transaction], Any], done: asyncio.Future[Any]) -> None:
-        self._step, self.done = step, done
-        self._result: Any = None
-        self._error: BaseException | None = None
-
-    def run(self, store: Store) -> None:
-        """Runs it, maybe again; what it raises undoes it alone. Errors of the database undo the group."""
-        self._result = self._error = None
-        try:
-            with store.savepoint():
-                self._result = self._step(store)
-        except (psycopg.Error, Exclusively):
-            raise
-        except Exception as error:  # noqa: BLE001 - the caller gets it
-            self._error = error
-
-    def fail(self, error: RetinueError) -> None:
-        """Replaces whatever came of it."""
-        self._error = error
-
-    def answer(self) -> None:
-        """Tells the caller, on the loop."""
-        if self.done.done():
-            return
-        if self._error is None:
-            self.done.set_result(self._result)
-        else:
-            self.done.set_exception(self._error)
-            self.done.exception()
-
-
-def _answer(group: list[_Step]) -> None:
-    for step in group:
-        step.answer()
-
-
 class _Writer:
     """One thread with one connection."""
 
@@ -276,7 +234,7 @@ class _Writer:
 
     def __init__(
         self,
-        steps: queues.SimpleQueue[_Step | None],
+        steps: Steps,
         store: Store,
         loop: asyncio.AbstractEventLoop,
         committed: Callable[[Store], None],
@@ -293,11 +251,12 @@ class _Writer:
         """Serves until None comes.
 
         The next writer's turn begins before this one's commit: what these steps read is locked, so that its steps find
-        what these ones made of it. Not so if they made tasks ready, which the next ones may look for.
+        what these ones made of it; for what was known by heart they wait. Not so if they made tasks ready, which the
+        next ones may look for.
         """
         while True:
             with self._turn:
-                group = self._next_group()
+                group = self._steps.next_group()
                 error = self._tried(partial(self._run, group)) if group else None
                 committed = error is None and bool(self.store.ready_tasks)
                 if committed:
@@ -308,22 +267,8 @@ class _Writer:
                 error = error or self._tried(self._commit)
             if error:
                 self._make_up_for(error, group)
-            self._loop.call_soon_threadsafe(_answer, group)
-
-    def _next_group(self) -> list[_Step]:
-        """Waits for a step, and takes with it all that wait already."""
-        first = self._steps.get()
-        group = [first] if first else []
-        while first and len(group) < _GROUP:
-            try:
-                step = self._steps.get_nowait()
-            except queues.Empty:
-                break
-            if step is None:
-                self._steps.put(None)
-                break
-            group.append(step)
-        return group
+            self.store.settled()
+            self._loop.call_soon_threadsafe(answer, group)
 
     def _tried(self, action: Callable[[], None]) -> Exception | None:
         """What an action raised."""
@@ -333,34 +278,32 @@ class _Writer:
             return error
         return None
 
-    def _make_up_for(self, error: Exception, group: list[_Step]) -> None:
+    def _make_up_for(self, error: Exception, group: list[Step]) -> None:
         """Makes the best of what came between a group and its commit."""
         lost = self.store.session.lost and not self._committing
-        if isinstance(error, AGAIN):
-            self._one_by_one(group)
-        elif isinstance(error, Exclusively) or (isinstance(error, psycopg.OperationalError) and lost):
+        if isinstance(error, (*AGAIN, Exclusively)) or (isinstance(error, psycopg.OperationalError) and lost):
             self._again(group, exclusive=isinstance(error, Exclusively))
         else:
             self._give_up(group, error)
 
-    def _again(self, group: list[_Step], *, exclusive: bool) -> None:
+    def _again(self, group: list[Step], *, exclusive: bool) -> None:
         """The whole group once more."""
         self._undo()
-        error = self._tried(lambda: self._run(group, exclusive=exclusive)) or self._tried(self._commit)
+        error = self._tried(lambda: self._run(group, exclusive=exclusive, careful=True)) or self._tried(self._commit)
         if isinstance(error, (*AGAIN, Exclusively)):
             self._one_by_one(group)
         elif error:
             self._give_up(group, error)
 
-    def _one_by_one(self, group: list[_Step]) -> None:
+    def _one_by_one(self, group: list[Step]) -> None:
         for step in group:
             self._undo()
             self._persist(step)
 
-    def _persist(self, step: _Step) -> None:
+    def _persist(self, step: Step) -> None:
         """One step, alone, until no other coordinator is faster."""
         for number in range(_TRIES):
-            run = partial(self._run, [step], exclusive=number >= _TRIES // 2)
+            run = partial(self._run, [step], exclusive=number >= _TRIES // 2, careful=True)
             error = self._tried(run) or self._tried(self._commit)
             if error is None:
                 return
@@ -369,18 +312,20 @@ class _Writer:
                 return
             time.sleep(random.uniform(0, 0.01))  # noqa: S311 - so that two do not meet again
 
-    def _run(self, group: list[_Step], *, exclusive: bool = False) -> None:
+    def _run(self, group: list[Step], *, exclusive: bool = False, careful: bool = False) -> None:
         self._committing = False
-        self.store.open(exclusive=exclusive)
+        self.store.open(exclusive=exclusive, careful=careful)
         for step in group:
-            step.run(self.store)
+            step.run(self.store, (psycopg.Error, Exclusively))
         self._writes = self.store.writes()
 
     def _commit(self) -> None:
         self._committing = True
-        [(status,)] = self.store.session.run([*self._writes, ("COMMIT", ())])
+        rows = self.store.session.first_rows([*self._writes, ("COMMIT", ())])
+        [status] = rows.pop()
         if status != "COMMIT":
             raise psycopg.OperationalError(f"the commit ended as {status}")
+        self.store.committed(rows)
         self._committed(self.store)
 
     def _undo(self) -> None:
@@ -388,7 +333,7 @@ class _Writer:
         self.store.session.rollback()
         self.store.forget()
 
-    def _give_up(self, group: list[_Step], error: BaseException) -> None:
+    def _give_up(self, group: list[Step], error: BaseException) -> None:
         self._undo()
         told = translated(error)
         for step in group:

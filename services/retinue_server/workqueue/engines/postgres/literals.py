@@ -6,14 +6,17 @@ or bytes, a statement is prepared once. PostgreSQL's text can't hold NUL, protob
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+
+import msgspec
 
 _ESC = "\x1b"
+_encode = msgspec.json.Encoder().encode
 
 
-def ints(values: Iterable[int | None]) -> str:
+def ints(values: Sequence[int | None]) -> str:
     """An array of integers or booleans."""
-    return "{" + ",".join(["NULL" if value is None else int.__repr__(value) for value in values]) + "}"
+    return "{" + _encode(values).decode()[1:-1] + "}"  # JSON's null, true and false are PostgreSQL's, too
 
 
 def sparse(values: Sequence[int | None], default: int | None) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -183,6 +184,48 @@ def saved(rows: Sequence[TaskRow]) -> list[str]:
         sparse([row.start_ms for row in rows], None),
         sparse([row.end_ms for row in rows], None),
         sparse([row.delete_ms for row in rows], None),
+    ]
+
+
+Change = tuple[Any, ...]
+"""What rows that change alike change to: the state, then the rest."""
+
+_LEASED = ("attempt", "lease_epoch", "lease_nonce", "lease_ms", "lease_until", "attempt_until", "worker_id",
+           "lease_request_id", "start_ms")  # fmt: skip
+_ENDED = ("outcome", "end_ms", "delete_ms")
+_CLEARED = ("lease_until", "attempt_until", "worker_id", "lease_request_id", "cancel_requested")
+_clear = (None, None, "", "", False)
+
+
+_NEVER = {
+    "seq", "task_id", "queue_id", "create_ms", "attempt_ms", "idempotency_key", "parent_task_id",
+}  # fmt: skip
+"""What no step changes."""
+
+
+def _all_but(*names: str) -> Callable[[TaskRow], Change]:
+    changed = {"state", *names, *_NEVER}
+    return attrgetter(*(name for name in TaskRow.__struct_fields__ if name not in changed))
+
+
+_leased_to, _beside_leased = attrgetter("state", *_LEASED), _all_but(*_LEASED)
+_ended_to, _beside_ended = attrgetter("state", *_ENDED), _all_but(*_ENDED, *_CLEARED)
+_cleared = attrgetter(*_CLEARED)
+
+
+def usual_change(before: TaskRow, after: TaskRow) -> Change | None:
+    """The change, if it is that of a lease granted or ended as nearly all are."""
+    if before.state == State.READY and after.state == State.LEASED:
+        return _leased_to(after) if _beside_leased(before) == _beside_leased(after) else None
+    if before.state != State.LEASED or after.state not in FINISHED or _cleared(after) != _clear:
+        return None
+    return (*_ended_to(after), after.queue_id) if _beside_ended(before) == _beside_ended(after) else None
+
+
+def change_texts(change: Change) -> list[str | None]:
+    """As parameters."""
+    return [
+        value if value is None else escaped(value) if isinstance(value, str) else str(int(value)) for value in change
     ]
 
 

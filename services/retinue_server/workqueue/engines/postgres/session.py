@@ -81,14 +81,18 @@ class Session:
 
     def run(self, statements: Sequence[Statement]) -> list[tuple[Any, ...]]:
         """Runs them in one round trip; the rows of the last one, or its status in one row."""
+        return _rows(self._run(statements)[-1])
+
+    def first_rows(self, statements: Sequence[Statement]) -> list[tuple[Any, ...]]:
+        """Runs them in one round trip; the first row of each, or its status."""
+        return [_rows(cursor)[0] for cursor in self._run(statements)]
+
+    def _run(self, statements: Sequence[Statement]) -> list[psycopg.Cursor[tuple[Any, ...]]]:
         connection = self.connection
         if len(statements) == 1:
-            cursor = self._execute(connection, *statements[0])
-        else:
-            with connection.pipeline():
-                for statement in statements:
-                    cursor = self._execute(connection, *statement)
-        return cursor.fetchall() if cursor.description else [(cursor.statusmessage,)]
+            return [self._execute(connection, *statements[0])]
+        with connection.pipeline():
+            return [self._execute(connection, *statement) for statement in statements]
 
     @staticmethod
     def _execute(
@@ -120,6 +124,10 @@ class Session:
     def lost(self) -> bool:
         """Whether there is no connection (any more)."""
         return self._connection is None or self._connection.closed
+
+
+def _rows(cursor: psycopg.Cursor[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    return cursor.fetchall() if cursor.description else [(cursor.statusmessage,)]
 
 
 AGAIN = (

@@ -62,6 +62,56 @@ FROM unnest($1::bigint[], $2::smallint[], $3::integer[], $4::bigint[], $5::bigin
         outcome, cancel_requested, start_ms, end_ms, delete_ms)
 WHERE task.seq = n.seq
 
+-- name: lease
+-- Tasks that were ready, all leased alike.
+UPDATE {schema}.task SET
+  state = $2::smallint, attempt = $3::integer, lease_epoch = $4::bigint, lease_nonce = $5::bigint,
+  lease_ms = $6::integer, lease_until = $7::bigint, lapse_ms = $7::bigint, attempt_until = $8::bigint,
+  worker_id = $9::text, lease_request_id = $10::text, start_ms = $11::bigint
+WHERE seq = ANY ($1::bigint[])
+
+-- name: version
+-- Of what this transaction writes.
+SELECT (pg_current_xact_id()::text::bigint & 4294967295)
+
+-- name: prove
+-- Raises unless each is still as that transaction wrote it.
+SELECT {schema}.expect(count(*), $3::bigint) FROM (
+  SELECT FROM unnest($1::bigint[], $2::xid[]) AS n (seq, version) JOIN {schema}.task t ON t.seq = n.seq
+  WHERE t.xmin = n.version FOR UPDATE OF t
+) AS same
+
+-- name: end
+-- Moves leased tasks that all end alike into history, with what the attempts gave; raises unless each is still as that
+-- transaction wrote it.
+WITH hot AS (
+  DELETE FROM {schema}.task USING unnest($1::bigint[], $2::bytea[], $3::text[], $4::text[], $5::xid[])
+    AS n (seq, result, result_blob, failure, version)
+  WHERE task.seq = n.seq AND (n.version IS NULL OR task.xmin = n.version)
+  RETURNING task.seq, task.ready_ms, task.expire_ms, task.lease_epoch, task.lease_nonce, task.start_ms, task.priority,
+            task.attempt, task.lease_expirations, task.lease_ms, n.result AS new_result,
+            n.result_blob AS new_result_blob, n.failure AS new_failure
+), whole AS (
+  DELETE FROM {schema}.body USING hot WHERE body.seq = hot.seq
+  RETURNING hot.*, body.create_ms, body.attempt_ms, body.task_id, body.queue_id, body.idempotency_key,
+            body.parent_task_id, body.task_type, body.labels, body.retry, body.traceparent, body.input_blob,
+            coalesce(new_result_blob, body.result_blob) AS result_blob, coalesce(new_failure, body.failure) AS failure,
+            body.input, coalesce(new_result, body.result) AS result
+), moved AS (
+  INSERT INTO {schema}.history (
+    drop_day, seq, ready_ms, expire_ms, lease_epoch, lease_nonce, start_ms, end_ms, delete_ms, create_ms, attempt_ms,
+    priority, attempt, lease_expirations, lease_ms, state, outcome, cancel_requested, worker_id, lease_request_id,
+    task_id, queue_id, idempotency_key, parent_task_id, task_type, labels, retry, traceparent, input_blob,
+    result_blob, failure, input, result)
+  SELECT $7::integer, seq, ready_ms, expire_ms, lease_epoch, lease_nonce, start_ms, $10::bigint, $11::bigint,
+    create_ms, attempt_ms, priority, attempt, lease_expirations, lease_ms, $8::smallint, $9::smallint, false, '', '',
+    task_id, queue_id, idempotency_key, parent_task_id, task_type, labels, retry, traceparent, input_blob,
+    result_blob, failure, input, result
+  FROM whole
+  RETURNING 1
+)
+SELECT {schema}.expect(count(*), $6::bigint) FROM moved
+
 -- name: finish
 -- Moves what has ended into history, with what its last attempt gave.
 WITH done AS MATERIALIZED (
@@ -267,9 +317,13 @@ WHERE EXISTS (SELECT FROM {schema}.body b WHERE b.input_blob = w.id AND b.input_
 -- name: request
 SELECT fingerprint, reply FROM {schema}.request WHERE request_id = $1::text
 
--- name: save_request
+-- name: none_requested
+-- Raises if there is one.
+SELECT {schema}.expect(count(*), 0) FROM {schema}.request WHERE request_id = ANY ($1::text[])
+
+-- name: save_requests
 INSERT INTO {schema}.request (request_id, fingerprint, reply, forget_ms)
-VALUES ($1::text, $2::bytea, $3::bytea, $4::bigint)
+SELECT * FROM unnest($1::text[], $2::bytea[], $3::bytea[], $4::bigint[])
 
 -- name: forget_requests
 WITH past AS (

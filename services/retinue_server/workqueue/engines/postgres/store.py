@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec.structs import replace
 
@@ -32,6 +32,7 @@ from retinue_server.workqueue.engines.postgres.literals import (
     blobs,
     escaped,
     ints,
+    sparse,
     sparse_texts,
     texts,
 )
@@ -39,8 +40,13 @@ from retinue_server.workqueue.engines.postgres.marks import BEGINNING, Marks, Pl
 from retinue_server.workqueue.engines.postgres.statements import QUEUES_LOCK, REQUEST_LOCK, ROOM_LOCK
 
 if TYPE_CHECKING:
+    from retinue_server.workqueue.engines.postgres.leases import Leases
     from retinue_server.workqueue.engines.postgres.session import Session, Statement
     from retinue_server.workqueue.engines.postgres.statements import Statements
+
+
+_MANY = 8
+"""From how many rows on a change has a statement of its own."""
 
 
 class View:
@@ -141,18 +147,30 @@ class Exclusively(Exception):
     """A step is about to change queues; for that it must be alone."""
 
 
+class _Request(NamedTuple):
+    """What is remembered of an answered request."""
+
+    request_id: str
+    fingerprint: bytes
+    reply: bytes
+    forget_ms: int
+
+
 class _Layer:
     """Writes that are kept back."""
 
-    def __init__(self, queues: dict[str, QueueRow], *, is_out: bool = False) -> None:
+    def __init__(self, queues: dict[str, QueueRow], asked: int = 0, *, is_out: bool = False) -> None:
         self.saves: dict[int, TaskRow] = {}
         self.results: dict[int, tuple[bytes, str]] = {}
         self.failures: dict[int, str] = {}
         self.deletes: dict[int, TaskRow] = {}
         self.inserts: list[Task] = []
+        self.requests: list[_Request] = []
         self.others: list[Statement] = []
         self.queues = queues
         """As they were before it."""
+        self.asked = asked
+        """How many requests had been taken for new before it."""
         self.is_out = is_out
         """Whether the database has a savepoint for it."""
 
@@ -167,10 +185,12 @@ class _Layer:
         self.failures |= upper.failures
         self.deletes |= upper.deletes
         self.inserts += upper.inserts
+        self.requests += upper.requests
         self.others += upper.others
 
     def __bool__(self) -> bool:
-        return bool(self.saves or self.results or self.failures or self.deletes or self.inserts or self.others)
+        rows = self.saves or self.results or self.failures or self.deletes or self.inserts
+        return bool(rows or self.requests or self.others)
 
 
 class Store(View):
@@ -179,11 +199,28 @@ class Store(View):
     _lock_hot, _lock_old = " FOR UPDATE OF t", " FOR UPDATE"
 
     def __init__(
-        self, session: Session, statements: Statements, days: Callable[[], frozenset[int]], marks: Marks
+        self,
+        session: Session,
+        statements: Statements,
+        days: Callable[[], frozenset[int]],
+        marks: Marks,
+        leases: Leases,
     ) -> None:
         super().__init__(session, statements)
-        self._days, self._marks = days, marks
-        """The days that have a partition of history; where to begin looking."""
+        self._days, self._marks, self._leases = days, marks, leases
+        """The days that have a partition of history; where to begin looking; what need not be read."""
+        self._careful = False
+        """Whether nothing is taken for granted."""
+        self._before: dict[int, TaskRow] = {}
+        """Unfinished tasks as the tables have them, as far as this transaction knows."""
+        self._unproved: dict[int, int] = {}
+        """Those of them that were known by heart, and by which transaction they were written."""
+        self._granted: dict[int, TaskRow] = {}
+        """Leases that this transaction wrote, to be known by heart."""
+        self._asked: dict[str, bool] = {}
+        """Requests that were taken for new without a look, and whether they are remembered."""
+        self._versioned = True
+        """Whether all it wrote bears its own number (not that of a savepoint)."""
         self._floors: dict[str, str] = {}
         """From where on this one has swept last."""
         self._queues: dict[str, QueueRow] = {}
@@ -200,9 +237,11 @@ class Store(View):
 
     # The transaction
 
-    def open(self, *, exclusive: bool) -> None:
-        """Begins a transaction; all that a step may ask first comes with it."""
+    def open(self, *, exclusive: bool, careful: bool) -> None:
+        """Begins a transaction; all that a step may ask first comes with it. A careful one reads all it goes by."""
         self.ready_tasks = Counter()
+        self._careful, self._versioned = careful, True
+        self._before, self._unproved, self._granted, self._asked = {}, {}, {}, {}
         self._layers, self._pending, self._hot, self._exclusive = [_Layer(self._queues)], [], set(), exclusive
         lock = "pg_advisory_xact_lock" if exclusive else "pg_advisory_xact_lock_shared"
         begin = [
@@ -218,8 +257,19 @@ class Store(View):
             self._queues_version = version
 
     def writes(self) -> list[Statement]:
-        """What is left to go out before the commit."""
-        return self._take()
+        """What is left to go out before the commit; the last one's answer is for `committed`."""
+        writes = [*self._take(), *self._proofs(list(self._unproved)), *self._newness()]
+        return [*writes, (self._sql["version"], ())] if self._granted and self._versioned else writes
+
+    def committed(self, answers: list[tuple[Any, ...]]) -> None:
+        """What was granted may be known by heart; `answers` are those of `writes`."""
+        if self._granted and self._versioned:
+            [version] = answers[-1]
+            self._leases.put(self._granted.values(), version)
+
+    def settled(self) -> None:
+        """The group is through, by whatever transaction: those who follow may go by what came of it."""
+        self._leases.done(self)
 
     def forget(self) -> None:
         """The transaction came to nothing: what was learnt in it may be wrong."""
@@ -237,7 +287,7 @@ class Store(View):
 
     def push(self) -> None:
         """Opens a layer."""
-        self._layers.append(_Layer(self._queues))
+        self._layers.append(_Layer(self._queues, len(self._asked)))
 
     def pop(self, *, undo: bool) -> None:
         """Closes the top layer: what it wrote is the next one's, or never was."""
@@ -249,8 +299,11 @@ class Store(View):
                 self._pending.append((f"RELEASE SAVEPOINT {name}", ()))
             return
         self._queues = top.queues
+        self._asked.update(dict.fromkeys(list(self._asked)[top.asked :], False))
         if top.is_out:
             self._hot.clear()
+            self._before.clear()
+            self._granted.clear()
             self._pending = []
             self.session.run([(f"ROLLBACK TO SAVEPOINT {name}", ()), (f"RELEASE SAVEPOINT {name}", ())])
 
@@ -265,9 +318,18 @@ class Store(View):
         return super().counts(queue_id)
 
     def by_seq(self, seqs: Sequence[int]) -> dict[int, TaskRow]:
-        known = {seq: row for seq in seqs if (row := self._written(seq))}
+        if not self._careful:
+            self._recall([seq for seq in seqs if seq not in self._hot])
+        known = {seq: row for seq in seqs if (row := self._written(seq) or self._before.get(seq))}
         found = known | self._fetch([seq for seq in seqs if seq not in known])
         return {seq: found[seq] for seq in seqs if seq in found and not self._is_deleted(seq)}
+
+    def _recall(self, seqs: Sequence[int]) -> None:
+        """What is known of them by heart."""
+        found = self._leases.take(seqs, self)
+        self._hot.update(found)
+        self._before.update((seq, known.row) for seq, known in found.items())
+        self._unproved.update((seq, known.version) for seq, known in found.items())
 
     def _fetch(self, seqs: Sequence[int]) -> dict[int, TaskRow]:
         """Rows that were not written yet, which so are as the tables have them."""
@@ -276,6 +338,7 @@ class Store(View):
         rows = self._peek(self._sql["by_seq"] + self._lock_hot, ints(seqs))
         found = {row.seq: row for row in map(records.task_row, rows)}
         self._hot.update(found)
+        self._before.update(found)
         if missing := [seq for seq in seqs if seq not in found]:
             old = self._peek(self._sql["old_by_seq"] + self._lock_old, ints(missing))
             found.update((row.seq, row) for row in map(records.task_row, old))
@@ -358,6 +421,10 @@ class Store(View):
         return due, lapse
 
     def request(self, request_id: str) -> tuple[bytes, bytes] | None:
+        """Hardly any is a repeated one: it is taken for new until the commit, which fails if it isn't."""
+        if not self._careful and request_id not in self._asked:
+            self._asked[request_id] = False
+            return None
         found = self._select(self._sql["request"], escaped(request_id))
         return (found[0][0], found[0][1]) if found else None
 
@@ -374,6 +441,7 @@ class Store(View):
     def _tasks(self, found: Iterable[Sequence[Any]]) -> list[Task]:
         tasks = [records.task(row) for row in found]
         self._hot.update(task.row.seq for task in tasks)
+        self._before.update((task.row.seq, task.row) for task in tasks)
         return tasks
 
     def _select(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -447,8 +515,9 @@ class Store(View):
         self._layers[-1].take_over(deletion)
 
     def save_request(self, request_id: str, fingerprint: bytes, reply: bytes, forget_ms: int) -> None:
-        values = (escaped(request_id), fingerprint, reply, str(forget_ms))
-        self._layers[-1].others.append((self._sql["save_request"], values))
+        self._layers[-1].requests.append(_Request(escaped(request_id), fingerprint, reply, forget_ms))
+        if request_id in self._asked:
+            self._asked[request_id] = True
 
     def forget_requests(self, wall_ms: int, limit: int) -> int:
         self._send_out(len(self._layers) - 1)
@@ -467,15 +536,20 @@ class Store(View):
         for level, layer in enumerate(self._layers[: upto + 1]):
             if level and not layer.is_out:
                 self._pending.append((f"SAVEPOINT s{level}", ()))
+                self._versioned = False
             self._pending += self._statements(layer)
-            self._layers[level] = _Layer(layer.queues, is_out=True)
+            self._layers[level] = _Layer(layer.queues, layer.asked, is_out=True)
 
     def _statements(self, layer: _Layer) -> list[Statement]:
         if not layer:
             return []
         written = (*layer.saves.values(), *(task.row for task in layer.inserts))
         self.ready_tasks.update(row.queue_id for row in written if row.state == State.READY)
-        statements = [*self._saves(layer), *layer.others]
+        doomed = [seq for seq in layer.deletes if seq in self._unproved]
+        statements = [*self._proofs(doomed), *self._saves(layer), *layer.others]
+        for seq in layer.deletes:
+            self._before.pop(seq, None)
+            self._granted.pop(seq, None)
         hot = [seq for seq, row in layer.deletes.items() if seq in self._hot or row.state not in FINISHED]
         old = [seq for seq in layer.deletes if seq not in self._hot]
         if hot:
@@ -483,22 +557,82 @@ class Store(View):
         if old:
             statements.append((self._sql["delete_old"], (ints(old),)))
         statements += self._inserts(layer.inserts)
+        if layer.requests:
+            statements.append((self._sql["save_requests"], _requested(layer.requests)))
         return statements
 
     def _saves(self, layer: _Layer) -> list[Statement]:
         statements: list[Statement] = []
         if layer.saves:
             statements += self._revivals([seq for seq in layer.saves if seq not in self._hot])
-        going_on = [row for row in layer.saves.values() if row.state not in FINISHED]
+        alike, others = self._alike(layer.saves.values())
+        for change, rows in alike.items():
+            statements.append(self._same_change(change, rows, layer))
+        statements += self._proofs([row.seq for row in others if row.seq in self._unproved])
+        going_on = [row for row in others if row.state not in FINISHED]
         if going_on:
             statements.append((self._sql["save"], records.saved(going_on)))
-        if ended := [row for row in layer.saves.values() if row.state in FINISHED]:
+        if ended := [row for row in others if row.state in FINISHED]:
             statements.append((self._sql["finish"], self._finished(ended, layer)))
-            self._hot.difference_update(row.seq for row in ended)
+        self._note(layer.saves)
         left = {seq for seq in (*layer.results, *layer.failures) if not self._ends_in(layer, seq)}
         if left:
-            statements.append((self._sql["save_bodies"], _left(sorted(left), layer)))
+            statements.append((self._sql["save_bodies"], _results(sorted(left), layer)))
         return statements
+
+    def _note(self, saves: Mapping[int, TaskRow]) -> None:
+        """What the tables are about to have."""
+        for seq, row in saves.items():
+            if row.state in FINISHED:
+                self._hot.discard(seq)
+            if row.state == State.LEASED:
+                self._granted[seq] = row
+            else:
+                self._granted.pop(seq, None)
+            self._before.pop(seq, None)
+
+    def _alike(self, rows: Iterable[TaskRow]) -> tuple[dict[records.Change, list[TaskRow]], list[TaskRow]]:
+        """Rows that change as most do, by what they change to; the others."""
+        alike: dict[records.Change, list[TaskRow]] = {}
+        others: list[TaskRow] = []
+        for row in rows:
+            before = self._before.get(row.seq)
+            change = records.usual_change(before, row) if before else None
+            if change is None:
+                others.append(row)
+            else:
+                alike.setdefault(change, []).append(row)
+        few = [change for change, same in alike.items() if len(same) < _MANY] if len(alike) > 1 else []
+        for change in few:
+            others += alike.pop(change)
+        return alike, others
+
+    def _same_change(self, change: records.Change, rows: Sequence[TaskRow], layer: _Layer) -> Statement:
+        seqs = [row.seq for row in rows]
+        if change[0] == State.LEASED:
+            return self._sql["lease"], (ints(seqs), *records.change_texts(change))
+        versions = [self._unproved.pop(seq, None) for seq in seqs]
+        day = records.drop_day(rows[0], self._days())
+        results = _results(seqs, layer)
+        return self._sql["end"], (
+            *results,
+            sparse(versions, None),
+            str(len(seqs)),
+            str(day),
+            *records.change_texts(change[:-1]),
+        )
+
+    def _proofs(self, seqs: Sequence[int]) -> list[Statement]:
+        """That these are still as they were known by heart."""
+        if not seqs:
+            return []
+        versions = [self._unproved.pop(seq) for seq in seqs]
+        return [(self._sql["prove"], (ints(seqs), ints(versions), str(len(seqs))))]
+
+    def _newness(self) -> list[Statement]:
+        """That the requests which were taken for new, and were not remembered in the end, are none of old."""
+        asked = [escaped(request_id) for request_id, is_saved in self._asked.items() if not is_saved]
+        return [(self._sql["none_requested"], (texts(asked),))] if asked else []
 
     def _revivals(self, seqs: Sequence[int]) -> list[Statement]:
         """What was read elsewhere, or from history, may be in history."""
@@ -514,20 +648,24 @@ class Store(View):
 
     def _finished(self, rows: Sequence[TaskRow], layer: _Layer) -> list[str]:
         days = self._days()
-        results = [layer.results.get(row.seq) for row in rows]
-        return [
-            *records.saved(rows),
-            ints([records.drop_day(row, days) for row in rows]),
-            blobs([result[0] if result else None for result in results]),
-            sparse_texts([result[1] if result else None for result in results], None),
-            sparse_texts([layer.failures.get(row.seq) for row in rows], None),
-        ]
+        _, *results = _results([row.seq for row in rows], layer)
+        return [*records.saved(rows), ints([records.drop_day(row, days) for row in rows]), *results]
 
     def _inserts(self, tasks: list[Task]) -> list[Statement]:
         return [(self._sql["insert"], records.inserted(tasks))] if tasks else []
 
 
-def _left(seqs: Sequence[int], layer: _Layer) -> list[str]:
+def _requested(requests: Sequence[_Request]) -> list[str]:
+    return [
+        texts([request.request_id for request in requests]),
+        blobs([request.fingerprint for request in requests]),
+        blobs([request.reply for request in requests]),
+        ints([request.forget_ms for request in requests]),
+    ]
+
+
+def _results(seqs: Sequence[int], layer: _Layer) -> list[str]:
+    """Them, and what attempts left on them."""
     results = [layer.results.get(seq) for seq in seqs]
     return [
         ints(seqs),

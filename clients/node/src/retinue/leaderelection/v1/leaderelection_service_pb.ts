@@ -92,7 +92,8 @@ export type CampaignStart = Message<"retinue.leaderelection.v1.CampaignStart"> &
   candidateId: string;
 
   /**
-   * A session to resume; empty = a new one. One that is over begins anew, with another session_id.
+   * A session to resume, on the server that gave it (restarted or not); empty = a new one. One that is over, or of another
+   * server, begins anew, with another session_id.
    *
    * @generated from field: string session_id = 3;
    */

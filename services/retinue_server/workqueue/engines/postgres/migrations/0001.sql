@@ -20,6 +20,15 @@ INSERT INTO {schema}.queue_version VALUES (1);
 
 CREATE SEQUENCE {schema}.task_seq AS bigint;
 
+-- Undoes a transaction that went by something which is no longer so; it is run again.
+CREATE FUNCTION {schema}.expect(actual bigint, expected bigint) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+  IF actual <> expected THEN
+    RAISE EXCEPTION 'another transaction was faster' USING ERRCODE = 'serialization_failure';
+  END IF;
+END
+$$;
+
 CREATE TABLE {schema}.task (
   seq               bigint PRIMARY KEY,
   ready_ms          bigint NOT NULL,

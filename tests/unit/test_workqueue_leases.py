@@ -1,0 +1,45 @@
+"""What writers of a PostgreSQL engine know by heart."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from retinue_server.workqueue.engine import State, TaskRow
+from retinue_server.workqueue.engines.postgres.leases import Leases
+
+
+def row(seq: int) -> TaskRow:
+    return TaskRow(seq, f"t{seq}", "q", State.LEASED, 0, 0, 0)
+
+
+def test_what_is_taken_is_no_longer_known() -> None:
+    leases = Leases()
+    leases.put([row(1), row(2)], 7)
+    assert {seq: known.version for seq, known in leases.take([1, 3], "a").items()} == {1: 7}
+    assert leases.take([1], "a") == {}, "who took it does not wait for itself"
+    assert set(leases.take([2], "b")) == {2}, "another task has nothing to do with it"
+
+
+def test_who_comes_later_waits_for_the_commit_of_who_took_it() -> None:
+    leases = Leases()
+    order: list[str] = []
+    leases.put([row(1)], 7)
+    leases.take([1], "a")
+
+    def take_later() -> None:
+        assert leases.take([1], "b") == {}, "it reads the table"
+        order.append("b went on")
+
+    with ThreadPoolExecutor(1) as second:
+        waiting = second.submit(take_later)
+        while not _waiters(leases):
+            pass
+        order.append("a committed")
+        leases.done("a")
+        waiting.result(10)
+    assert order == ["a committed", "b went on"]
+
+
+def _waiters(leases: Leases) -> object:
+    """Who waits, by the condition's own list."""
+    return vars(leases._settled)["_waiters"]
