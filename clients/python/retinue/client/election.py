@@ -57,6 +57,7 @@ _LOOK = 0.25
 """How often to look at the boot clock at least: the loop's own clock stands still while the machine is suspended."""
 _LAST_WORDS, _GOODBYE = 2.0, 0.25
 """How long resigning may take, in seconds: for a leader, and for others."""
+_AGAIN = 0.05
 _REENTRY = 2.0
 """How long one that was asked to give up leadership lets others come first, in seconds."""
 _MAX_VALUE = 4_096
@@ -372,16 +373,27 @@ class Campaign:
 
     async def _resign(self) -> None:
         """A session that does not lead resigns, too: or it might yet be elected, with nobody there."""
-        leads = self.term is not None and self.term.is_leader()
-        seconds = min(self._candidate.deadline.remaining, _LAST_WORDS) if leads else _GOODBYE
-        request = api.ResignRequest(session_id=self._candidate.session_id)
+        end = self._candidate.deadline.now() + _LAST_WORDS
         try:
-            answer = await self._election.call("Resign", request, timeout=seconds, repeatable=leads)
+            # A server that has just started does not know the session yet.
+            while not await self._released(end) and self._leads and self._candidate.deadline.now() < end:  # noqa: ASYNC110 - it answers, it tells nothing
+                await asyncio.sleep(_AGAIN)
         except errors.RetinueError as error:
             log.info("not resigned, the election passes on when its time is over: %s", error)
-        else:
-            if answer.released and leads:
-                self._emit("resigned")
+
+    async def _released(self, end: float) -> bool:
+        leads = self._leads
+        deadline = self._candidate.deadline
+        seconds = min(end - deadline.now(), deadline.remaining) if leads else _GOODBYE
+        request = api.ResignRequest(session_id=self._candidate.session_id)
+        answer = await self._election.call("Resign", request, timeout=seconds, repeatable=leads)
+        if answer.released and leads:
+            self._emit("resigned")
+        return bool(answer.released)
+
+    @property
+    def _leads(self) -> bool:
+        return self.term is not None and self.term.is_leader()
 
     def _stop_running(self) -> None:
         if self._running is not None:
