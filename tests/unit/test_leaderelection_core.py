@@ -607,14 +607,14 @@ async def test_what_is_wrong_is_named_field_by_field(server: Server) -> None:
             None,
         )
     assert {violation.field for violation in error.value.violations} == {
-        "election_id",
-        "candidate_id",
-        "session_id",
-        "value",
-        "lease_duration",
-        "app_lease_duration",
-        "release_delay_duration",
-        "proof_file",
+        "start.election_id",
+        "start.candidate_id",
+        "start.session_id",
+        "start.value",
+        "start.lease_duration",
+        "start.app_lease_duration",
+        "start.release_delay_duration",
+        "start.proof_file",
     }
 
 

@@ -176,7 +176,7 @@ class Elections:
 
     def begin(self, asked: Standing, is_dead: IsDead | None, found: Found = ()) -> tuple[Session, Outbox]:
         """A campaign, new or resumed; its events come out of the outbox."""
-        self._check(asked, found, "campaign")
+        self._check(asked, found, "campaign", "start.")
         contest = self._contest(asked.election_id)
         outbox = Outbox()
         session = self._resumed(asked, contest)
@@ -187,8 +187,8 @@ class Elections:
         contest.attach(session, outbox, self._clock.now().boot_ms)
         return session, outbox
 
-    def _check(self, asked: Standing, found: Found, what: str) -> None:
-        limits.refuse(what, [*found, *limits.standing(asked)])
+    def _check(self, asked: Standing, found: Found, what: str, at: str = "") -> None:
+        limits.refuse(what, [*found, *limits.standing(asked, at)])
         limits.able(asked, self.engine.capabilities)
         self._known(asked.election_id)
         if self.stopping:
