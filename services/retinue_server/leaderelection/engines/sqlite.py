@@ -49,6 +49,8 @@ _COLUMNS = (
     "epoch, version, candidate_id, session_id, value, lease_ms, release_delay_ms, acquire_ms, step_down,"
     " deadline_ms, kernel"
 )
+_LOOK_AGAIN_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+"""When to look again after the log was written to: others see a commit when it was synced, and of that nobody tells."""
 _SYNCS = (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC, apsw.SQLITE_IOERR_TRUNCATE)
 
 _SCHEMA = """
@@ -114,6 +116,8 @@ class SqliteEngine:
         """Up to where changes have been told."""
         self._inotify: Inotify | None = None
         self._looking: asyncio.Task[None] | None = None
+        self._written = False
+        """The log was written to since the last look began."""
 
     async def start(self) -> None:
         self._thread = ThreadPoolExecutor(1, "leaderelection-store")
@@ -131,6 +135,8 @@ class SqliteEngine:
             return
         if self._inotify is not None:
             self._inotify.close()
+        if self._looking is not None:
+            self._looking.cancel()
         await asyncio.get_running_loop().run_in_executor(thread, self._db.close)
         thread.shutdown()
 
@@ -361,17 +367,32 @@ class SqliteEngine:
     # Changes by others
 
     def _file_changed(self) -> None:
+        self._written = True
         if self._watched and self._looking is None:
             self._looking = asyncio.create_task(self._look())
 
     async def _look(self) -> None:
         try:
+            while self._written:
+                self._written = False
+                await self._tell_changes()
+                await self._look_again()
+        finally:
+            self._looking = None
+
+    async def _look_again(self) -> None:
+        for pause_s in _LOOK_AGAIN_S:
+            await asyncio.sleep(pause_s)
+            if self._written:
+                return
+            await self._tell_changes()
+
+    async def _tell_changes(self) -> None:
+        try:
             changed = await self._call(self._changes)
         except RetinueError as error:
             _log.warning("cannot look for changes: %s", error)
             changed = []
-        finally:
-            self._looking = None
         for election_id in changed:
             if election_id in self._watched:
                 self._told(election_id)
