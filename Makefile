@@ -8,7 +8,7 @@ PROTOS := $(shell find protos -name '*.proto' | sort)
 export PYTHONDONTWRITEBYTECODE := # compiled modules are kept: tests start hundreds of processes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run demo etcd test generate check-generated proto lint types contract faults e2e bench bench-profile check lock clean
+.PHONY: help setup setup-dev run demo test etcd kubernetes generate check-generated proto lint types contract faults e2e bench bench-profile check lock clean
 
 help: ## Shows this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ etcd: $(VENV)/.dev
 
 test: $(VENV)/.dev etcd ## Runs the tests (unit, engines, contract, faults)
 	@$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST)
+
+kubernetes: $(VENV)/.dev ## Builds the API server on which `make test` then tries the engine kubernetes (a quarter of an hour)
+	@PYTHONPATH=tests $(BIN)/python -m support.kubernetes.build
 
 contract: $(VENV)/.dev ## Runs the conformance suite against TARGET=host:port (CONTROL=unix:PATH for operators)
 	@$(BIN)/python -m pytest -q tests/contract $(if $(TARGET),--target $(TARGET)) $(if $(CONTROL),--control $(CONTROL)) $(PYTEST)

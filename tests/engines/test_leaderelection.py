@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 from support.etcd import Etcd
+from support.kubernetes import Cluster
+from support.postgres import Postgres
 
 from retinue_server.leaderelection.engine import (
     Claim,
@@ -21,10 +24,11 @@ from retinue_server.leaderelection.engine import (
     Scope,
 )
 from retinue_server.leaderelection.engines.etcd.engine import EtcdEngine
+from retinue_server.leaderelection.engines.kubernetes import KubernetesEngine
 from retinue_server.leaderelection.engines.memory import MemoryEngine
+from retinue_server.leaderelection.engines.postgres import PostgresEngine
 from retinue_server.leaderelection.engines.sqlite import SqliteEngine
 
-ENGINES = ("memory", "sqlite", "etcd")
 LEASE_MS = 1_000
 
 
@@ -36,24 +40,49 @@ Make = Callable[[], Awaitable[Engine]]
 """Starts one more server's engine on the same store."""
 
 
-def builder(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> Callable[[], Engine]:
-    """Makes engines on one store that is new."""
-    if name == "memory":
-        return MemoryEngine
-    if name == "sqlite":
-        return lambda: SqliteEngine(tmp_path / "elections.db", no_fatal)
-    etcd: Etcd = request.getfixturevalue("etcd")
-    prefix = etcd.prefix()
-    return lambda: EtcdEngine([etcd.endpoint], prefix=prefix)
+def memory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+    yield MemoryEngine
+
+
+def sqlite(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+    yield partial(SqliteEngine, tmp_path / "elections.db", no_fatal)
+
+
+def postgres(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+    server: Postgres = request.getfixturevalue("postgres")
+    schema = server.schema()
+    yield partial(PostgresEngine, server.url, schema=schema)
+    server.drop(schema)
+
+
+def kubernetes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+    cluster: Cluster = request.getfixturevalue("cluster")
+    namespace = cluster.namespace()
+    yield partial(KubernetesEngine, kubeconfig=cluster.kubeconfig, namespace=namespace, create=True)
+    cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+
+
+def etcd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+    server: Etcd = request.getfixturevalue("etcd")
+    yield partial(EtcdEngine, [server.endpoint], prefix=server.prefix())
+
+
+STORES = {
+    "memory": memory,
+    "sqlite": sqlite,
+    "etcd": etcd,
+    "postgres": postgres,
+    "kubernetes": kubernetes,
+}
 
 
 @asynccontextmanager
 async def store(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> AsyncIterator[Make]:
-    build = builder(request, name, tmp_path)
     async with AsyncExitStack() as stack:
+        new = stack.enter_context(contextmanager(STORES[name])(request, tmp_path))
 
         async def make() -> Engine:
-            engine = build()
+            engine = new()
             await engine.start()
             stack.push_async_callback(engine.stop)
             return engine
@@ -61,7 +90,7 @@ async def store(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> As
         yield make
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=STORES)
 async def make(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Make]:
     async with store(request, request.param, tmp_path) as made:
         yield made

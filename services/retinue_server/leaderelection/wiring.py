@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retinue_server.leaderelection import metrics, service
-from retinue_server.leaderelection.config import LeaderElectionSettings
+from retinue_server.leaderelection.config import LeaderElectionSettings, PostgresSettings
 from retinue_server.leaderelection.core.elections import SERVER_ID_BYTES, Elections
 from retinue_server.leaderelection.engine import Scope
 from retinue_server.leaderelection.proof import Proofs
@@ -114,6 +114,10 @@ def _engine(section: LeaderElectionSettings, directory: Path) -> Engine:
         return MemoryEngine()
     if section.engine == "etcd":
         return _etcd(section.etcd)
+    if section.engine == "postgres":
+        return _postgres(section.postgres)
+    if section.engine == "kubernetes":
+        return _kubernetes(section)
     try:
         from retinue_server.leaderelection.engines.sqlite import SqliteEngine  # noqa: PLC0415 - the chosen engine only
     except ImportError as error:
@@ -142,3 +146,39 @@ def _credentials(section: EtcdSettings) -> ChannelCredentials | None:
     if section.cert_file is not None or section.key_file is not None:
         raise ConfigError("cannot use leaderelection.etcd.cert_file: TLS needs ca_file, too")
     return None
+
+
+def _postgres(said: PostgresSettings) -> Engine:
+    try:
+        from retinue_server.leaderelection.engines.postgres import PostgresEngine  # noqa: PLC0415 - the chosen one only
+    except ImportError as error:
+        raise ConfigError(
+            "cannot use engine postgres: install it with pip install 'retinue-server[postgres]'"
+        ) from error
+    try:
+        return PostgresEngine(
+            said.url,
+            password_file=said.password_file,
+            schema=said.schema,
+            prepared_statements=said.prepared_statements,
+            listen_url=said.listen_url,
+        )
+    except ValueError as error:
+        raise ConfigError(f"cannot use leaderelection.postgres: {error}") from None
+
+
+def _kubernetes(section: LeaderElectionSettings) -> Engine:
+    try:
+        from retinue_server.leaderelection.engines.kubernetes import KubernetesEngine  # noqa: PLC0415 - the chosen one
+    except ImportError as error:
+        raise ConfigError(
+            "cannot use engine kubernetes: install it with pip install 'retinue-server[kubernetes]'"
+        ) from error
+    said = section.kubernetes
+    return KubernetesEngine(
+        kubeconfig=said.kubeconfig,
+        namespace=said.namespace,
+        create=said.create,
+        watch_namespace=said.watch_namespace,
+        names=section.elections,
+    )
