@@ -3,6 +3,7 @@
 pytest tests/contract                                     starts a server for each engine
 pytest tests/contract --target HOST:PORT                  any server; tests for operators are skipped and say so
 pytest tests/contract --target HOST:PORT --control unix:PATH
+pytest tests/engines -k kubernetes --kubeconfig PATH      any cluster, in namespaces of the tests' own
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from typing import NamedTuple
 
 import pytest
 from servers import start_server
+from support import etcd as etcds
+from support import kubernetes as clusters
+from support.etcd import Etcd
+from support.kubernetes.build import are_built
 from support.postgres import Postgres, shared
 
 ENGINES = ("sqlite", "memory", "postgres")
@@ -32,6 +37,26 @@ class Target(NamedTuple):
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--target", metavar="HOST:PORT", help="test this server instead of starting one per engine")
     parser.addoption("--control", metavar="ADDRESS", default="", help="where operators dial the --target")
+    parser.addoption(
+        "--kubeconfig", type=Path, help="test the engine kubernetes on this cluster, not on one of our own"
+    )
+
+
+def _has_cluster(config: pytest.Config) -> bool:
+    """Whether the engine kubernetes can be tried: building an API server takes too long to do it unasked."""
+    return bool(config.getoption("--kubeconfig") or are_built() or os.environ.get("FORBID_SKIPS"))
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [] if _has_cluster(config) else ["the engine kubernetes is NOT tried: make kubernetes builds an API server"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _has_cluster(config):
+        return
+    without = [item for item in items if item.nodeid.startswith("tests/engines/") and "kubernetes" in item.nodeid]
+    config.hook.pytest_deselected(items=without)
+    items[:] = [item for item in items if item not in without]
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -54,6 +79,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL that all workers of this run share."""
     with shared(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def etcd() -> Iterator[Etcd]:
+    """An etcd that all workers of this run share."""
+    with etcds.shared(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest) -> Iterator[clusters.Cluster]:
+    """A Kubernetes that all workers of this run share: the one that is named, or a real one of our own."""
+    named = request.config.getoption("--kubeconfig")
+    if named:
+        yield clusters.Cluster(named)
+        return
+    with clusters.shared(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))) as server:
         yield server
 
 

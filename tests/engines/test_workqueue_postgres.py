@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-import subprocess
 import tempfile
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -17,7 +15,8 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from msgspec.structs import replace
 from psycopg.types.json import Jsonb
-from support.postgres import Postgres, as_nobody, free_port
+from support.pgbouncer import pgbouncer
+from support.postgres import Postgres
 from support.workqueue_core import NoBlobs
 
 from retinue.workqueue.v1 import task_pb2
@@ -503,42 +502,13 @@ async def test_a_role_with_the_rights_of_the_guide_enqueues_in_its_transaction_a
 
 
 @pytest.fixture
-def pgbouncer(postgres: Postgres) -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as where:
-        Path(where).chmod(0o777)
-        port = free_port()
-        config = Path(where) / "pgbouncer.ini"
-        config.write_text(
-            f"[databases]\npostgres = host=127.0.0.1 port={postgres.port}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
-            f"listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\n"
-            f"default_pool_size = 3\nmax_client_conn = 50\nlogfile = {where}/log\n"
-        )
-        config.write_text(config.read_text().replace("port=", "user=retinue port="))
-        process = subprocess.Popen([*as_nobody(), "pgbouncer", "-q", str(config)], cwd="/", stderr=subprocess.DEVNULL)
-        url = f"postgresql://retinue@127.0.0.1:{port}/postgres"
-        try:
-            _wait_for(url)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(10)
+def pooler(postgres: Postgres) -> Iterator[str]:
+    with pgbouncer(postgres) as url:
+        yield url
 
 
-def _wait_for(url: str) -> None:
-    for _ in range(100):
-        try:
-            psycopg.connect(url, connect_timeout=2).close()
-        except psycopg.OperationalError:
-            time.sleep(0.05)
-        else:
-            return
-    raise AssertionError("pgbouncer does not answer")
-
-
-async def test_behind_a_pooler_of_transactions_everything_works(
-    postgres: Postgres, schema: str, pgbouncer: str
-) -> None:
-    async with coordinators(pgbouncer, schema, prepared_statements=False, listen_url=postgres.url) as queues:
+async def test_behind_a_pooler_of_transactions_everything_works(postgres: Postgres, schema: str, pooler: str) -> None:
+    async with coordinators(pooler, schema, prepared_statements=False, listen_url=postgres.url) as queues:
         for _ in range(10):
             await asyncio.gather(*(enqueue(queue, 3) for queue in queues))
         leased = [await queue.lease(LeaseAsk("q", "w", 15)) for queue in (*queues, *queues)]

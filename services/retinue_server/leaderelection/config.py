@@ -18,12 +18,60 @@ class SqliteSettings(msgspec.Struct, frozen=True, kw_only=True):
     Never on a network file system."""
 
 
+class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the engine `etcd` finds its cluster."""
+
+    endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
+    """HOST:PORT of its members; the next is called when one does not answer."""
+    prefix: str = "retinue/elections"
+    """What its keys begin with; servers that share it elect together, and
+    `etcdctl elect --listen PREFIX/ELECTION` shows who leads."""
+    ca_file: Path | None = None
+    """The certificate authority of the members; with it TLS is spoken, without it plaintext."""
+    cert_file: Path | None = None
+    """The certificate by which this server shows itself; with key_file and ca_file."""
+    key_file: Path | None = None
+
+
+class PostgresSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the engine `postgres` finds its database."""
+
+    url: str = ""
+    """postgresql://USER@HOST:PORT/DATABASE?…, as libpq takes it; several hosts are tried for one that takes writes.
+    Give a password by the environment or by a file."""
+    password_file: Path | None = None
+    """A file whose content is the password; read at every connect."""
+    schema: str = "retinue"
+    """Where its tables are; servers that share a schema elect together."""
+    prepared_statements: bool = True
+    """false behind a pooler that gives each transaction another connection and does not follow them (PgBouncer)."""
+    listen_url: str = ""
+    """A way to the database past the pooler, to hear of others' changes at once; empty = the url."""
+
+
+class KubernetesSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the engine `kubernetes` finds its Leases."""
+
+    namespace: str = ""
+    """Where they are; empty = the pod's own."""
+    kubeconfig: Path | None = None
+    """How to reach the API server; None = by the pod's service account."""
+    create: bool = False
+    """Makes a missing Lease, which needs a role that may. Otherwise they must have been applied."""
+    watch_namespace: bool = False
+    """Watches all Leases of the namespace at once, which needs a role that may list them: for more than 64 elections on
+    one server. Otherwise each is watched by name."""
+
+
 class LeaderElectionSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What an operator may set."""
 
-    engine: Literal["sqlite", "memory"] = "sqlite"
+    engine: Literal["sqlite", "etcd", "postgres", "kubernetes", "memory"] = "sqlite"
     """Who decides who leads."""
     sqlite: SqliteSettings = SqliteSettings()
+    etcd: EtcdSettings = EtcdSettings()
+    postgres: PostgresSettings = PostgresSettings()
+    kubernetes: KubernetesSettings = KubernetesSettings()
     scope: Literal["pod"] | None = None
     """`pod` says that an election within one pod or host is meant, where an engine that reaches no further would refuse
     to start because it runs in a pod."""

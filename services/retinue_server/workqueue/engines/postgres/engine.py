@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.errors import Reason, Unavailable
+from retinue_server.runtime.postgres import Address
 from retinue_server.workqueue.engine import Capabilities, Durability, Instant, Transaction
 from retinue_server.workqueue.engine import View as AnyView
 from retinue_server.workqueue.engines.groups import Step, Steps, answer
@@ -28,7 +29,7 @@ from retinue_server.workqueue.engines.postgres.leases import Leases
 from retinue_server.workqueue.engines.postgres.marks import Marks
 from retinue_server.workqueue.engines.postgres.migrate import migrate
 from retinue_server.workqueue.engines.postgres.news import News, Ready
-from retinue_server.workqueue.engines.postgres.session import AGAIN, Address, Session, Statement, translated
+from retinue_server.workqueue.engines.postgres.session import AGAIN, Session, Statement, translated
 from retinue_server.workqueue.engines.postgres.statements import Statements
 from retinue_server.workqueue.engines.postgres.store import Exclusively, Store, View
 

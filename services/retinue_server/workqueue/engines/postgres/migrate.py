@@ -6,6 +6,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from retinue_server.runtime.addresses import StartError
+from retinue_server.runtime.postgres import MIGRATION_LOCK
 
 if TYPE_CHECKING:
     from retinue_server.workqueue.engines.postgres.session import Session
@@ -14,14 +15,11 @@ if TYPE_CHECKING:
 VERSION = 2
 """What this server makes and needs."""
 
-_LOCK = 0x5E71_4E0E
-"""Of all migrations of Retinue in one database."""
-
 
 def migrate(session: Session, statements: Statements) -> None:
     """Makes or upgrades the schema in one transaction; raises StartError for one that a newer server made."""
     try:
-        session.run([("BEGIN", ()), ("SELECT pg_advisory_xact_lock($1)", (_LOCK,))])
+        session.run([("BEGIN", ()), ("SELECT pg_advisory_xact_lock($1)", (MIGRATION_LOCK,))])
         version = _version(session, statements)
         if version > VERSION:
             raise StartError(

@@ -8,45 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import errors
-from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
 
 from retinue_server.runtime.errors import Reason, ResourceExhausted, RetinueError, Unavailable
 
+if TYPE_CHECKING:
+    from retinue_server.runtime.postgres import Address
+
 Statement = tuple[str, Sequence[Any]]
 
 CONNECT_SECONDS = 3
-
-
-class Address:
-    """Where the database is. Raises ValueError, which does not repeat the URL: a password may be in it."""
-
-    def __init__(self, url: str, password_file: Path | None = None) -> None:
-        try:
-            known = conninfo_to_dict(url)
-        except psycopg.ProgrammingError:
-            raise ValueError("its url is none that libpq takes: postgresql://USER@HOST:PORT/DATABASE") from None
-        if not known:
-            raise ValueError("it needs a url: postgresql://USER@HOST:PORT/DATABASE")
-        self._url, self._password_file = url, password_file
-
-    def connect(self, **options: Any) -> psycopg.Connection[tuple[Any, ...]]:
-        """Connects; the password is read anew."""
-        if self._password_file is not None:
-            options["password"] = self._password(self._password_file)
-        return psycopg.connect(self._url, **options)
-
-    @staticmethod
-    def _password(path: Path) -> str:
-        try:
-            return path.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise psycopg.OperationalError(f"cannot read the password from {path}: {error}") from None
 
 
 class Session:
@@ -64,17 +39,11 @@ class Session:
         return self._connection
 
     def _connect(self) -> psycopg.Connection[tuple[Any, ...]]:
-        connection = self._where.connect(
+        connection = psycopg.connect(
             autocommit=True,
             prepare_threshold=0 if self._prepared else None,
             cursor_factory=psycopg.RawCursor,
-            connect_timeout=CONNECT_SECONDS,
-            application_name=self._name,
-            client_encoding="UTF8",
-            keepalives_idle=10,
-            keepalives_interval=3,
-            keepalives_count=3,
-            tcp_user_timeout=10_000,
+            **self._where.parameters(connect_timeout=CONNECT_SECONDS, application_name=self._name),
         )
         connection.prepared_max = 1_000
         return connection

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 
+from retinue_server.runtime.postgres import schema_name
+
 ROW = (
     "seq", "task_id", "queue_id", "state", "priority", "create_ms", "ready_ms", "expire_ms", "attempt_ms", "attempt",
     "lease_expirations", "lease_epoch", "lease_nonce", "lease_ms", "lease_until", "attempt_until", "worker_id",
@@ -24,7 +26,6 @@ QUEUES_LOCK, ROOM_LOCK, REQUEST_LOCK, DAYS_LOCK = 0x5E71_0001, 0x5E71_0002, 0x5E
 _IN_BODY = {"task_id", "create_ms", "attempt_ms", "idempotency_key", "parent_task_id"}
 """The columns of a row that never change."""
 _HEAVY = {"input", "result"}
-_SCHEMA = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 _NAME = re.compile(r"^-- name: (\w+)\n", re.MULTILINE)
 
 
@@ -32,9 +33,7 @@ class Statements:
     """The statements for one schema, by name: `statements["ready"]`."""
 
     def __init__(self, schema: str) -> None:
-        if not _SCHEMA.fullmatch(schema):
-            raise ValueError(f"{schema!r} is no name for a schema: use lower-case letters, digits and _")
-        self.schema = schema
+        self.schema = schema_name(schema)
         now_ms = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
         self._names = {
             "schema": schema,
