@@ -323,6 +323,22 @@ async def test_the_release_delay_is_waited_after_a_term_that_ran_out_in_the_engi
     assert clock.boot_ms >= began + 9_000
 
 
+async def test_the_release_delay_is_waited_though_the_answer_of_the_claim_was_lost(
+    server: Server, other: Server, clock: HeldClock
+) -> None:
+    await leader(server, release_delay_ms=5_000, lease_ms=4_000)
+    second = other.app("b").start()
+    server.engine.cut = True
+    await beating(second, clock, 3.75)
+    other.engine.deaf = True
+    await beating(second, clock, 1)
+    other.engine.deaf = False
+    await beating(second, clock, 4)
+    assert not second.leads
+    await beating(second, clock, 2)
+    assert second.leads
+
+
 async def test_an_app_that_is_not_healthy_gives_it_up_and_does_not_stand_again(
     server: Server, other: Server, clock: HeldClock
 ) -> None:
@@ -491,11 +507,12 @@ async def test_tokens_are_those_of_their_session(server: Server, clock: HeldCloc
 async def test_a_value_is_proclaimed_and_kept_for_the_next_term(server: Server, other: Server) -> None:
     app = await leader(server, value="one")
     assert (await _record(other)).value == "one"
-    await server.elections.say(app.session, "two")
+    server.elections.say(app.session, "two")
+    await rest()
     assert (await _record(other)).value == "two"
     standby = other.app("b").start()
     await rest()
-    await other.elections.say(standby.session, "mine")
+    other.elections.say(standby.session, "mine")
     await server.elections.leave(app.session)
     await rest()
     assert (await _record(server)).value == "mine"

@@ -80,6 +80,8 @@ class Session:
         """It has resigned, or its stream has ended and it wants nothing kept."""
         self.is_of_former_process = False
         """It began under an earlier process of this server, which may have told its app a deadline."""
+        self.owed_ms = 0
+        """The release delay that it has to wait if a claim succeeded whose answer was lost."""
         self.introduced = False
         """Its stream has been told where it stands."""
 
