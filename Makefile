@@ -8,7 +8,7 @@ PROTOS := $(shell find protos -name '*.proto' | sort)
 export PYTHONDONTWRITEBYTECODE := # compiled modules are kept: tests start hundreds of processes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run demo test kubernetes generate check-generated proto lint types contract faults e2e bench bench-profile check lock clean
+.PHONY: help setup setup-dev run demo test etcd kubernetes generate check-generated proto lint types contract faults e2e bench bench-profile check lock clean
 
 help: ## Shows this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,8 @@ check-generated: ## Fails if the committed stubs differ from what the protos giv
 	@clients/generate.sh --check
 	@cd clients/python && for stub in $$(find retinue -name '*_pb2_grpc.py' | sed 's/\.py$$//' | tr / .); do \
 	  ../../$(GENERATE)/bin/python -W error -c "import $$stub" || exit 1; done
+	@cd services && for stub in $$(find retinue_server -name '*_pb2_grpc.py' | sed 's/\.py$$//' | tr / .); do \
+	  ../$(GENERATE)/bin/python -W error -c "import $$stub" || exit 1; done
 
 run: $(VENV)/.run ## Starts the whole suite on loopback and prints lines to try, until Ctrl-C
 	@exec $(BIN)/python deploy/local/run.py
@@ -47,7 +49,10 @@ demo: $(VENV)/.run ## Shows each pattern on real input (DEMO=pattern for one)
 
 PARALLEL := -n 4 --dist worksteal # also on two cores: tests wait about as long as they compute
 
-test: $(VENV)/.dev ## Runs the tests (unit, engines, contract, faults)
+etcd: $(VENV)/.dev
+	@PYTHONPATH=tests $(BIN)/python -m support.etcd  # once, for minutes; no test waits for it
+
+test: $(VENV)/.dev etcd ## Runs the tests (unit, engines, contract, faults)
 	@$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST)
 
 kubernetes: $(VENV)/.dev ## Builds the API server on which `make test` then tries the engine kubernetes (a quarter of an hour)

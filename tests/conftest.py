@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 import pytest
 from servers import start_server
+from support import etcd as etcds
 from support import kubernetes as clusters
+from support.etcd import Etcd
 from support.kubernetes.build import are_built
 from support.postgres import Postgres, shared
 
@@ -77,6 +79,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL that all workers of this run share."""
     with shared(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def etcd() -> Iterator[Etcd]:
+    """An etcd that all workers of this run share."""
+    with etcds.shared(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))) as server:
         yield server
 
 

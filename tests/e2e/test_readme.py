@@ -7,13 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from servers import environment, start_server
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
 
 
-def test_the_python_program_of_the_readme_prints_its_result(tmp_path: Path) -> None:
-    [program] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize(
+    ("readme", "result"), [("README.md", "MAKE IT LOUD\n"), ("clients/README.md", "leading under token 1\n")]
+)
+def test_the_python_program_of_a_readme_prints_its_result(tmp_path: Path, readme: str, result: str) -> None:
+    [program] = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
     server = start_server(tmp_path)
     try:
         done = subprocess.run(
@@ -26,4 +30,4 @@ def test_the_python_program_of_the_readme_prints_its_result(tmp_path: Path) -> N
         )
     finally:
         assert server.stop() == 0
-    assert done.stdout == "MAKE IT LOUD\n", done.stderr
+    assert done.stdout == result, done.stderr

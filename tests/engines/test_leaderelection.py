@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from support.etcd import Etcd
 from support.kubernetes import Cluster
 from support.postgres import Postgres
 
@@ -22,6 +23,7 @@ from retinue_server.leaderelection.engine import (
     Refused,
     Scope,
 )
+from retinue_server.leaderelection.engines.etcd.engine import EtcdEngine
 from retinue_server.leaderelection.engines.kubernetes import KubernetesEngine
 from retinue_server.leaderelection.engines.memory import MemoryEngine
 from retinue_server.leaderelection.engines.postgres import PostgresEngine
@@ -60,7 +62,18 @@ def kubernetes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Calla
     cluster.kubectl("delete", "namespace", namespace, "--wait=false")
 
 
-STORES = {"memory": memory, "sqlite": sqlite, "postgres": postgres, "kubernetes": kubernetes}
+def etcd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+    server: Etcd = request.getfixturevalue("etcd")
+    yield partial(EtcdEngine, [server.endpoint], prefix=server.prefix())
+
+
+STORES = {
+    "memory": memory,
+    "sqlite": sqlite,
+    "etcd": etcd,
+    "postgres": postgres,
+    "kubernetes": kubernetes,
+}
 
 
 @asynccontextmanager
@@ -118,11 +131,17 @@ async def won(engine: Engine, wanted: Claim, watched: str | None = None) -> Gran
 
 
 async def when_over(engine: Engine, election: str) -> str:
-    """Watches a record for its whole lease, as the core does; the version that did not change."""
+    """Watches a record until its lease is over, as the core does: what was seen last. Fails after 10 s."""
     record = await engine.read(election)
     assert record is not None
-    left = record.lease_ms if record.left_ms is None else record.left_ms
-    await asyncio.sleep((left + 1) / 1000)  # the time is the claim
+    if record.left_ms is None:  # its whole lease must be watched
+        await asyncio.sleep((record.lease_ms + 1) / 1000)  # the time is the claim
+        return record.version
+    async with asyncio.timeout(10):
+        while record.left_ms:
+            await asyncio.sleep(min(record.left_ms + 1, 100) / 1000)
+            record = await engine.read(election)
+            assert record is not None
     return record.version
 
 
@@ -312,6 +331,19 @@ async def test_a_server_that_starts_again_finds_the_same_domain_and_higher_token
     second = await won(again, claim("b"))
     assert second.record.domain == first.record.domain
     assert second.record.epoch > first.record.epoch
+
+
+async def test_a_session_goes_on_under_the_next_process_of_its_server(make: Make, engine: Engine) -> None:
+    if engine.capabilities.scope is Scope.PROCESS:
+        return
+    first = await won(engine, claim("a"))
+    await engine.stop()
+    again = await make()
+    resumed = await won(again, claim("a"))
+    assert (resumed.record.epoch, resumed.record.domain) == (first.record.epoch, first.record.domain)
+    (renewed,) = await again.renew([hold(resumed)])
+    assert renewed is not None
+    assert await again.release(hold(resumed), EndReason.RESIGNED, 1)
 
 
 def test_every_field_of_a_record_has_a_meaning_when_vacant() -> None:

@@ -25,7 +25,7 @@ from retinue_server.leaderelection.engines.memory import MemoryEngine
 from retinue_server.runtime.errors import Reason, Unavailable
 
 T = TypeVar("T")
-_TURNS = 60
+_TURNS = 25
 """More turns of the loop than anything here takes to come to rest."""
 
 

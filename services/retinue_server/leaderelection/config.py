@@ -18,6 +18,21 @@ class SqliteSettings(msgspec.Struct, frozen=True, kw_only=True):
     Never on a network file system."""
 
 
+class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the engine `etcd` finds its cluster."""
+
+    endpoints: tuple[str, ...] = ("127.0.0.1:2379",)
+    """HOST:PORT of its members; the next is called when one does not answer."""
+    prefix: str = "retinue/elections"
+    """What its keys begin with; servers that share it elect together, and
+    `etcdctl elect --listen PREFIX/ELECTION` shows who leads."""
+    ca_file: Path | None = None
+    """The certificate authority of the members; with it TLS is spoken, without it plaintext."""
+    cert_file: Path | None = None
+    """The certificate by which this server shows itself; with key_file and ca_file."""
+    key_file: Path | None = None
+
+
 class PostgresSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Where the engine `postgres` finds its database."""
 
@@ -51,9 +66,10 @@ class KubernetesSettings(msgspec.Struct, frozen=True, kw_only=True):
 class LeaderElectionSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What an operator may set."""
 
-    engine: Literal["sqlite", "postgres", "kubernetes", "memory"] = "sqlite"
+    engine: Literal["sqlite", "etcd", "postgres", "kubernetes", "memory"] = "sqlite"
     """Who decides who leads."""
     sqlite: SqliteSettings = SqliteSettings()
+    etcd: EtcdSettings = EtcdSettings()
     postgres: PostgresSettings = PostgresSettings()
     kubernetes: KubernetesSettings = KubernetesSettings()
     scope: Literal["pod"] | None = None

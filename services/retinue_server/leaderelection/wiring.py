@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,8 @@ from retinue_server.leaderelection.config import LeaderElectionSettings, Postgre
 from retinue_server.leaderelection.core.elections import SERVER_ID_BYTES, Elections
 from retinue_server.leaderelection.engine import Scope
 from retinue_server.leaderelection.proof import Proofs
-from retinue_server.runtime.config import ConfigError
+from retinue_server.runtime import tls
+from retinue_server.runtime.config import ConfigError, UpstreamTls
 from retinue_server.runtime.dispatch import Pattern, Service
 from retinue_server.runtime.files import make_directory
 from retinue_server.runtime.lifecycle import DataDirLock, fatal
@@ -20,11 +22,15 @@ from retinue_server.runtime.lifecycle import DataDirLock, fatal
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from grpc import ChannelCredentials
+
+    from retinue_server.leaderelection.config import EtcdSettings
     from retinue_server.leaderelection.engine import Capabilities, Engine
     from retinue_server.runtime.config import Settings, Upstream
 
 SETTINGS = LeaderElectionSettings
 NAME = "leaderelection"
+_ENDPOINT = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 _REACH = {
     Scope.PROCESS: "within this process",
     Scope.HOST: "among the servers of this host that share the file",
@@ -106,6 +112,8 @@ def _engine(section: LeaderElectionSettings, directory: Path) -> Engine:
         from retinue_server.leaderelection.engines.memory import MemoryEngine  # noqa: PLC0415 - the chosen engine only
 
         return MemoryEngine()
+    if section.engine == "etcd":
+        return _etcd(section.etcd)
     if section.engine == "postgres":
         return _postgres(section.postgres)
     if section.engine == "kubernetes":
@@ -115,6 +123,29 @@ def _engine(section: LeaderElectionSettings, directory: Path) -> Engine:
     except ImportError as error:
         raise ConfigError("cannot use engine sqlite: install it with pip install 'retinue-server[sqlite]'") from error
     return SqliteEngine(section.sqlite.path or directory / "elections.db", fatal)
+
+
+def _etcd(section: EtcdSettings) -> Engine:
+    from retinue_server.leaderelection.engines.etcd.engine import EtcdEngine  # noqa: PLC0415 - the chosen engine only
+
+    prefix = section.prefix.strip("/")
+    if not section.endpoints or not prefix:
+        raise ConfigError("cannot use leaderelection.etcd: endpoints and prefix must not be empty")
+    for endpoint in section.endpoints:
+        if not _ENDPOINT.fullmatch(endpoint):
+            raise ConfigError(
+                f"cannot use leaderelection.etcd.endpoints: {endpoint} is not HOST:PORT; with ca_file it is TLS"
+            )
+    return EtcdEngine(section.endpoints, prefix=prefix, credentials=_credentials(section))
+
+
+def _credentials(section: EtcdSettings) -> ChannelCredentials | None:
+    if section.ca_file is not None:
+        files = UpstreamTls(ca_file=section.ca_file, cert_file=section.cert_file, key_file=section.key_file)
+        return tls.channel_credentials(files)
+    if section.cert_file is not None or section.key_file is not None:
+        raise ConfigError("cannot use leaderelection.etcd.cert_file: TLS needs ca_file, too")
+    return None
 
 
 def _postgres(said: PostgresSettings) -> Engine:

@@ -12,10 +12,12 @@ Try it:
   retinue queue enqueue greetings hello             put a task in
   retinue work greetings --exit-when-empty -- tr a-z A-Z
   retinue queue tasks greetings                     see what became of it
+  retinue elect backup -- ./backup.sh               one of all who run this runs the script
 
 \b
 Where the server is:
-  RETINUE_WORKQUEUE_ADDRESS, RETINUE_ADDRESS, else 127.0.0.1:7070
+  RETINUE_WORKQUEUE_ADDRESS or RETINUE_LEADERELECTION_ADDRESS,
+  RETINUE_ADDRESS, else 127.0.0.1:7070
   Operators' commands dial RETINUE_CONTROL_ADDRESS, else the nearest
   .retinue/control.sock here or in a directory above.
   RETINUE_TOKEN_FILE, RETINUE_TLS_CA_FILE: a token and the CA for servers elsewhere.
@@ -55,12 +57,14 @@ app = Branch(
     {
         "queue": ("queue:queue", "Tasks and queues: enqueue, look, wait, cancel, redrive, pause ..."),
         "work": ("work:work", "Run a command for each task of a queue: input file in, output file out."),
+        "elect": ("elect:elect", "Run a command while we lead an election, and never longer."),
+        "election": ("election:election", "Who leads: ls, leader, watch, check, history, step-down."),
         "blob": ("blob:blob", "Content too large for a message: put, get, stat."),
         "call": ("call:call", "Call any method of any server by reflection, with JSON."),
         "status": ("status:status", "The health of every service."),
     },
     name="retinue",
-    help="Queues, workers and tools for Retinue's servers.",
+    help="Queues, workers, elections and tools for Retinue's servers.",
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     no_args_is_help=True,

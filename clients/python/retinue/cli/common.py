@@ -94,8 +94,8 @@ class Server:
     def queue(self, queue_id: str = "") -> Queue:
         return Queue(queue_id, address=self.address, timeout=self.timeout, patient=False)
 
-    def for_apps(self) -> Connection:
-        return Connection(self.address, patient=False)
+    def for_apps(self, pattern: str = "workqueue") -> Connection:
+        return Connection(self.address, pattern=pattern, patient=False)
 
     def for_operators(self) -> Connection:
         """To the address given, the control socket, or else the apps' address, which will say what is missing."""
@@ -173,6 +173,8 @@ _COLOURS = {
     "paused": "yellow",
     "draining": "yellow",
     "leased": "cyan",
+    "leads": "green",
+    "steps_down": "yellow",
 }
 
 

@@ -25,6 +25,9 @@ _HINTS = {
     "DISK_FULL": "make room on the server's disk, for example with `retinue queue purge --finished`",
     "ILLEGAL_TRANSITION": "see where it stands with `retinue queue get`",
     "WATCH_TOKEN_EXPIRED": "watch anew without --resume",
+    "ELECTION_NOT_FOUND": "this server serves named elections only: see leaderelection.elections in its configuration",
+    "CANDIDATE_EXISTS": "another live candidate has that name: choose one with --candidate, or leave it to chance",
+    "STALE_TOKEN": "the term is over: see `retinue election leader`",
 }
 
 
@@ -48,7 +51,8 @@ def report(error: Exception) -> int:
 
 def _hint(error: RetinueError) -> str:
     if isinstance(error, Unavailable) and not error.reason:
-        where = address.app_address("workqueue")
+        elections = sys.argv[1:2] in (["elect"], ["election"])
+        where = address.app_address("leaderelection" if elections else "workqueue")
         return f"start a server with `retinue-server`, or say where it is: RETINUE_ADDRESS (now {where}) or --address"
     return _HINTS.get(error.reason, "")
 

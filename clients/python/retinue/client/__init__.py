@@ -1,6 +1,7 @@
-"""Helpers over the generated stubs: queues, workers, typed errors.
+"""Helpers over the generated stubs: queues, workers, elections, typed errors.
 
     from retinue.client import Queue, Worker
+    from retinue.client import election
 
 Names are loaded on first use: `retinue.client.errors` costs no worker, `retinue.client` no command line.
 """
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from retinue.client.channel import Connection
+    from retinue.client.election import Election, ElectionEvent, NotElected, Term, TermLost
     from retinue.client.errors import (
         AlreadyExists,
         DeadlineExceeded,
@@ -34,18 +36,23 @@ __all__ = [
     "Connection",
     "DeadlineExceeded",
     "Done",
+    "Election",
+    "ElectionEvent",
     "Enqueued",
     "Failed",
     "FailedPrecondition",
     "InvalidArgument",
     "Job",
     "LeaseLost",
+    "NotElected",
     "NotFound",
     "PermissionDenied",
     "Queue",
     "Released",
     "ResourceExhausted",
     "RetinueError",
+    "Term",
+    "TermLost",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
@@ -54,6 +61,7 @@ __all__ = [
 ]
 
 _HOMES = {"Connection": "channel", "Enqueued": "queue", "Queue": "queue"}
+_HOMES |= dict.fromkeys(("Election", "ElectionEvent", "NotElected", "Term", "TermLost"), "election")
 _HOMES |= dict.fromkeys(("Done", "Failed", "Job", "Released", "Worker", "WorkerEvent"), "worker")
 
 

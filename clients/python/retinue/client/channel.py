@@ -34,7 +34,6 @@ OPTIONS: tuple[tuple[str, int | str], ...] = (
     # A server that restarts is found again soon, and a dead one is not hammered.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 5_000),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.enable_http_proxy", 0),
 )
 DEFAULT_TIMEOUT = 30.0
@@ -72,16 +71,26 @@ class Token:
 class Connection:
     """A server's address with what it takes to call it. The channel is made on first use; close() is safe to repeat.
 
-    Unless it is `patient`, a server that was never reached is not waited for: for people at a prompt.
+    Unless it is `patient`, a server that was never reached is not waited for: for people at a prompt. `reconnect_ms` is
+    the longest wait between attempts to find a server again.
     """
 
-    def __init__(self, address: str | None = None, *, pattern: str = "workqueue", patient: bool = True) -> None:
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        pattern: str = "workqueue",
+        patient: bool = True,
+        reconnect_ms: int = 2_000,
+    ) -> None:
         trace.configure()
         self.address = addresses.target(address) if address else addresses.app_address(pattern)
         self._credentials = _tls()
         self._token = Token(os.environ.get("RETINUE_TOKEN_FILE"))
         self._channel: grpc.aio.Channel | None = None
-        self._patient = patient
+        self.patient = patient
+        """Whether a server that was never reached is waited for."""
+        self._options = [*OPTIONS, ("grpc.max_reconnect_backoff_ms", reconnect_ms)]
         if self._token.metadata() and not self._credentials and not addresses.is_local(self.address):
             raise ConfigurationError(
                 f"cannot send a token in plaintext to {self.address}: name the server's CA in RETINUE_TLS_CA_FILE"
@@ -101,8 +110,8 @@ class Connection:
 
     def _open(self, face: Any) -> Any:
         if self._credentials is None:
-            return face.insecure_channel(self.address, options=OPTIONS)
-        return face.secure_channel(self.address, self._credentials, options=OPTIONS)
+            return face.insecure_channel(self.address, options=self._options)
+        return face.secure_channel(self.address, self._credentials, options=self._options)
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What every call carries: the token and the trace context."""
@@ -130,12 +139,12 @@ class Connection:
             except grpc.aio.AioRpcError as raw:
                 error = errors.from_rpc_error(raw)
                 wait = max(next(waits), error.retry_after or 0)
-                hopeful = self._patient or bool(error.reason)
+                hopeful = self.patient or bool(error.reason)
                 if not (repeatable and hopeful and is_transient(error)) or loop.time() + wait >= end:
                     raise error from raw
                 await asyncio.sleep(wait)
             else:
-                self._patient = True
+                self.patient = True
                 return response
 
     async def close(self) -> None:

@@ -30,6 +30,7 @@ class Guard:
     def __init__(self, directories: Iterable[Path]) -> None:
         self._directories = [str(directory) for directory in directories]
         self._groups: set[int] = set()
+        self._until: float | None = None
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -55,13 +56,19 @@ class Guard:
         self._groups.discard(group)
         self._tell(f"-{group}\n")
 
+    def limit(self, until: float) -> None:
+        """The groups are killed at that time on the boot clock, even if we hang or are stopped, unless it is moved."""
+        self._until = until
+        self._tell(f"@{until:.6f}\n")
+
     def _tell(self, line: str) -> None:
         try:
             self._write(line)
         except BrokenPipeError:
             self._process.wait()
             self._process = self._start()
-            self._write("".join(f"+{group}\n" for group in self._groups))
+            until = "" if self._until is None else f"@{self._until:.6f}\n"
+            self._write("".join(f"+{group}\n" for group in self._groups) + until)
 
     def _write(self, text: str) -> None:
         assert self._process.stdin is not None
@@ -83,7 +90,7 @@ class Command:
         self,
         process: asyncio.subprocess.Process,
         guard: Guard,
-        errors: int,
+        errors: int | None,
         keep: int,
         forward: Callable[[bytes], None] | None,
     ) -> None:
@@ -91,7 +98,7 @@ class Command:
         self._guard = guard
         self.tail = bytearray()
         """The end of what it wrote to its standard error."""
-        self._reading = asyncio.create_task(self._read(errors, keep, forward))
+        self._reading = None if errors is None else asyncio.create_task(self._read(errors, keep, forward))
 
     @classmethod
     async def start(
@@ -104,14 +111,15 @@ class Command:
         stdout: IO[bytes] | int,
         keep: int,
         forward: Callable[[bytes], None] | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> Command:
-        """Keeps the last `keep` bytes of its standard error and forwards them all. Raises OSError if it
-        can't be started.
+        """Keeps the last `keep` bytes of its standard error and forwards them all; with 0 it has ours. Raises OSError
+        if it can't be started.
 
         Call it on the main thread: the kernel ties a child to the thread that made it.
         """
         # Our own pipe: asyncio's would keep wait() waiting for whatever the command leaves behind.
-        reader, writer = os.pipe()
+        reader, writer = os.pipe() if keep else (None, None)
         try:
             process = await asyncio.create_subprocess_exec(
                 *arguments,
@@ -120,14 +128,17 @@ class Command:
                 stdout=stdout,
                 stderr=writer,
                 process_group=0,
+                pass_fds=pass_fds,
                 preexec_fn=_bind(guard.inlet),
             )
         except BaseException:
-            os.close(reader)
+            if reader is not None:
+                os.close(reader)
             guard.prune()
             raise
         finally:
-            os.close(writer)
+            if writer is not None:
+                os.close(writer)
         guard.watch(process.pid)
         return cls(process, guard, reader, keep, forward)
 
@@ -136,10 +147,12 @@ class Command:
         try:
             code = await self._process.wait()
             self.kill()
-            await asyncio.wait([self._reading], timeout=_LINGER)
+            if self._reading is not None:
+                await asyncio.wait([self._reading], timeout=_LINGER)
             return code
         finally:
-            self._reading.cancel()
+            if self._reading is not None:
+                self._reading.cancel()
             if self._process.returncode is not None:
                 self._guard.forget(self._process.pid)
 
@@ -159,18 +172,19 @@ class Command:
 
     async def end(self, grace: float) -> None:
         """SIGTERM to the group; SIGKILL to what is left of it after `grace` seconds."""
-        self._kill(signal.SIGTERM)
+        self.send(signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._process.wait(), grace)
-        self._kill(signal.SIGKILL)
+        self.kill()
         await self._process.wait()
         self._guard.forget(self._process.pid)
 
     def kill(self) -> None:
         """Ends the whole group at once."""
-        self._kill(signal.SIGKILL)
+        self.send(signal.SIGKILL)
 
-    def _kill(self, number: signal.Signals) -> None:
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to the whole group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, number)
 

@@ -269,7 +269,7 @@ class Contest:
         while True:
             now = self._clock.now().boot_ms
             self._drop_the_gone(now)
-            await self._withdraw()
+            await self._withdraw(now)
             if self.lead is None:
                 if (candidate := self._candidate(now)) is not None and await self._compete(candidate):
                     continue
@@ -298,18 +298,23 @@ class Contest:
             if over and not leads:
                 del self.line[session.session_id]
 
-    async def _withdraw(self) -> None:
-        """Takes those who are gone out of the engine's line; a term that one of them won unawares is given back."""
-        for session_id, unsure in list(self._asked.items()):
-            if session_id in self.line:
-                continue
+    async def _withdraw(self, now_ms: int) -> None:
+        """Takes those who do not stand any more out of the engine's line, where others would wait for them; a term that
+        one of them won unawares is given back."""
+        for session_id in [session_id for session_id in self._asked if not self._stands(session_id, now_ms)]:
             async with self._engine_turn:
+                if session_id not in self._asked:  # it has been elected meanwhile
+                    continue
                 await self._engine.withdraw(self.election_id, session_id)
-                record = await self._engine.read(self.election_id) if unsure else None
+                record = await self._engine.read(self.election_id) if self._asked[session_id] else None
                 if record is not None and record.session_id == session_id:
                     hold = Hold(self.election_id, session_id, record.epoch)
                     await self._engine.release(hold, EndReason.DISCONNECTED, self._clock.now().wall_ms)
-            self._asked.pop(session_id, None)
+                self._asked.pop(session_id, None)
+
+    def _stands(self, session_id: str, now_ms: int) -> bool:
+        session = self.line.get(session_id)
+        return session is not None and session.may_stand(now_ms)
 
     def _candidate(self, now_ms: int) -> Session | None:
         if self.stop_granting_ms is not None:

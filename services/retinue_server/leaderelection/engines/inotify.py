@@ -1,4 +1,4 @@
-"""Hearing that a file is written to, by inotify(7) through ctypes: the standard library has no face of it."""
+"""Hearing that a file was touched, by inotify(7) through ctypes: the standard library has no face of it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-_IN_MODIFY = 0x2
+_IN_ATTRIB = 0x4
 _IN_NONBLOCK, _IN_CLOEXEC = os.O_NONBLOCK, os.O_CLOEXEC
 
 
 class Inotify:
-    """Calls back, on the running loop, after each burst of writes to a file that exists; until closed."""
+    """Calls back, on the running loop, after a file that exists was touched; until closed."""
 
     def __init__(self, path: Path, changed: Callable[[], None]) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         self._descriptor = libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC)
-        if self._descriptor < 0 or libc.inotify_add_watch(self._descriptor, os.fsencode(path), _IN_MODIFY) < 0:
+        if self._descriptor < 0 or libc.inotify_add_watch(self._descriptor, os.fsencode(path), _IN_ATTRIB) < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
         self._changed = changed
         self._loop = asyncio.get_running_loop()

@@ -3,7 +3,8 @@
 The kernel is one, so a deadline on its boot clock means the same to all of them, as long as they are in the same boot
 and in the same time namespace; each row says in which it was written. A row of another is watched instead.
 
-Servers hear of each other's changes by inotify on the log; a counter in each row tells changes from renewals.
+Servers hear of each other's changes by inotify: who has committed one touches the file, since the writes to the log
+come before it can be seen. A counter in each row tells changes from renewals.
 """
 
 from __future__ import annotations
@@ -114,6 +115,10 @@ class SqliteEngine:
         """Up to where changes have been told."""
         self._inotify: Inotify | None = None
         self._looking: asyncio.Task[None] | None = None
+        self._news = False
+        """The file was touched since the last look began."""
+        self._touch = False
+        """The transaction changes what others watch."""
 
     async def start(self) -> None:
         self._thread = ThreadPoolExecutor(1, "leaderelection-store")
@@ -123,7 +128,7 @@ class SqliteEngine:
             raise StartError(
                 f"cannot open {self._path}: {error}; mend it, or choose another with leaderelection.sqlite.path"
             ) from error
-        self._inotify = Inotify(Path(f"{self._path}-wal"), self._file_changed)
+        self._inotify = Inotify(self._path, self._file_changed)
 
     async def stop(self) -> None:
         thread, self._thread = self._thread, None
@@ -284,6 +289,7 @@ class SqliteEngine:
         return self._record(election_id) if self._db.changes() else None
 
     def _next_change(self) -> int:
+        self._touch = True
         return int(self._db.execute("SELECT coalesce(max(changed), 0) + 1 FROM election").get)
 
     def _end_term(self, election_id: str, epoch: int, reason: EndReason, wall_ms: int) -> None:
@@ -322,8 +328,12 @@ class SqliteEngine:
 
     async def _write(self, step: Callable[[], T]) -> T:
         def run() -> T:
+            self._touch = False
             with self._transaction():
                 result = step()
+            if self._touch:
+                with suppress(OSError):  # others look by themselves, if later
+                    os.utime(self._path)
             self._checkpoint_if_due()
             return result
 
@@ -361,20 +371,21 @@ class SqliteEngine:
     # Changes by others
 
     def _file_changed(self) -> None:
+        self._news = True
         if self._watched and self._looking is None:
             self._looking = asyncio.create_task(self._look())
 
     async def _look(self) -> None:
         try:
-            changed = await self._call(self._changes)
+            while self._news:
+                self._news = False
+                for election_id in await self._call(self._changes):
+                    if election_id in self._watched:
+                        self._told(election_id)
         except RetinueError as error:
             _log.warning("cannot look for changes: %s", error)
-            changed = []
         finally:
             self._looking = None
-        for election_id in changed:
-            if election_id in self._watched:
-                self._told(election_id)
 
     def _changes(self) -> list[str]:
         rows = list(self._db.execute("SELECT election_id, changed FROM election WHERE changed > ?", (self._changed,)))
