@@ -429,6 +429,14 @@ async def test_a_term_won_unawares_by_one_who_has_gone_is_given_back(server: Ser
     assert not view.led
 
 
+async def test_candidates_of_an_election_that_the_engine_will_not_have_are_told(server: Server) -> None:
+    server.engine.refusal = NotFound("no such object", reason=Reason.ELECTION_NOT_FOUND)
+    app = server.app("a").start()
+    await app.read()
+    assert app.outbox.closed
+    assert app.outbox.error is server.engine.refusal
+
+
 async def test_health_shows_an_engine_that_is_away(server: Server, clock: HeldClock) -> None:
     shown: list[bool] = []
     server.elections.subscribe(shown.append)

@@ -43,7 +43,7 @@ class Campaign:
             self._elections.end(self._session, self._outbox)
             await _ended(reading, telling)
         if not self._resigned and self._outbox.closed:
-            raise _over(stopping=self._elections.stopping)
+            raise self._outbox.error or _over(stopping=self._elections.stopping)
 
     def _begin(self, first: api.CampaignRequest) -> None:
         if not first.HasField("start"):

@@ -27,7 +27,7 @@ from retinue_server.leaderelection.core.requests import (
     View,
 )
 from retinue_server.leaderelection.engine import Claim, EndReason, Engine, Granted, Hold, Record
-from retinue_server.runtime.errors import RetinueError
+from retinue_server.runtime.errors import RetinueError, Unavailable
 
 if TYPE_CHECKING:
     from retinue_server.leaderelection.core.clock import Clock, Instant
@@ -254,8 +254,11 @@ class Contest:
         """Does what is due; whether that went well."""
         try:
             await self._turn()
-        except RetinueError as error:
+        except Unavailable as error:
             self._heard(error)
+            return False
+        except RetinueError as error:
+            self._refuse(error)
             return False
         except Exception:  # noqa: BLE001 - a task that ends would leave its election without anybody
             _log.exception("cannot go on with election %s for the moment", self.election_id)
@@ -277,6 +280,12 @@ class Contest:
                 continue
             await self._look_if_due()
             return
+
+    def _refuse(self, error: RetinueError) -> None:
+        """The engine will not have this election, such as one whose object is missing: its candidates are told."""
+        for session in self.line.values():
+            if session.outbox is not None:
+                session.outbox.close(error)
 
     def _introduce(self) -> None:
         """Tells newcomers where they stand."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from retinue_server.leaderelection.core.requests import Event, IsDead, Liveness, OnDisconnect, Standing
 
 if TYPE_CHECKING:
     from retinue_server.leaderelection.engine import EndReason
+
+if TYPE_CHECKING:
+    from retinue_server.runtime.errors import RetinueError
 
 _ROOM = 64
 """How many events wait for a slow reader before its messages are no longer read."""
@@ -24,6 +28,8 @@ class Outbox:
         self._room = asyncio.Event()
         self._room.set()
         self.closed = False
+        self.error: RetinueError | None = None
+        """Why it was closed, if that is somebody's fault."""
 
     def put(self, event: Event) -> None:
         """Appends one; lost if it is closed."""
@@ -34,9 +40,9 @@ class Outbox:
         if len(self._events) >= _ROOM:
             self._room.clear()
 
-    def close(self) -> None:
+    def close(self, error: RetinueError | None = None) -> None:
         """No more come; those that are there can still be taken."""
-        self.closed = True
+        self.closed, self.error = True, error
         self._news.set()
 
     @property
