@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from typing import TYPE_CHECKING
-from typing import TYPE_CHECKING
 
 from retinue_server.leaderelection.core.requests import Event, IsDead, Liveness, OnDisconnect, Standing
 
