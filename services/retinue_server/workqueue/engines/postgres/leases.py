@@ -2,7 +2,8 @@
 
 What is known here may be wrong: another coordinator may have changed the task since. So each row comes with the
 transaction that wrote it (PostgreSQL's `xmin`), and whoever uses it writes on condition that the row is still that one
-(`end` and `prove` in statements.sql); if not, the database undoes the transaction, and the steps run again without it.
+(`end` and `prove` in statements.sql); if not, the database undoes the transaction, and the steps run again without
+this.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Leases:
 
     def put(self, rows: Iterable[TaskRow], version: int) -> None:
         """Rows that a transaction wrote; the oldest of too many are forgotten."""
-        with self._settled:
+        with self._lock:
             self._known.update((row.seq, Known(row, version)) for row in rows)
             while len(self._known) > _MOST:
                 del self._known[next(iter(self._known))]
