@@ -65,11 +65,12 @@ async function keep(term: Term): Promise<void> {
 }
 
 async function proclaim(elections: Elections, electionId: string, term: Term): Promise<void> {
-  const seen = elections.observe({ electionId })[Symbol.asyncIterator]();
+  const observing = new AbortController();
+  const seen = elections.observe({ electionId }, { signal: observing.signal })[Symbol.asyncIterator]();
   console.log(`an observer sees: ${shown((await seen.next()).value?.leader)}`);
   await term.proclaim("10.0.0.1:8080");
   console.log(`first proclaims, the observer sees: ${shown((await seen.next()).value?.leader)}`);
-  await seen.return?.();
+  observing.abort();
   const verified = await elections.verifyToken({ electionId, token: term.token });
   console.log(`first's token is verified: ${shown(verified.leader)}`);
 }
