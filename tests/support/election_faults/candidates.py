@@ -30,12 +30,12 @@ class Candidate:
     def __init__(
         self, where: Path, number: int, engine: Engine, app_lease_s: float, *, server: str = "", app: str = ""
     ) -> None:
-        """`server` is the module of a broken one, `app` the defect of its app."""
+        """`server` and `app` are the defects that they have."""
         self.where = where / f"candidate-{number}"
         self.where.mkdir()
         self._history, self._register = where / "history", where / "register"
         self._number, self._engine, self._app_lease_s = number, engine, app_lease_s
-        self._server_module, self._app_defect = server or "retinue_server", app
+        self._module, self._defects = "faults.broken_elections" if server else "retinue_server", (server, app)
         self._numbers = itertools.count(1)
         self.deaths: dict[str, int] = {}
         """When apps were killed, by name; stamped before."""
@@ -69,9 +69,9 @@ class Candidate:
 
     def start_server(self, clock: Clock) -> None:
         """On the address and data of the one before."""
-        env = {**self._env, **clock.env, "PYTHONPATH": PATH, "RETINUE_DRAIN_SECONDS": "2"}
+        env = {**self._env, **clock.env, "PYTHONPATH": PATH, "DEFECT": self._defects[0]}
         listen = self.server.address if hasattr(self, "server") else "127.0.0.1:0"
-        args = {"module": self._server_module, "before": clock.prefix}
+        args = {"module": self._module, "before": clock.prefix}
         self.server = start_server(self.where, "leaderelection", listen=listen, env=env, **args)  # type: ignore[arg-type] # as they are
 
     def _kill_server(self) -> None:
@@ -86,7 +86,7 @@ class Candidate:
         command += ["--election", ELECTION, "--history", str(self._history), "--register", str(self._register)]
         command += ["--lease", str(self._engine.lease_s), "--app-lease", str(self._app_lease_s)]
         command += ["--rate", str(clock.rate), "--offset", str(clock.offset_s), *(["--proof"] if proof else [])]
-        env = {**clock.env, "PYTHONPATH": PATH, "RETINUE_ADDRESS": self.app_link.address, "DEFECT": self._app_defect}
+        env = {**clock.env, "PYTHONPATH": PATH, "RETINUE_ADDRESS": self.app_link.address, "DEFECT": self._defects[1]}
         with (self.where / f"{self.name}.log").open("ab") as log:
             self.app = subprocess.Popen(command, env=environment(**env), stdout=log, stderr=log)
 

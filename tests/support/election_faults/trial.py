@@ -44,7 +44,7 @@ _MODES = {
 
 @dataclass(frozen=True)
 class Broken:
-    """What is broken on purpose: the module of the servers, the defect of the apps."""
+    """The rule that is broken on purpose: by the servers (in tests/faults/broken_elections.py), or by the apps."""
 
     server: str = ""
     app: str = ""
@@ -53,14 +53,16 @@ class Broken:
 class Trial:
     """Three candidates; a context that ends them all."""
 
-    def __init__(self, where: Path, engine: Engine, seed: int, broken: Broken = Broken()) -> None:
+    def __init__(
+        self, where: Path, engine: Engine, seed: int, broken: Broken = Broken(), app_lease_s: float = APP_LEASE_S
+    ) -> None:
         (where / "history").mkdir()
         self._reader = Reader(where / "history")
         self._register = Register(where / "register")
-        self._engine, self._seed = engine, seed
+        self._engine, self._seed, self._app_lease_s = engine, seed, app_lease_s
         self._chance = random.Random(seed)
         self.candidates = [
-            Candidate(where, n, engine, APP_LEASE_S, server=broken.server, app=broken.app) for n in range(3)
+            Candidate(where, n, engine, app_lease_s, server=broken.server, app=broken.app) for n in range(3)
         ]
         self.faults: list[Fault] = []
         self._open = ExitStack()
@@ -81,7 +83,7 @@ class Trial:
     @property
     def bound_s(self) -> float:
         """Within it somebody must lead again."""
-        return self._engine.lease_s * 1.1 + APP_LEASE_S + SLACK_S
+        return self._engine.lease_s * 1.1 + self._app_lease_s + SLACK_S
 
     @property
     def beliefs(self) -> list[Belief]:
@@ -110,6 +112,13 @@ class Trial:
             assert time.monotonic() < end, f"nobody leads; there were {self.terms()[-3:]}, {self.faults[-3:]}"
             time.sleep(0.02)
         return found
+
+    def await_successor(self, token: int) -> None:
+        """Somebody has been elected under a higher token."""
+        end = time.monotonic() + _STUCK_S
+        while max((term.token for term in self.terms()), default=0) <= token:
+            assert time.monotonic() < end, f"nobody was elected after {token}"
+            time.sleep(0.02)
 
     def findings(self) -> list[Finding]:
         """What the rules say."""
@@ -146,6 +155,17 @@ class Trial:
         hits = target is leader or kind in OF_ENGINE or kind is Kind.STEP_DOWN
         self.faults.append(Fault(kind, begin, boot_ns(), token if hits else 0, kind in OF_ENGINE))
         self.await_leader()
+
+    def withhold(self, *modes: tuple[Mode, float]) -> None:
+        """Does this to the leader's connection to its server, each for so many seconds; then another term begins."""
+        leader, token = self.await_leader()
+        begin = boot_ns()
+        for mode, lasts_s in modes:
+            leader.app_link.set(mode)
+            time.sleep(lasts_s)
+        leader.app_link.set(Mode.PASS)
+        self.faults.append(Fault("withheld", begin, boot_ns(), token))
+        self.await_successor(token)
 
     def _other(self, leader: Candidate) -> Candidate:
         return self._chance.choice([candidate for candidate in self.candidates if candidate is not leader])
