@@ -44,9 +44,9 @@ def page(server: RunningServer, name: str = "db", **headers: str) -> httpx.Respo
     return httpx.get(f"http://{server.http}/leader/{name}", headers=headers, verify=False, timeout=5)
 
 
-def acquire(server: RunningServer, **more: object) -> pb.Leadership:
+def acquire(server: RunningServer) -> pb.Leadership:
     """A leadership that lasts a second unless it is renewed."""
-    request = api.TryAcquireRequest(election_id="db", candidate_id="a", value="10.0.0.1:5432", **more)
+    request = api.TryAcquireRequest(election_id="db", candidate_id="a", value="10.0.0.1:5432")
     request.app_lease_duration.FromMilliseconds(int(APP_LEASE_S * 1000))
     with grpc.insecure_channel(server.address) as channel:
         answer = rpc.LeaderElectionServiceStub(channel).TryAcquire(request, timeout=5)
