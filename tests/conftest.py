@@ -101,12 +101,19 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[clusters.Cluster]:
 
 
 def environment(request: pytest.FixtureRequest) -> dict[str, str]:
-    """What tells a server which engine to use."""
-    chosen = {"RETINUE_WORKQUEUE__ENGINE": str(request.param)}
+    """What tells a server which engines to use."""
+    queue = "memory" if request.param == "etcd" else str(request.param)
+    chosen = {"RETINUE_WORKQUEUE__ENGINE": queue, "RETINUE_LEADERELECTION__ENGINE": str(request.param)}
     if request.param == "postgres":
         postgres: Postgres = request.getfixturevalue("postgres")
-        chosen["RETINUE_WORKQUEUE__POSTGRES__URL"] = postgres.url
-        chosen["RETINUE_WORKQUEUE__POSTGRES__SCHEMA"] = postgres.schema()
+        schema = postgres.schema()
+        for pattern in ("WORKQUEUE", "LEADERELECTION"):
+            chosen[f"RETINUE_{pattern}__POSTGRES__URL"] = postgres.url
+            chosen[f"RETINUE_{pattern}__POSTGRES__SCHEMA"] = schema
+    elif request.param == "etcd":
+        etcd: Etcd = request.getfixturevalue("etcd")
+        chosen["RETINUE_LEADERELECTION__ETCD__ENDPOINTS"] = etcd.endpoint
+        chosen["RETINUE_LEADERELECTION__ETCD__PREFIX"] = etcd.prefix()
     return chosen
 
 

@@ -12,6 +12,7 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc import code_pb2, error_details_pb2
 from google.rpc.status_pb2 import Status
 
+from retinue.leaderelection.v1 import leaderelection_service_pb2, leaderelection_service_pb2_grpc
 from retinue.workqueue.v1 import (
     blob_service_pb2,
     blob_service_pb2_grpc,
@@ -28,6 +29,9 @@ SERVICES = {
     blob_service_pb2.DESCRIPTOR.services_by_name["BlobService"]: blob_service_pb2_grpc,
 }
 METHODS = {method.name: method for service in SERVICES for method in service.methods}
+ELECTION = {
+    leaderelection_service_pb2.DESCRIPTOR.services_by_name["LeaderElectionService"]: leaderelection_service_pb2_grpc
+}
 
 
 @dataclass
@@ -100,7 +104,8 @@ class Pending:
 class Stream:
     """A stream that is open; a context that cancels it when left."""
 
-    def __init__(self, rpc: Any, request: Any, *, client_streams: bool, timeout: float) -> None:
+    def __init__(self, rpc: Any, method: Any, request: Any, timeout: float) -> None:
+        client_streams, self._message = method.client_streaming, GetMessageClass(method.input_type)
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         sent = iter(self._requests.get, None) if client_streams else request
         self._call = rpc(sent, timeout=timeout)
@@ -113,8 +118,8 @@ class Stream:
         self.half_close()
 
     def send(self, **fields: Any) -> None:
-        """Sends one StreamTasksRequest."""
-        self._requests.put(workqueue_service_pb2.StreamTasksRequest(**fields))
+        """Sends one request."""
+        self._requests.put(self._message(**fields))
 
     def half_close(self) -> None:
         """Says that nothing more will be sent."""
@@ -139,10 +144,13 @@ class Stream:
 class Client:
     """One channel to one server. `client.GetTask(task_id="a")` is a call; it raises Refused."""
 
-    def __init__(self, address: str, token: str = "", options: Iterable[tuple[str, int]] = ()) -> None:
+    def __init__(
+        self, address: str, token: str = "", options: Iterable[tuple[str, int]] = (), services: Any = SERVICES
+    ) -> None:
         self.channel = grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1), *options])
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        self._stubs = {s: getattr(module, f"{s.name}Stub")(self.channel) for s, module in SERVICES.items()}
+        self._stubs = {s: getattr(module, f"{s.name}Stub")(self.channel) for s, module in services.items()}
+        self._methods = {method.name: method for service in services for method in service.methods}
 
     def __enter__(self) -> Self:
         return self
@@ -161,9 +169,9 @@ class Client:
 
     def stream(self, name: str, timeout: Any = TIMEOUT, **fields: Any) -> Stream:
         """Opens a stream whose server side streams."""
-        method = METHODS[name]
+        method = self._methods[name]
         request = None if method.client_streaming else self.request(name, **fields)
-        return Stream(self._rpc(name), request, client_streams=method.client_streaming, timeout=timeout)
+        return Stream(self._rpc(name), method, request, timeout)
 
     def upload(self, *pieces: Any, timeout: float = TIMEOUT) -> Any:
         """UploadBlob of these messages."""
@@ -174,10 +182,10 @@ class Client:
 
     def request(self, name: str, **fields: Any) -> Any:
         """The request message of an RPC."""
-        return GetMessageClass(METHODS[name].input_type)(**fields)
+        return GetMessageClass(self._methods[name].input_type)(**fields)
 
     def _rpc(self, name: str) -> Any:
-        return getattr(self._stubs[METHODS[name].containing_service], name)
+        return getattr(self._stubs[self._methods[name].containing_service], name)
 
 
 def code(status: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from contract.client import Client
+from contract.client import ELECTION, Client
 from contract.line import Line
 from servers import RunningServer, start_server
 
@@ -31,6 +31,22 @@ def app(target: Target) -> Iterator[Client]:
 def other_app(target: Target) -> Iterator[Client]:
     """Another app, on a connection of its own."""
     with Client(target.address) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def elector(target: Target) -> Iterator[Client]:
+    """Calls of leader election with the role app."""
+    with Client(target.address, services=ELECTION) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def election_operator(target: Target) -> Iterator[Client]:
+    """Calls of leader election with the role operator."""
+    if not target.control:
+        pytest.skip("needs the role operator: give --control ADDRESS beside --target")
+    with Client(target.control, services=ELECTION) as client:
         yield client
 
 

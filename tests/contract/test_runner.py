@@ -41,7 +41,7 @@ def work(server: RunningServer, queue: Queue, tmp_path: Path) -> Iterator[Callab
     started: list[Work] = []
 
     def start(*args: str, queue_id: str = "", **env: str) -> Work:
-        started.append(Work(server, tmp_path, queue_id or queue._queue.queue_id, *args, **env))
+        started.append(Work(server, tmp_path, queue_id or queue.queue_id, *args, **env))
         return started[-1]
 
     yield start
@@ -227,11 +227,11 @@ def test_a_cancelled_task_ends_its_command_and_the_whole_group(queue: Queue, wor
 
 
 def test_then_enqueues_the_output_with_its_labels(queue: Queue, work: Any) -> None:
-    second = f"{queue._queue.queue_id}-2"
+    second = f"{queue.queue_id}-2"
     task = queue.enqueue("abc", labels={"path": "a.txt"})
     work("--then", second, "--then-label", "stage=2", "--", "tr", "a-z", "A-Z")
     assert finished(queue, task.task_id).state == pb.TASK_STATE_SUCCEEDED
-    with Queue(second, address=queue._queue.connection.address) as follow:
+    with Queue(second, address=queue.connection.address) as follow:
         [follow_up] = list(follow.list())
     assert follow_up.parent_task_id == task.task_id
     assert dict(follow_up.spec.labels) == {"path": "a.txt", "stage": "2"}
@@ -239,12 +239,12 @@ def test_then_enqueues_the_output_with_its_labels(queue: Queue, work: Any) -> No
 
 
 def test_then_passes_a_large_output_on_without_a_second_upload(queue: Queue, work: Any) -> None:
-    second = f"{queue._queue.queue_id}-2"
+    second = f"{queue.queue_id}-2"
     task = queue.enqueue("x")
     work("--then", second, "--", sys.executable, "-c", "print('y' * 1_000_000)")
     work("--", "wc", "-c", queue_id=second)
     first = finished(queue, task.task_id)
-    with Queue(second, address=queue._queue.connection.address) as follow:
+    with Queue(second, address=queue.connection.address) as follow:
         [found] = list(follow.list())
         done = finished(follow, found.task_id)
         assert done.spec.input.blob.blob_id == first.result.blob.blob_id

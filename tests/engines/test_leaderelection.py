@@ -300,8 +300,11 @@ async def test_elections_are_listed_by_name(engine: Engine, others: Engine) -> N
 
 async def test_who_watches_is_told_of_a_change_by_another(engine: Engine, others: Engine) -> None:
     granted = await won(engine, claim("a"))
-    await told(others, "e", engine.release(hold(granted), EndReason.RESIGNED, 1))
-    await told(others, "e", engine.claim(claim("b")))
+    for turn in range(20):
+        await told(others, "e", engine.release(hold(granted), EndReason.RESIGNED, 1))
+        wanted = claim(f"b{turn}")
+        await told(others, "e", engine.claim(wanted))
+        granted = await won(engine, wanted)
 
 
 async def test_of_many_claims_at_once_one_wins(engine: Engine, others: Engine) -> None:

@@ -14,7 +14,7 @@ from support.pgbouncer import pgbouncer
 from support.postgres import Postgres
 
 from retinue_server.leaderelection.engine import Claim, EndReason, Granted, Hold, Refused
-from retinue_server.leaderelection.engines.postgres import PostgresEngine
+from retinue_server.leaderelection.engines.postgres import PostgresEngine, news
 from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.errors import Reason, Unavailable
 
@@ -179,7 +179,37 @@ async def test_behind_a_pooler_that_swallows_news_servers_look_more_often(postgr
         assert engine.capabilities.poll_ms == 1_000
 
 
+async def test_no_word_of_many_is_missed(postgres: Postgres, schema: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(news, "_PROVE_S", 0.001)
+    names = {f"e{number}" for number in range(200)}
+    async with servers(postgres.url, schema, 1) as (engine,):
+        heard: set[str] = set()
+        engine.listen(heard.add)
+        for name in names:
+            engine.watch(name)
+        heard.clear()
+        for turn in range(20):
+            words = f"SELECT pg_notify('retinue:{schema}', 'x e' || n) FROM generate_series({turn}, 199, 20) n"
+            await asyncio.to_thread(postgres.run, words)
+
+        async def all_came() -> bool:
+            return heard == names
+
+        await until(all_came)
+
+
 # What it costs
+
+
+async def test_no_claim_is_so_heavy_to_the_planner_that_it_is_compiled(postgres: Postgres, schema: str) -> None:
+    async with servers(postgres.url, schema, 1) as (engine,):
+        sql = engine._statements["claim"]
+    values = ", ".join(f"'{value}'" for value in ("e", "c", "s", "", 1, 0, 1, "", 9, 64, "channel", "news"))
+    with psycopg.connect(postgres.url) as connection:
+        connection.execute("SET plan_cache_mode = force_generic_plan")
+        connection.execute(f"PREPARE claim AS {sql}".encode())
+        [(plan,)] = connection.execute(f"EXPLAIN (FORMAT json) EXECUTE claim ({values})".encode()).fetchall()
+    assert plan[0]["Plan"]["Total Cost"] < 1_000, "from 100,000 on it would take a tenth of a second"
 
 
 async def test_a_thousand_renewals_are_one_commit_and_touch_no_index(own_server: Postgres) -> None:

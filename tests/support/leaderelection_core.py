@@ -22,7 +22,7 @@ from retinue_server.leaderelection.core.requests import (
 from retinue_server.leaderelection.core.session import Outbox, Session
 from retinue_server.leaderelection.engine import Claim, EndReason, Granted, Hold, Record, Refused
 from retinue_server.leaderelection.engines.memory import MemoryEngine
-from retinue_server.runtime.errors import Reason, Unavailable
+from retinue_server.runtime.errors import Reason, RetinueError, Unavailable
 
 T = TypeVar("T")
 _TURNS = 25
@@ -98,6 +98,7 @@ class CutEngine:
         self._store = store
         self.capabilities = store.memory.capabilities
         self.cut = self.deaf = False
+        self.refusal: RetinueError | None = None
         self.renewals: list[int] = []
         self._told: Callable[[str], None] = lambda _: None
         self._watched: set[str] = set()
@@ -125,6 +126,8 @@ class CutEngine:
     def _through(self) -> None:
         if self.cut:
             raise Unavailable("cut", reason=Reason.ENGINE_UNAVAILABLE, retry_ms=1)
+        if self.refusal is not None:
+            raise self.refusal
 
     def _back(self, result: T, *changed: str) -> T:
         for engine in self._store.engines:

@@ -323,6 +323,22 @@ async def test_the_release_delay_is_waited_after_a_term_that_ran_out_in_the_engi
     assert clock.boot_ms >= began + 9_000
 
 
+async def test_the_release_delay_is_waited_though_the_answer_of_the_claim_was_lost(
+    server: Server, other: Server, clock: HeldClock
+) -> None:
+    await leader(server, release_delay_ms=5_000, lease_ms=4_000)
+    second = other.app("b").start()
+    server.engine.cut = True
+    await beating(second, clock, 3.75)
+    other.engine.deaf = True
+    await beating(second, clock, 1)
+    other.engine.deaf = False
+    await beating(second, clock, 4)
+    assert not second.leads
+    await beating(second, clock, 2)
+    assert second.leads
+
+
 async def test_an_app_that_is_not_healthy_gives_it_up_and_does_not_stand_again(
     server: Server, other: Server, clock: HeldClock
 ) -> None:
@@ -413,6 +429,14 @@ async def test_a_term_won_unawares_by_one_who_has_gone_is_given_back(server: Ser
     assert not view.led
 
 
+async def test_candidates_of_an_election_that_the_engine_will_not_have_are_told(server: Server) -> None:
+    server.engine.refusal = NotFound("no such object", reason=Reason.ELECTION_NOT_FOUND)
+    app = server.app("a").start()
+    await app.read()
+    assert app.outbox.closed
+    assert app.outbox.error is server.engine.refusal
+
+
 async def test_health_shows_an_engine_that_is_away(server: Server, clock: HeldClock) -> None:
     shown: list[bool] = []
     server.elections.subscribe(shown.append)
@@ -491,11 +515,12 @@ async def test_tokens_are_those_of_their_session(server: Server, clock: HeldCloc
 async def test_a_value_is_proclaimed_and_kept_for_the_next_term(server: Server, other: Server) -> None:
     app = await leader(server, value="one")
     assert (await _record(other)).value == "one"
-    await server.elections.say(app.session, "two")
+    server.elections.say(app.session, "two")
+    await rest()
     assert (await _record(other)).value == "two"
     standby = other.app("b").start()
     await rest()
-    await other.elections.say(standby.session, "mine")
+    other.elections.say(standby.session, "mine")
     await server.elections.leave(app.session)
     await rest()
     assert (await _record(server)).value == "mine"
@@ -607,14 +632,14 @@ async def test_what_is_wrong_is_named_field_by_field(server: Server) -> None:
             None,
         )
     assert {violation.field for violation in error.value.violations} == {
-        "election_id",
-        "candidate_id",
-        "session_id",
-        "value",
-        "lease_duration",
-        "app_lease_duration",
-        "release_delay_duration",
-        "proof_file",
+        "start.election_id",
+        "start.candidate_id",
+        "start.session_id",
+        "start.value",
+        "start.lease_duration",
+        "start.app_lease_duration",
+        "start.release_delay_duration",
+        "start.proof_file",
     }
 
 

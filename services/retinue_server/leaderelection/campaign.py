@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING
 
 from retinue.leaderelection.v1 import leaderelection_service_pb2 as api
@@ -44,7 +43,7 @@ class Campaign:
             self._elections.end(self._session, self._outbox)
             await _ended(reading, telling)
         if not self._resigned and self._outbox.closed:
-            raise _over(stopping=self._elections.stopping)
+            raise self._outbox.error or _over(stopping=self._elections.stopping)
 
     def _begin(self, first: api.CampaignRequest) -> None:
         if not first.HasField("start"):
@@ -73,8 +72,7 @@ class Campaign:
                 said = message.heartbeat
                 self._elections.heartbeat(self._session, said.sequence, healthy=not said.unhealthy)
             case "proclaim":
-                with contextlib.suppress(Unavailable):  # it is published with the next term, if this one ends
-                    await self._elections.say(self._session, message.proclaim.value)
+                self._elections.say(self._session, message.proclaim.value)
             case "resign":
                 self._resigned = True
                 await self._elections.leave(self._session)

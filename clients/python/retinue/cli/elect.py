@@ -132,6 +132,8 @@ class Elect:
         )
         self._running: Command | None = None
         self._ended_by: signal.Signals | None = None
+        self._early: list[signal.Signals] = []
+        """Signals that came while the command was being started."""
 
     async def run(self) -> int:
         """The exit code."""
@@ -161,6 +163,8 @@ class Elect:
             self._running.send(number)
         elif number in _ENDING:
             task.cancel()
+        else:
+            self._early.append(number)
 
     async def _stand(self) -> int:
         options: dict[str, Any] = {"wait": 0} if self._options["no_wait"] else {}
@@ -173,9 +177,12 @@ class Elect:
         """Runs the command; the guard keeps the deadline, too, for the case that this loop hangs."""
         term.on_renewed = lambda: self._guard.limit(boot_seconds() + term.remaining() - self._timing.slack)
         term.on_renewed()
+        self._early.clear()
         starting = asyncio.ensure_future(self._start(term))
         try:
             self._running = await asyncio.shield(starting)
+            for number in self._early:
+                self._running.send(number)
             code = await self._running.wait()
         except asyncio.CancelledError:
             await asyncio.shield(self._end(await starting, term))

@@ -27,7 +27,7 @@ from retinue_server.leaderelection.core.requests import (
     View,
 )
 from retinue_server.leaderelection.engine import Claim, EndReason, Engine, Granted, Hold, Record
-from retinue_server.runtime.errors import RetinueError
+from retinue_server.runtime.errors import RetinueError, Unavailable
 
 if TYPE_CHECKING:
     from retinue_server.leaderelection.core.clock import Clock, Instant
@@ -254,8 +254,11 @@ class Contest:
         """Does what is due; whether that went well."""
         try:
             await self._turn()
-        except RetinueError as error:
+        except Unavailable as error:
             self._heard(error)
+            return False
+        except RetinueError as error:
+            self._refuse(error)
             return False
         except Exception:  # noqa: BLE001 - a task that ends would leave its election without anybody
             _log.exception("cannot go on with election %s for the moment", self.election_id)
@@ -277,6 +280,12 @@ class Contest:
                 continue
             await self._look_if_due()
             return
+
+    def _refuse(self, error: RetinueError) -> None:
+        """The engine will not have this election, such as one whose object is missing: its candidates are told."""
+        for session in self.line.values():
+            if session.outbox is not None:
+                session.outbox.close(error)
 
     def _introduce(self) -> None:
         """Tells newcomers where they stand."""
@@ -338,19 +347,22 @@ class Contest:
                 return
             now = self._clock.now()
             watched = self.record.version if self.record and self._is_over(now.boot_ms) else None
+            unsure = self._asked.get(session.session_id, False)
+            if not unsure:
+                session.owed_ms = self.record.release_delay_ms if self.record and self.record.candidate_id else 0
             self._asked[session.session_id] = True
             outcome = await self._engine.claim(_claim(session, now.wall_ms), watched)
             self._heard(None)
             if isinstance(outcome, Granted):
                 del self._asked[session.session_id]
-                self._take(session, outcome, now)
+                self._take(session, outcome, now, max(outcome.delay_ms, session.owed_ms if unsure else 0))
             else:
                 self._asked[session.session_id] = False
                 self.saw(outcome.record)
                 self._look_later()
 
-    def _take(self, session: Session, granted: Granted, stamp: Instant) -> None:
-        act_ms = self._clock.now().boot_ms + granted.delay_ms if granted.delay_ms else 0
+    def _take(self, session: Session, granted: Granted, stamp: Instant, delay_ms: int) -> None:
+        act_ms = self._clock.now().boot_ms + delay_ms if delay_ms else 0
         self.lead = Lead(session, granted.record, stamp.boot_ms, act_ms)
         if session.is_of_former_process:
             self.lead.granted_until_ms = self._clock.now().boot_ms + session.asked.app_lease_ms
@@ -375,7 +387,24 @@ class Contest:
         if lead.record.step_down and lead.elected and not lead.told_step_down:
             lead.told_step_down = True
             lead.session.tell(StepDownRequested())
+        if lead.elected and lead.record.value != lead.session.value:
+            await self.publish(lead)
         return False
+
+    async def publish(self, lead: Lead) -> None:
+        """Proclaims what the session wants proclaimed."""
+        record = await self._engine.proclaim(lead.hold, lead.session.value)
+        self._heard(None)
+        if record is None:
+            self._taken(lead)
+        else:
+            lead.record = record
+            self.saw(record)
+
+    def _taken(self, lead: Lead) -> None:
+        """The engine says that the term is not ours any more."""
+        lead.taken = True
+        self.wake()
 
     def _elect(self, lead: Lead) -> None:
         lead.elected = True
@@ -415,7 +444,7 @@ class Contest:
         lead.ending = reason
         at_once = reason in (EndReason.RESIGNED, EndReason.STEPPED_DOWN) or not lead.granted_until_ms
         lead.release_ms = now_ms if at_once else now_ms + lead.session.asked.release_delay_ms
-        if lead.elected:
+        if lead.elected and lead.session.leaving is None:
             lead.session.tell(Lost(reason))
 
     async def _release_if_due(self, lead: Lead, now_ms: int) -> bool:
@@ -474,8 +503,8 @@ class Contest:
         if self.lead is not lead:
             return
         if record is None:
-            lead.taken = True
             lead.renew_ms = stamp_ms + lead.record.lease_ms
+            self._taken(lead)
             self.look()
             return
         lead.renewed(record, stamp_ms)
@@ -500,15 +529,22 @@ class Contest:
         record = await self._engine.read(self.election_id)
         self._heard(None)
         self.saw(record)
-        if self.lead is not None and record is not None and record.epoch == self.lead.hold.epoch:
-            self.lead.record = replace(self.lead.record, step_down=record.step_down)
-            if record.step_down and not self.lead.told_step_down:
-                self.wake()
+        if self.lead is not None:
+            self._look_at_own(self.lead, record)
         self._look_later()
 
+    def _look_at_own(self, lead: Lead, record: Record | None) -> None:
+        if record is None or (record.session_id, record.epoch) != (lead.hold.session_id, lead.hold.epoch):
+            self._taken(lead)
+        elif record.step_down and not lead.told_step_down:
+            lead.record = replace(lead.record, step_down=True)
+            self.wake()
+
     def _look_later(self) -> None:
+        """Who leads is told by its renewals."""
         now = self._clock.now().boot_ms
-        self._look_ms = now + self._engine.capabilities.poll_ms
+        pause = self._engine.capabilities.poll_ms if self.lead is None else self.lead.record.lease_ms
+        self._look_ms = now + pause
 
     def _next_time(self) -> int:
         """When the next thing is due."""

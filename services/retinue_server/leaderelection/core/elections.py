@@ -176,7 +176,7 @@ class Elections:
 
     def begin(self, asked: Standing, is_dead: IsDead | None, found: Found = ()) -> tuple[Session, Outbox]:
         """A campaign, new or resumed; its events come out of the outbox."""
-        self._check(asked, found, "campaign")
+        self._check(asked, found, "campaign", "start.")
         contest = self._contest(asked.election_id)
         outbox = Outbox()
         session = self._resumed(asked, contest)
@@ -187,8 +187,8 @@ class Elections:
         contest.attach(session, outbox, self._clock.now().boot_ms)
         return session, outbox
 
-    def _check(self, asked: Standing, found: Found, what: str) -> None:
-        limits.refuse(what, [*found, *limits.standing(asked)])
+    def _check(self, asked: Standing, found: Found, what: str, at: str = "") -> None:
+        limits.refuse(what, [*found, *limits.standing(asked, at)])
         limits.able(asked, self.engine.capabilities)
         self._known(asked.election_id)
         if self.stopping:
@@ -238,13 +238,11 @@ class Elections:
         limits.refuse("take a heartbeat", [*found, *wrong])
         self._contest(session.asked.election_id).heartbeat(session, sequence, healthy=healthy)
 
-    async def say(self, session: Session, value: str) -> None:
-        """Publishes a value for this term, if it leads, and for later ones."""
+    def say(self, session: Session, value: str) -> None:
+        """A value for this term, if it leads, and for later ones; it is published soon."""
         limits.refuse("proclaim", list(limits.value(value, "proclaim.value")))
         session.value = value
-        lead = self._contest(session.asked.election_id).lead
-        if lead is not None and lead.session is session and lead.elected and lead.ending is None:
-            await self._proclaim(lead, value)
+        self._contest(session.asked.election_id).wake()
 
     async def leave(self, session: Session) -> bool:
         """The app's work has stopped; returns when the election is given away. Whether a term ended by it."""
@@ -302,14 +300,10 @@ class Elections:
         """Publishes a value."""
         contest, lead = self._led_by("proclaim", session_id, token, [*found, *limits.value(value)])
         lead.session.value = value
-        await self._proclaim(lead, value)
-        return contest.view()
-
-    async def _proclaim(self, lead: Lead, value: str) -> None:
-        record = await self.engine.proclaim(lead.hold, value)
-        if record is None:
+        await contest.publish(lead)
+        if lead.taken:
             raise _stale(lead.record)
-        self._contest(lead.hold.election_id).saw(record)
+        return contest.view()
 
     async def resign(self, session_id: str, token: Token | None, found: Found = ()) -> bool:
         """Ends a session; whether a term ended by it."""

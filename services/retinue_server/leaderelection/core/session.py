@@ -11,6 +11,9 @@ from retinue_server.leaderelection.core.requests import Event, IsDead, Liveness,
 if TYPE_CHECKING:
     from retinue_server.leaderelection.engine import EndReason
 
+if TYPE_CHECKING:
+    from retinue_server.runtime.errors import RetinueError
+
 _ROOM = 64
 """How many events wait for a slow reader before its messages are no longer read."""
 
@@ -24,6 +27,8 @@ class Outbox:
         self._room = asyncio.Event()
         self._room.set()
         self.closed = False
+        self.error: RetinueError | None = None
+        """Why it was closed, if that is somebody's fault."""
 
     def put(self, event: Event) -> None:
         """Appends one; lost if it is closed."""
@@ -34,9 +39,9 @@ class Outbox:
         if len(self._events) >= _ROOM:
             self._room.clear()
 
-    def close(self) -> None:
+    def close(self, error: RetinueError | None = None) -> None:
         """No more come; those that are there can still be taken."""
-        self.closed = True
+        self.closed, self.error = True, error
         self._news.set()
 
     @property
@@ -80,6 +85,8 @@ class Session:
         """It has resigned, or its stream has ended and it wants nothing kept."""
         self.is_of_former_process = False
         """It began under an earlier process of this server, which may have told its app a deadline."""
+        self.owed_ms = 0
+        """The release delay that it has to wait if a claim succeeded whose answer was lost."""
         self.introduced = False
         """Its stream has been told where it stands."""
 

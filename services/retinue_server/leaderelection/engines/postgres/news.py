@@ -99,7 +99,7 @@ class News:
             self._hear(None)
             known.set()
             while True:
-                await self._until(connection, _PROVE_S, lambda _: False)
+                await self._until(connection, _PROVE_S)
                 await self._prove(connection)
         finally:
             await connection.close()
@@ -107,19 +107,19 @@ class News:
     async def _prove(self, connection: Connection) -> None:
         word = f"{self.me} ?{secrets.token_hex(4)}"
         await self._pool.run("SELECT pg_notify($1::text, $2::text)", (self.channel, word))
-        if not await self._until(connection, PATIENCE_S, word.__eq__):
+        if not await self._until(connection, PATIENCE_S, word):
             raise _DeafError
 
-    async def _until(self, connection: Connection, seconds: float, wanted: Callable[[str], bool]) -> bool:
-        """Takes what comes for so long, or until what is wanted; whether it came."""
+    async def _until(self, connection: Connection, seconds: float, wanted: str = "") -> bool:
+        """Takes what comes for so long, or until what is wanted came; whether it did."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
-        while (left := end - loop.time()) > 0:
-            async for notice in connection.notifies(timeout=left, stop_after=1):
-                if wanted(notice.payload):
-                    return True
+        came = False
+        while not came and (left := end - loop.time()) > 0:
+            async for notice in connection.notifies(timeout=left, stop_after=1):  # to its end: several may come at once
+                came = came or notice.payload == wanted
                 self._take(notice.payload)
-        return False
+        return came
 
     def _take(self, payload: str) -> None:
         sender, _, election_id = payload.partition(" ")
