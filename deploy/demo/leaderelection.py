@@ -36,6 +36,8 @@ LEASE, APP_LEASE = 3.0, 1.0
 """Short, for those who watch; 15 s and 2 s by default."""
 STEP = 0.1
 """How long the app prepares each write, in seconds."""
+WRITES = 8
+"""How many writes each leader is granted, before something happens to it."""
 PATIENCE = 30.0
 
 console = Console()
@@ -89,14 +91,23 @@ class Register:
 
     def wait(self, what: str, *, above: int = -1, stale: int = -1) -> Write:
         """The first write that was accepted under a token above, or refused under one that is stale."""
-        end = time.monotonic() + PATIENCE
+
+        def found() -> Iterator[Write]:
+            for write in self.writes:
+                if (write.token > above >= 0) if write.accepted else write.token == stale:
+                    yield write
+
+        self._await(lambda: any(found()), what)
+        return next(found())
+
+    def wait_for_writes(self, token: int, count: int) -> None:
+        """Returns when so many were accepted under a token."""
+        self._await(lambda: sum(w.accepted and w.token == token for w in self.writes) >= count, "the leader writes")
+
+    def _await(self, claim: Callable[[], bool], what: str) -> None:
         with self.news:
-            while True:
-                for write in self.writes:
-                    if (write.token > above >= 0) if write.accepted else write.token == stale:
-                        return write
-                if not self.news.wait(end - time.monotonic()):
-                    raise SystemExit(f"cannot see that {what}: look into {self.path.parent}")
+            if not self.news.wait_for(claim, PATIENCE):
+                raise SystemExit(f"cannot see that {what}: look into {self.path.parent}")
 
     def last(self, token: int) -> Write:
         """The last write that was accepted under a token."""
@@ -225,35 +236,37 @@ def main() -> int:
     register.open()
     pods = {name: Pod(name, root, root / "elections.db", register.path) for name in NAMES}
     try:
-        console.print(
-            f"three apps ({', '.join(NAMES)}), a server beside each, one SQLite file; one writes, ten times a second"
-        )
-        play(register, pods)
+        console.print(f"three apps ({', '.join(NAMES)}), each with a server beside it, all on one SQLite file")
+        writes = play(register, pods)
     finally:
         for pod in pods.values():
             pod.stop()
-    return report(register)
+    return report(writes)
 
 
-def play(register: Register, pods: dict[str, Pod]) -> None:
-    """Strikes each leader in turn, and tells who came next."""
-    first = register.wait("the first write", above=0)
+def play(register: Register, pods: dict[str, Pod]) -> list[Write]:
+    """Strikes each leader in turn, and tells who came next; all writes until then."""
+    first = register.wait("anybody writes", above=0)
     console.print(f"{first.app} leads under token {first.token}")
     token = first.token
     for scene in STORY:
         leader = register.last(token).app
-        scene.strike(pods[leader])
+        register.wait_for_writes(token, WRITES)
         struck = now()
+        scene.strike(pods[leader])
         after = register.wait(f"another writes after the {scene.what}", above=token)
         console.print(
             f"{leader}'s {scene.what:16} -> {after.app} writes {after.at - struck:4.2f} s later, token {after.token}"
-            f"   ({scene.decides})"
+            f"   ({scene.decides})",
+            soft_wrap=True,
         )
         scene.mend(pods[leader])
         if scene.wakes:
-            late = register.wait("the late write", stale=token)
+            late = register.wait("it wakes up and writes", stale=token)
             console.print(f"{late.app} wakes up and writes under token {late.token}: [bold]refused[/bold]")
         token = after.token
+    register.wait_for_writes(token, WRITES)
+    return list(register.writes)
 
 
 class Turn(NamedTuple):
@@ -273,9 +286,9 @@ def turns(writes: list[Write]) -> Iterator[Turn]:
         yield Turn(token, own[0].app, len(own), own[0].at, own[-1].at)
 
 
-def report(register: Register) -> int:
+def report(writes: list[Write]) -> int:
     """What the register saw."""
-    found = list(turns(register.writes))
+    found = list(turns(writes))
     table = Table(title="what the register saw")
     for column in ("token", "app", "writes", "first", "last"):
         table.add_column(column, justify="left" if column == "app" else "right")
@@ -284,7 +297,7 @@ def report(register: Register) -> int:
         times = [f"{at - zero:.2f} s" for at in (turn.first, turn.last)]
         table.add_row(str(turn.token), turn.app, str(turn.writes), *times)
     console.print(table)
-    refused = sum(not write.accepted for write in register.writes)
+    refused = sum(not write.accepted for write in writes)
     overlaps = sum(before.last > after.first for before, after in pairwise(found))
     console.print(f"{len(found)} terms; overlaps: {overlaps}; stale writes refused: {refused}")
     return 1 if overlaps or not refused else 0
