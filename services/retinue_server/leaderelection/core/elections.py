@@ -465,6 +465,13 @@ class Elections:
         terms = await self.engine.terms(election_id, before, wanted + 1)
         return list(terms[:wanted]), len(terms) > wanted
 
+    def seen(self, election_id: str) -> View | None:
+        """An election as it was seen last, without asking the engine; None if this server serves none of that name."""
+        if (self._names and election_id not in self._names) or list(limits.name(election_id, "election_id")):
+            return None
+        contest = self.contests.get(election_id)
+        return contest.view() if contest is not None else View(election_id)
+
     def leads_here(self, election_id: str) -> bool:
         """Whether an app of this server leads, at this moment."""
         return self.valid_ms(election_id) > 0
