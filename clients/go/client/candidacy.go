@@ -166,6 +166,9 @@ func (c *candidacy) talk(ctx context.Context, stream campaignStream) {
 	err := stream.Send(&leaderelectionv1.CampaignRequest{Message: &leaderelectionv1.CampaignRequest_Start{Start: start}})
 	for err == nil && ctx.Err() == nil {
 		unhealthy := !c.election.isHealthy()
+		if term := c.served(); unhealthy && term != nil {
+			term.stop("UNHEALTHY")
+		}
 		beat := &leaderelectionv1.CampaignHeartbeat{Sequence: c.deadline.beat(), Unhealthy: unhealthy}
 		err = stream.Send(&leaderelectionv1.CampaignRequest{Message: &leaderelectionv1.CampaignRequest_Heartbeat{Heartbeat: beat}})
 		pause(ctx, c.interval())
@@ -241,11 +244,8 @@ func (c *candidacy) grant(sequence int64, valid time.Duration) {
 		c.appLease = min(max(valid*10/9, shortestLease), longestLease)
 	}
 	c.mu.Unlock()
-	switch term := c.served(); {
-	case term == nil && c.deadline.remaining() > c.margin(): // it may have come late
+	if c.served() == nil && c.deadline.remaining() > c.margin() { // it may have come late
 		c.enter()
-	case term != nil && !c.election.isHealthy():
-		term.stop("UNHEALTHY")
 	}
 }
 

@@ -145,6 +145,7 @@ export class Candidacy {
     send({ case: "start", value: this.start });
     while (!signal.aborted) {
       const unhealthy = !this.#election.isHealthy();
+      if (unhealthy) this.term?.stop("UNHEALTHY");
       send({ case: "heartbeat", value: { sequence: this.deadline.beat(), unhealthy } });
       await pause(this.#intervalMs, signal);
     }
@@ -191,9 +192,7 @@ export class Candidacy {
       // Then the server's answer tells: it has taken the guard, a tenth, off.
       this.#appLeaseMs = Math.min(Math.max(ms / 0.9, SHORTEST_LEASE_MS), LONGEST_LEASE_MS);
     }
-    if (this.term) {
-      if (!this.#election.isHealthy()) this.term.stop("UNHEALTHY");
-    } else if (this.deadline.remainingMs > this.#marginMs) this.#enter(); // it may have come late
+    if (!this.term && this.deadline.remainingMs > this.#marginMs) this.#enter(); // it may have come late
   }
 
   // The term
@@ -259,7 +258,7 @@ export class Candidacy {
       // A server that has just started does not know the session yet.
       const again = leads() && !signal.aborted && (!error || error.code === Code.Unavailable);
       if (!again) {
-        if (error) log(`not resigned: ${this.#election.electionId} passes on when its time is over`, error);
+        if (error) log(`not resigned, and so ${this.#election.electionId} passes on when its time is over`, error);
         return false;
       }
       await pause(RESIGN_AGAIN_MS, signal);

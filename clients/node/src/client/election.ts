@@ -120,11 +120,11 @@ export class Election {
     let enter = (_: Served) => {};
     const entered = new Promise<Served>((resolve) => (enter = resolve));
     const candidacy = new Candidacy(this, signal, enter);
-    let give = () => {};
-    const given = new Promise<void>((resolve) => (give = resolve));
-    signal?.addEventListener("abort", give);
-    const term = await Promise.race([entered, candidacy.done, given]);
-    signal?.removeEventListener("abort", give);
+    let giveUp = () => {};
+    const givenUp = new Promise<void>((resolve) => (giveUp = () => resolve()));
+    signal?.addEventListener("abort", giveUp);
+    const term = await Promise.race([entered, candidacy.done, givenUp]);
+    signal?.removeEventListener("abort", giveUp);
     if (term) return term;
     await candidacy.leave();
     throw candidacy.fatal ?? signal?.reason;
