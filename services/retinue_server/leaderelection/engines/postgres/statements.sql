@@ -1,13 +1,14 @@
 -- Each is one method of the port and one transaction of its own, so that a pooler may send each to another connection.
 -- What writes waits for the disk whatever the server's setting: set_config holds until the commit of this statement.
 -- `era` is the database's history as it is now: a version counts only within it, since a standby that was promoted may
--- have forgotten the latest ones.
+-- have forgotten the latest ones. LIMIT 1 tells the planner what it can't know of a table that is never analyzed: it
+-- expected millions of rows, and compiled each claim (jit) for longer than all else takes.
 
 -- name: claim
 -- $1 election, $2 candidate, $3 session, $4 value, $5 lease, $6 release delay, $7 wall time, $8 watched version
 -- $9 the reason for a term that ran out, $10 how many terms are kept, $11 the channel, $12 the news
 WITH durable AS MATERIALIZED ({durable}),
-now AS MATERIALIZED (SELECT {era} AS era, id FROM {schema}.leaderelection_meta),
+now AS MATERIALIZED (SELECT {era} AS era, id FROM {schema}.leaderelection_meta LIMIT 1),
 refusing AS MATERIALIZED (
   SELECT {record} FROM {schema}.leaderelection_election e, now
   WHERE e.election_id = $1::text AND e.session_id NOT IN ('', $3::text)
@@ -58,7 +59,7 @@ UNION ALL SELECT false, 0, refusing.* FROM refusing
 -- name: renew
 -- $1 elections, $2 sessions, $3 epochs
 WITH durable AS MATERIALIZED ({durable}),
-now AS MATERIALIZED (SELECT {era} AS era, id FROM {schema}.leaderelection_meta)
+now AS MATERIALIZED (SELECT {era} AS era, id FROM {schema}.leaderelection_meta LIMIT 1)
 UPDATE {schema}.leaderelection_election e SET version = e.version + 1
 FROM durable, now, unnest($1::text[], $2::text[], $3::bigint[]) AS held (election_id, session_id, epoch)
 WHERE e.election_id = held.election_id AND e.session_id = held.session_id AND e.epoch = held.epoch
@@ -84,7 +85,7 @@ SELECT 1 FROM freed LEFT JOIN told ON true
 -- name: proclaim
 -- $1 election, $2 session, $3 epoch, $4 value, $5 the channel, $6 the news
 WITH durable AS MATERIALIZED ({durable}),
-now AS MATERIALIZED (SELECT {era} AS era, id FROM {schema}.leaderelection_meta),
+now AS MATERIALIZED (SELECT {era} AS era, id FROM {schema}.leaderelection_meta LIMIT 1),
 changed AS (
   UPDATE {schema}.leaderelection_election e SET version = e.version + 1, value = $4::bytea FROM durable
   WHERE e.election_id = $1::text AND e.session_id = $2::text AND e.epoch = $3::bigint RETURNING e.*
@@ -95,7 +96,7 @@ SELECT {record} FROM changed e CROSS JOIN now LEFT JOIN told ON true
 -- name: ask_step_down
 -- $1 election, $2 epoch, $3 the channel, $4 the news
 WITH durable AS MATERIALIZED ({durable}),
-now AS MATERIALIZED (SELECT {era} AS era, id FROM {schema}.leaderelection_meta),
+now AS MATERIALIZED (SELECT {era} AS era, id FROM {schema}.leaderelection_meta LIMIT 1),
 changed AS (
   UPDATE {schema}.leaderelection_election e SET version = e.version + 1, step_down = true FROM durable
   WHERE e.election_id = $1::text AND e.epoch = $2::bigint AND e.session_id <> '' RETURNING e.*
@@ -105,12 +106,12 @@ SELECT {record} FROM changed e CROSS JOIN now LEFT JOIN told ON true
 
 -- name: read
 -- $1 election
-WITH now AS MATERIALIZED (SELECT {era} AS era, id FROM {schema}.leaderelection_meta)
+WITH now AS MATERIALIZED (SELECT {era} AS era, id FROM {schema}.leaderelection_meta LIMIT 1)
 SELECT {record} FROM {schema}.leaderelection_election e, now WHERE e.election_id = $1::text
 
 -- name: records
 -- $1 after, $2 limit
-WITH now AS MATERIALIZED (SELECT {era} AS era, id FROM {schema}.leaderelection_meta)
+WITH now AS MATERIALIZED (SELECT {era} AS era, id FROM {schema}.leaderelection_meta LIMIT 1)
 SELECT {record} FROM {schema}.leaderelection_election e, now
 WHERE e.election_id > $1::text ORDER BY e.election_id LIMIT $2::bigint
 
