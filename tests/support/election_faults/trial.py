@@ -143,6 +143,8 @@ class Trial:
             if len(self.terms()) > transitions and time.monotonic() >= end:
                 break
         self.await_leader()
+        for candidate in self.candidates:
+            candidate.check_app()
 
     def play(self, step: Step) -> None:
         """One fault, on a leader or beside it, after which somebody leads again."""
