@@ -19,6 +19,7 @@ from pathlib import Path
 from support.election_faults.engines import ENGINES
 from support.election_faults.report import HEAD, TOTAL_HEAD, rows, total
 from support.election_faults.trial import Trial
+from support.kubernetes.build import are_built
 
 _SHOWN = 20
 
@@ -30,7 +31,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.0, help="at least so long")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(31))
     parser.add_argument("--keep", action="store_true", help="keep logs and history, and say where they are")
+    parser.add_argument("--list", action="store_true", help="only say which engines can be tried here")
     flags = parser.parse_args()
+    if flags.list:
+        print(*(name for name in ENGINES if name != "kubernetes" or are_built()))
+        return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     print(f"election: engine {flags.engine}, seed {flags.seed}", flush=True)
     directory = Path(tempfile.mkdtemp(prefix="retinue-elections-"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -58,7 +57,7 @@ class Candidate:
             stack.callback(self._kill_server)
             self.app_link = stack.enter_context(Proxy(self.server.address, _LATE_S))
             self.start_app(_TRUE, proof=self._number % 2 == 0)
-            stack.callback(self.kill_app)
+            stack.callback(self._end_app)
             self._open = stack.pop_all()
         return self
 
@@ -92,9 +91,15 @@ class Candidate:
 
     def kill_app(self) -> None:
         """SIGKILL."""
-        if self.app.poll() is not None:
-            log = (self.where / f"{self.name}.log").read_text()
-            raise AssertionError(f"{self.name} has ended by itself with {self.app.returncode}:\n{log[-3000:]}")
+        self.check_app()
         self.deaths[self.name] = boot_ns()
-        self.app.send_signal(signal.SIGKILL)
+        self._end_app()
+
+    def check_app(self) -> None:
+        """It has not ended by itself."""
+        code = self.app.poll()
+        assert code is None, f"{self.name}: {code}\n{(self.where / f'{self.name}.log').read_text()[-3000:]}"
+
+    def _end_app(self) -> None:
+        self.app.kill()
         self.app.wait(_ENDS_S)

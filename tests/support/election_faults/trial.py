@@ -143,13 +143,16 @@ class Trial:
             if len(self.terms()) > transitions and time.monotonic() >= end:
                 break
         self.await_leader()
+        for candidate in self.candidates:
+            candidate.check_app()
 
     def play(self, step: Step) -> None:
         """One fault, on a leader or beside it, after which somebody leads again."""
         self.await_leader()
         time.sleep(step.pause_s)  # the leader works for a while
         leader, token = self.await_leader()
-        target = leader if step.pick < _ON_LEADER else self._other(leader)
+        on_leader = step.pick < _ON_LEADER or step.kind is Kind.RESIGN  # others have nothing to resign
+        target = leader if on_leader else self._other(leader)
         kind, begin = self._kind(step.kind, target), boot_ns()
         self._play(kind, target, step.lasts * self._engine.lease_s)
         hits = target is leader or kind in OF_ENGINE or kind is Kind.STEP_DOWN
