@@ -19,6 +19,7 @@ from retinue_server.leaderelection.config import LeaderElectionSettings
 from retinue_server.leaderelection.core.elections import Elections
 from retinue_server.leaderelection.engine import EndReason
 from retinue_server.leaderelection.engines.memory import MemoryEngine
+from retinue_server.runtime.metrics import Exposition, Metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OVERLAYS = sorted(path.name for path in (DEPLOY / "overlays").iterdir())
@@ -181,7 +182,8 @@ def test_what_the_apps_and_relays_dial_is_the_service(default: list[Manifest]) -
 def test_the_election_guide_tells_every_metric_and_every_reason_and_no_others() -> None:
     guide = (DEPLOY / "leaderelection" / "README.md").read_text()
     told = set(re.findall(r"\bretinue_leaderelection_[a-z_]+", guide))
-    assert told == {family.name for family in metrics.families(Elections(MemoryEngine()))}
+    text = Exposition(Metrics([lambda: metrics.families(Elections(MemoryEngine()))])).text().decode()
+    assert told == set(re.findall(r"^# TYPE (retinue_leaderelection_\w+)", text, re.MULTILINE)), "as they are exposed"
     (row,) = (line for line in guide.splitlines() if line.startswith("| `retinue_leaderelection_terms_ended_total`"))
     reasons = set(re.findall(r"`([a-z_]+)`", row.split("|")[2])) - {"reason"}
     assert reasons == {reason.name.lower() for reason in EndReason if reason is not EndReason.UNKNOWN}
