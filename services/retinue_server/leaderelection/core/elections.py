@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -26,6 +27,8 @@ from retinue_server.runtime.errors import (
     Unavailable,
     Violation,
 )
+
+_log = logging.getLogger(__name__)
 
 Found = Sequence[Violation]
 """What the translation from the wire has found wrong already."""
@@ -554,16 +557,22 @@ class Elections:
         self.renewals += 1
         try:
             records = await self.engine.renew([lead.hold for _, lead in block])
-        except RetinueError as error:
-            self._heard(error)
-            now = self._clock.now().boot_ms
-            for contest, lead in block:
-                contest.not_renewed(lead, now)
+        except Exception as error:  # noqa: BLE001 - without renewals every leader here would lose its term
+            self._not_renewed(block, error)
             return
         self._heard(None)
         self.renew_s += (self._clock.now().boot_ms - stamp) / 1000
         for (contest, lead), record in zip(block, records, strict=True):
             contest.renewed(lead, record, stamp)
+
+    def _not_renewed(self, block: Sequence[tuple[Contest, Lead]], error: Exception) -> None:
+        if isinstance(error, RetinueError):
+            self._heard(error)
+        else:
+            _log.error("cannot renew for the moment", exc_info=error)
+        now = self._clock.now().boot_ms
+        for contest, lead in block:
+            contest.not_renewed(lead, now)
 
 
 def _token_of(record: Record) -> Token:
