@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import kubernetes_validate
 import pytest
 import yaml
 
 from retinue_server import command
+from retinue_server.leaderelection import metrics
 from retinue_server.leaderelection.config import LeaderElectionSettings
+from retinue_server.leaderelection.core.elections import Elections
+from retinue_server.leaderelection.engine import EndReason
+from retinue_server.leaderelection.engines.memory import MemoryEngine
+from retinue_server.runtime.metrics import Exposition, Metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OVERLAYS = sorted(path.name for path in (DEPLOY / "overlays").iterdir())
@@ -171,6 +177,24 @@ def test_what_the_apps_and_relays_dial_is_the_service(default: list[Manifest]) -
 
 
 # Leader election
+
+
+def test_the_election_guide_tells_every_metric_and_every_reason_and_no_others() -> None:
+    guide = (DEPLOY / "leaderelection" / "README.md").read_text()
+    told = set(re.findall(r"\bretinue_leaderelection_[a-z_]+", guide))
+    text = Exposition(Metrics([lambda: metrics.families(Elections(MemoryEngine()))])).text().decode()
+    assert told == set(re.findall(r"^# TYPE (retinue_leaderelection_\w+)", text, re.MULTILINE)), "as they are exposed"
+    (row,) = (line for line in guide.splitlines() if line.startswith("| `retinue_leaderelection_terms_ended_total`"))
+    reasons = set(re.findall(r"`([a-z_]+)`", row.split("|")[2])) - {"reason"}
+    assert reasons == {reason.name.lower() for reason in EndReason if reason is not EndReason.UNKNOWN}
+
+
+def test_the_election_guide_tells_every_engine() -> None:
+    guide = (DEPLOY / "leaderelection" / "README.md").read_text()
+    kinds = get_args(get_type_hints(LeaderElectionSettings)["engine"])
+    assert {kind for kind in kinds if f"`{kind}`" not in guide} == set()
+    for heading in ("sqlite", "etcd", "postgres", "kubernetes"):
+        assert f"\n## {heading}\n" in guide
 
 
 def test_the_election_server_is_a_native_sidecar_behind_a_startup_probe(election: list[Manifest]) -> None:
