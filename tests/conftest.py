@@ -19,6 +19,7 @@ from servers import start_server
 from support import etcd as etcds
 from support import kubernetes as clusters
 from support.etcd import Etcd
+from support.kubernetes import Emulator, emulated
 from support.kubernetes.build import are_built
 from support.postgres import Postgres, shared
 
@@ -43,20 +44,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _has_cluster(config: pytest.Config) -> bool:
-    """Whether the engine kubernetes can be tried: building an API server takes too long to do it unasked."""
-    return bool(config.getoption("--kubeconfig") or are_built() or os.environ.get("FORBID_SKIPS"))
+    """Whether there is a real Kubernetes to try: building an API server takes too long to do it unasked."""
+    return bool(config.getoption("--kubeconfig") or are_built())
 
 
-def pytest_report_header(config: pytest.Config) -> list[str]:
-    return [] if _has_cluster(config) else ["the engine kubernetes is NOT tried: make kubernetes builds an API server"]
+def pytest_report_header(config: pytest.Config) -> str:
+    if config.getoption("--kubeconfig"):
+        return "engine kubernetes: tried on the cluster that is named"
+    if are_built():
+        return "engine kubernetes: tried on a real API server, and on the EMULATED one"
+    return "engine kubernetes: tried on an EMULATED API server ALONE; make kubernetes builds a real one"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if _has_cluster(config):
-        return
-    without = [item for item in items if item.nodeid.startswith("tests/engines/") and "kubernetes" in item.nodeid]
-    config.hook.pytest_deselected(items=without)
-    items[:] = [item for item in items if item not in without]
+    without = [item for item in items if not _has_what_it_needs(config, item)]
+    if without:
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if item not in without]
+
+
+def _has_what_it_needs(config: pytest.Config, item: pytest.Item) -> bool:
+    fixtures = set(getattr(item, "fixturenames", ()))
+    params = getattr(item, "callspec", None)
+    chosen = tuple(params.params.values()) if params and item.nodeid.startswith("tests/engines/") else ()
+    if "own_cluster" in fixtures:
+        return are_built()
+    if "emulator" in fixtures or "kubernetes-emulated" in chosen:
+        return not config.getoption("--kubeconfig")
+    return _has_cluster(config) or not ("cluster" in fixtures or "kubernetes" in chosen)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -97,6 +112,13 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[clusters.Cluster]:
         yield clusters.Cluster(named)
         return
     with clusters.shared(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Iterator[Emulator]:
+    """An emulated API server of this worker's own."""
+    with emulated() as server:
         yield server
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.etcd import Etcd
-from support.kubernetes import Cluster
+from support.kubernetes import Api
 from support.postgres import Postgres
 
 from retinue_server.leaderelection.engine import (
@@ -55,11 +55,11 @@ def postgres(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callabl
     server.drop(schema)
 
 
-def kubernetes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
-    cluster: Cluster = request.getfixturevalue("cluster")
-    namespace = cluster.namespace()
-    yield partial(KubernetesEngine, kubeconfig=cluster.kubeconfig, namespace=namespace, create=True)
-    cluster.kubectl("delete", "namespace", namespace, "--wait=false")
+def kubernetes(request: pytest.FixtureRequest, tmp_path: Path, fixture: str) -> Iterator[Callable[[], Engine]]:
+    api: Api = request.getfixturevalue(fixture)
+    namespace = api.namespace()
+    yield partial(KubernetesEngine, kubeconfig=api.kubeconfig, namespace=namespace, create=True)
+    api.remove(namespace)
 
 
 def etcd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
@@ -72,7 +72,8 @@ STORES = {
     "sqlite": sqlite,
     "etcd": etcd,
     "postgres": postgres,
-    "kubernetes": kubernetes,
+    "kubernetes": partial(kubernetes, fixture="cluster"),
+    "kubernetes-emulated": partial(kubernetes, fixture="emulator"),
 }
 
 

@@ -6,10 +6,8 @@ The first of a run who needs it starts it, the last stops it. Both listen on fre
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
-import secrets
 import shutil
 import signal
 import ssl
@@ -21,20 +19,17 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from support.kubernetes.api import Api, new_name, write_kubeconfig
 from support.kubernetes.build import built
 from support.postgres import free_port, locked
 
 _START = 60.0
-_numbers = itertools.count()
 _ADMIN = "admin-token"
 _TOKENS = f'{_ADMIN},admin,1,"system:masters"\n'
 
 
-class Cluster:
-    """A Kubernetes that somebody runs, as its kubeconfig says."""
-
-    def __init__(self, kubeconfig: Path) -> None:
-        self.kubeconfig = kubeconfig
+class Cluster(Api):
+    """A real Kubernetes, whoever runs it."""
 
     def kubectl(self, *args: str, given: str = "") -> str:
         """Runs kubectl as the kubeconfig's user; what it prints."""
@@ -52,10 +47,12 @@ class Cluster:
         return path
 
     def namespace(self) -> str:
-        """A new one of its own."""
-        name = f"t-{os.getpid()}-{next(_numbers)}-{secrets.token_hex(3)}"
+        name = new_name()
         self.kubectl("create", "namespace", name)
         return name
+
+    def remove(self, namespace: str) -> None:
+        self.kubectl("delete", "namespace", namespace, "--wait=false")
 
 
 class Kubernetes(Cluster):
@@ -125,16 +122,7 @@ class Kubernetes(Cluster):
         return str(self.directory / "certs" / "apiserver.crt")
 
     def _write_kubeconfig(self) -> None:
-        server = {"server": f"https://127.0.0.1:{self.api_port}", "certificate-authority": self._certificate}
-        said = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "it",
-            "clusters": [{"name": "it", "cluster": server}],
-            "users": [{"name": "it", "user": {"token": _ADMIN}}],
-            "contexts": [{"name": "it", "context": {"cluster": "it", "user": "it"}}],
-        }
-        self.kubeconfig.write_text(json.dumps(said))
+        write_kubeconfig(self.kubeconfig, f"https://127.0.0.1:{self.api_port}", self._certificate, _ADMIN)
 
     def _start(self, program: str, *args: str) -> None:
         path = Path((self.directory / "programs").read_text()) / program
