@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 ROOT = Path(__file__).parent.parent
 _START, _STOP = 30.0, 20.0
@@ -67,15 +67,16 @@ def start_server(
     listen: str = "127.0.0.1:0",
     env: Mapping[str, str] | None = None,
     module: str = "retinue_server",
+    before: Sequence[str] = (),
 ) -> RunningServer:
     """Starts `retinue_server` with its data under `where` and waits until it is ready.
 
     Its log is where/server.log, its control socket where/control.sock: keep `where` short. The caller ends it with
-    stop() or kill().
+    stop() or kill(). What stands `before` the command must become it (exec).
     """
     where = where.resolve()
     control = where / "control.sock"
-    command = [sys.executable, "-m", module, "--listen", listen, "--control", f"unix:{control}"]
+    command = [*before, sys.executable, "-m", module, "--listen", listen, "--control", f"unix:{control}"]
     command += ["--http", "127.0.0.1:0", "--data-dir", str(where / "data"), *args]
     environ = environment(**(env or {}))
     with (where / "server.log").open("a") as log:

@@ -40,8 +40,9 @@ def main() -> int:
         cell = CELLS[name]
         say(f"{name}: {cell.title}")
         systems = [SYSTEMS[system] for system in flags.systems if cell.takes(SYSTEMS[system])]
+        circumstances = results.circumstances()
         table = play(cell, systems, flags.rounds, flags.tasks, say)
-        played.cells[name] = found.cells[name] = results.PlayedCell(cell.title, cell.pins, table)
+        played.cells[name] = found.cells[name] = results.PlayedCell(cell.title, cell.pins, table, circumstances)
         results.store(flags.store, found)
         if flags.reference:
             README.write_text(tables.page(found))

@@ -36,6 +36,8 @@ class PlayedCell(msgspec.Struct):
     title: str
     pins: str
     systems: dict[str, Played]
+    played: str = ""
+    """When and how: commit, load average at the start, priority of the processes where it was raised."""
 
 
 class Results(msgspec.Struct):
@@ -77,6 +79,13 @@ def machine() -> dict[str, str]:
         "4 KiB write + fdatasync, µs p50 / p99": _disk(),
         "load average at the start": f"{os.getloadavg()[0]:.1f}",
     }
+
+
+def circumstances() -> str:
+    """What differs from cell to cell; some are played again without the others."""
+    priority = os.getpriority(os.PRIO_PROCESS, 0)
+    raised = f", nice {priority}" if priority else ""
+    return f"commit {_commit()}, load average {os.getloadavg()[0]:.1f} at the start{raised}"
 
 
 def _line(path: str, key: str) -> str:

@@ -88,7 +88,7 @@ def goals(results: Results) -> str:
 def table(name: str, cell: PlayedCell) -> str:
     """One row per system; rates with how many times a peer's ours is, other figures as they are."""
     rows = rated(cell) if any(played.values("rate") for played in cell.systems.values()) else plain(cell)
-    return f"`{name}`; {cell.pins}\n\n{rows}"
+    return f"`{name}`; {'; '.join(filter(None, [cell.pins, cell.played]))}\n\n{rows}"
 
 
 def rated(cell: PlayedCell) -> str:

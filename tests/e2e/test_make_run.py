@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,9 +60,58 @@ def environment(suite: Running) -> dict[str, str]:
     return {**os.environ, "RETINUE_ADDRESS": listen, "RETINUE_CONTROL_ADDRESS": f"unix:{(ROOT / control).resolve()}"}
 
 
+def printed(suite: Running) -> list[str]:
+    """The lines to copy."""
+    return [line for line in suite.guide if line and not line.startswith(("#", "http://"))]
+
+
+def campaigns(suite: Running) -> list[str]:
+    """Those that stay until they are interrupted."""
+    return [line for line in printed(suite) if "LIVENESS_STREAM" in line]
+
+
+class Terminal:
+    """A printed line that stays, in a terminal of its own."""
+
+    def __init__(self, suite: Running, line: str) -> None:
+        self._process = subprocess.Popen(
+            ["bash", "-c", f"exec {line}"],
+            cwd=ROOT,
+            env=environment(suite),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def token(self) -> int:
+        """The token under which it leads, once it does."""
+        assert self._process.stdout is not None
+        said = ""
+        for line in self._process.stdout:
+            said += line
+            if found := re.search(r'"elected".*"value": "(\d+)"', said, re.DOTALL):
+                return int(found[1])
+        raise AssertionError(said)
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.communicate(timeout=10)
+
+
+def test_of_the_two_printed_campaigns_the_second_leads_when_the_first_is_interrupted(suite: Running) -> None:
+    first_line, second_line = campaigns(suite)
+    first = Terminal(suite, first_line)
+    one = first.token()
+    second = Terminal(suite, second_line)
+    first.interrupt()
+    assert second.token() > one
+    second.interrupt()
+
+
 def test_every_printed_line_works_as_printed(suite: Running) -> None:
-    lines = [line for line in suite.guide if line and not line.startswith(("#", "http://"))]
-    assert len(lines) >= 8
+    lines = [line for line in printed(suite) if line not in campaigns(suite)]
+    assert len(lines) >= 12
     script = "set -eo pipefail\n" + "\n".join(lines)
     done = subprocess.run(
         ["bash", "-c", script],

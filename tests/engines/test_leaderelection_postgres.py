@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -72,6 +73,19 @@ async def until(holds: object, seconds: float = 20) -> None:
     async with asyncio.timeout(seconds):
         while not await holds():  # type: ignore[operator] # a coroutine function
             await asyncio.sleep(0.02)
+
+
+async def test_the_planner_takes_no_statement_for_a_large_one(own_server: Postgres) -> None:
+    """A server compiles what it thinks dear (jit_above_cost), and a claim would take a quarter of a second. The tables
+    are not analyzed: so small ones never are."""
+    async with servers(own_server.url, "retinue", count=1) as (engine,):
+        connection = await psycopg.AsyncConnection.connect(own_server.url, autocommit=True)
+        async with connection:
+            await connection.execute("SET jit_above_cost = 1000")
+            for name in ("claim", "renew", "release", "proclaim", "ask_step_down", "read"):
+                text = re.sub(r"\$\d+", "NULL", engine._statements[name])
+                plan = await (await connection.execute(f"EXPLAIN {text}".encode())).fetchall()
+                assert not [line for (line,) in plan if "JIT" in line], name
 
 
 # Losing the server

@@ -22,7 +22,7 @@ from retinue_server.leaderelection.core.requests import (
 from retinue_server.leaderelection.core.session import Outbox, Session
 from retinue_server.leaderelection.engine import Claim, EndReason, Granted, Hold, Record, Refused
 from retinue_server.leaderelection.engines.memory import MemoryEngine
-from retinue_server.runtime.errors import Reason, RetinueError, Unavailable
+from retinue_server.runtime.errors import Reason, Unavailable
 
 T = TypeVar("T")
 _TURNS = 25
@@ -98,7 +98,7 @@ class CutEngine:
         self._store = store
         self.capabilities = store.memory.capabilities
         self.cut = self.deaf = False
-        self.refusal: RetinueError | None = None
+        self.refusal: Exception | None = None
         self.renewals: list[int] = []
         self._told: Callable[[str], None] = lambda _: None
         self._watched: set[str] = set()

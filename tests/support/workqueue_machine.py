@@ -13,7 +13,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from msgspec.structs import replace
+from msgspec import Struct
+from msgspec.structs import astuple, replace
 
 from retinue_server.runtime.errors import RetinueError
 from retinue_server.workqueue.core.requests import (
@@ -231,8 +232,10 @@ def plain(answer: Any) -> Any:
         return replace(answer, seq=0)
     if isinstance(answer, RetinueError):
         return type(answer).__name__, answer.reason, answer.message, answer.metadata
+    if isinstance(answer, Struct):
+        return plain(astuple(answer))
     if isinstance(answer, (list, tuple)):
         return [plain(item) for item in answer]
-    if hasattr(answer, "errors") and isinstance(answer.errors, dict):
-        return answer.count, {key: plain(error) for key, error in answer.errors.items()}
+    if isinstance(answer, dict):
+        return {key: plain(item) for key, item in answer.items()}
     return answer

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import kubernetes_validate
 import pytest
 import yaml
+
+from retinue_server import command
+from retinue_server.leaderelection import metrics
+from retinue_server.leaderelection.config import LeaderElectionSettings
+from retinue_server.leaderelection.core.elections import Elections
+from retinue_server.leaderelection.engine import EndReason
+from retinue_server.leaderelection.engines.memory import MemoryEngine
+from retinue_server.runtime.metrics import Exposition, Metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OVERLAYS = sorted(path.name for path in (DEPLOY / "overlays").iterdir())
@@ -29,6 +38,11 @@ def default() -> list[Manifest]:
     return _render("default")
 
 
+@pytest.fixture
+def election() -> list[Manifest]:
+    return _render("leaderelection")
+
+
 def _render(overlay: str) -> list[Manifest]:
     kubectl = shutil.which("kubectl", path=Path(sys.executable).parent) or shutil.which("kubectl")
     if kubectl is None:
@@ -44,6 +58,26 @@ def _templates(manifests: list[Manifest]) -> list[Manifest]:
 def _worker(manifests: list[Manifest]) -> Manifest:
     (pod,) = (t for t in _templates(manifests) if "workqueue-client" in t["metadata"]["labels"])
     return pod
+
+
+def _candidate(manifests: list[Manifest]) -> Manifest:
+    (pod,) = (m["spec"]["template"] for m in _of_kind(manifests, "Deployment") if m["metadata"]["name"] == "my-app")
+    assert isinstance(pod, dict)
+    return pod
+
+
+def _of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
+    return [m for m in manifests if m["kind"] == kind]
+
+
+def _settings(manifests: list[Manifest], path: Path) -> LeaderElectionSettings:
+    """What the server makes of its config map; a mistyped key raises."""
+    (made,) = _of_kind(manifests, "ConfigMap")
+    path.write_text(made["data"]["config.yaml"])
+    flags = command.parser().parse_args(["leaderelection", "--config", str(path)])
+    _, [loaded] = command.load(flags, {})
+    assert isinstance(loaded.section, LeaderElectionSettings)
+    return loaded.section
 
 
 def _containers(pod: Manifest) -> list[Manifest]:
@@ -95,7 +129,7 @@ def test_secrets_are_mounted_so_that_not_every_user_may_read_them(manifests: lis
 
 def test_every_config_map_that_a_pod_mounts_is_made_here_or_documented(manifests: list[Manifest]) -> None:
     made = {m["metadata"]["name"] for m in manifests if m["kind"] == "ConfigMap"}
-    readme = (DEPLOY / "workqueue" / "README.md").read_text()
+    readme = "".join(path.read_text() for path in DEPLOY.glob("*/README.md"))
     for pod in _templates(manifests):
         for volume in pod["spec"]["volumes"]:
             name = volume.get("configMap", {}).get("name") or volume.get("secret", {}).get("secretName")
@@ -140,3 +174,86 @@ def test_what_the_apps_and_relays_dial_is_the_service(default: list[Manifest]) -
     relay = next(c for pod in _templates(default) for c in pod["spec"].get("initContainers", []))
     port = next(p["port"] for p in service["spec"]["ports"] if p["name"] == "grpc")
     assert relay["args"][-1] == f"{service['metadata']['name']}:{port}"
+
+
+# Leader election
+
+
+def test_the_election_guide_tells_every_metric_and_every_reason_and_no_others() -> None:
+    guide = (DEPLOY / "leaderelection" / "README.md").read_text()
+    told = set(re.findall(r"\bretinue_leaderelection_[a-z_]+", guide))
+    text = Exposition(Metrics([lambda: metrics.families(Elections(MemoryEngine()))])).text().decode()
+    assert told == set(re.findall(r"^# TYPE (retinue_leaderelection_\w+)", text, re.MULTILINE)), "as they are exposed"
+    (row,) = (line for line in guide.splitlines() if line.startswith("| `retinue_leaderelection_terms_ended_total`"))
+    reasons = set(re.findall(r"`([a-z_]+)`", row.split("|")[2])) - {"reason"}
+    assert reasons == {reason.name.lower() for reason in EndReason if reason is not EndReason.UNKNOWN}
+
+
+def test_the_election_guide_tells_every_engine() -> None:
+    guide = (DEPLOY / "leaderelection" / "README.md").read_text()
+    kinds = get_args(get_type_hints(LeaderElectionSettings)["engine"])
+    assert {kind for kind in kinds if f"`{kind}`" not in guide} == set()
+    for heading in ("sqlite", "etcd", "postgres", "kubernetes"):
+        assert f"\n## {heading}\n" in guide
+
+
+def test_the_election_server_is_a_native_sidecar_behind_a_startup_probe(election: list[Manifest]) -> None:
+    (server,) = _candidate(election)["spec"]["initContainers"]
+    assert server["restartPolicy"] == "Always"
+    assert isinstance(server["startupProbe"]["grpc"]["port"], int)
+
+
+def test_a_candidate_dials_only_localhost_and_shares_only_the_proofs_with_its_server(election: list[Manifest]) -> None:
+    pod = _candidate(election)["spec"]
+    (app,), (server,) = pod["containers"], pod["initContainers"]
+    (proofs,) = app["volumeMounts"]
+    assert proofs in server["volumeMounts"]
+    assert {e["name"]: e["value"] for e in app["env"]} == {
+        "RETINUE_LEADERELECTION_ADDRESS": "127.0.0.1:7075",
+        "RETINUE_LEADERELECTION_PROOF_DIR": proofs["mountPath"],
+    }
+    (token,) = (volume["name"] for volume in pod["volumes"] if "projected" in volume)
+    assert token in {mount["name"] for mount in server["volumeMounts"]}
+
+
+def test_every_election_of_the_settings_has_its_lease_and_the_role_knows_no_others(
+    election: list[Manifest], tmp_path: Path
+) -> None:
+    settings = _settings(election, tmp_path / "config.yaml")
+    (role,) = _of_kind(election, "Role")
+    (rule,) = role["rules"]
+    assert settings.engine == "kubernetes"
+    assert sorted(settings.elections) == sorted(lease["metadata"]["name"] for lease in _of_kind(election, "Lease"))
+    assert sorted(settings.elections) == sorted(rule["resourceNames"])
+    (app,) = _candidate(election)["spec"]["containers"]
+    assert app["command"][:2] == ["retinue", "elect"]
+    assert app["command"][2] in settings.elections
+
+
+def test_the_role_is_bound_to_the_account_of_the_pods(election: list[Manifest]) -> None:
+    (account,), (binding,) = _of_kind(election, "ServiceAccount"), _of_kind(election, "RoleBinding")
+    name = account["metadata"]["name"]
+    assert _candidate(election)["spec"]["serviceAccountName"] == name
+    assert [(s["kind"], s["name"]) for s in binding["subjects"]] == [("ServiceAccount", name)]
+
+
+@pytest.mark.parametrize("overlay", ["leaderelection", "leaderelection-podman-ci"])
+def test_the_settings_are_valid_and_say_what_the_manifest_mounts(overlay: str, tmp_path: Path) -> None:
+    manifests = _render(overlay)
+    settings = _settings(manifests, tmp_path / "config.yaml")
+    spec = _candidate(manifests)["spec"]
+    mounts = {m["mountPath"] for c in _containers({"spec": spec}) for m in c["volumeMounts"]}
+    assert str(settings.proof_dir) in mounts
+    assert settings.engine in {"kubernetes", "etcd", "postgres"}, "which reach other pods"
+
+
+def test_the_overlay_for_podman_leaves_the_election_server_as_it_is_but_for_what_podman_cannot_do(
+    election: list[Manifest],
+) -> None:
+    (native,) = _candidate(election)["spec"]["initContainers"]
+    pod = _candidate(_render("leaderelection-podman-ci"))
+    (moved,) = (c for c in pod["spec"]["containers"] if c["name"] == pod["metadata"]["annotations"]["sidecars"])
+    for lost in ("restartPolicy", "ports", "livenessProbe"):
+        assert native.pop(lost)
+    assert native["volumeMounts"].pop()["name"] == "token"
+    assert moved | {"image": ""} == native | {"image": ""}

@@ -622,6 +622,32 @@ async def test_a_server_that_stops_waits_for_the_deadline_of_one_who_does_not_re
     assert await first.lost() == [EndReason.SERVER_STOPPED]
 
 
+async def test_a_server_stops_though_another_has_taken_its_term(
+    server: Server, other: Server, clock: HeldClock, store: Store
+) -> None:
+    first = await leader(server, lease_ms=4_000)
+    second = other.app("b").start()
+    server.engine.cut = True
+    await beating(second, clock, 6)
+    assert second.leads
+    server.engine.cut = False
+    stopping = asyncio.create_task(server.elections.quiesce())
+    await clock.advance(20_000)
+    await asyncio.wait_for(stopping, 5)
+    assert await first.lost() == [EndReason.APP_SILENT]
+
+
+async def test_an_engine_that_breaks_while_renewing_costs_no_more_than_one_that_is_away(
+    server: Server, clock: HeldClock
+) -> None:
+    app = await leader(server, lease_ms=6_000)
+    server.engine.refusal = ZeroDivisionError()
+    await beating(app, clock, 3)
+    server.engine.refusal = None
+    await beating(app, clock, 10)
+    assert app.leads
+
+
 # Refusals
 
 

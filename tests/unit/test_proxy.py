@@ -98,6 +98,16 @@ def test_a_delay_holds_every_piece_up(wire: Wire) -> None:
     assert time.monotonic() - began >= A_WHILE_S
 
 
+def test_late_replies_let_requests_pass_and_hold_answers_up(wire: Wire) -> None:
+    wire.proxy.set(Mode.LATE_REPLIES)
+    wire.client.sendall(b"ask")
+    assert received(wire.server, 3) == b"ask"
+    began = time.monotonic()
+    wire.server.sendall(b"answer")
+    assert received(wire.client, 6) == b"answer"
+    assert time.monotonic() - began >= A_WHILE_S
+
+
 def test_a_trickle_brings_all_a_few_bytes_at_a_time(wire: Wire) -> None:
     wire.proxy.set(Mode.TRICKLE)
     wire.client.sendall(b"x" * 100)

@@ -7,21 +7,25 @@ import base64
 import json
 import struct
 import sys
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 from google.rpc import error_details_pb2
 from support import echo
+from support.echo import Echo
 from support.serving import running, settings
 
 from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.config import Limits
+from retinue_server.runtime.dispatch import Shown
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from retinue_server.runtime.config import Settings
     from retinue_server.runtime.lifecycle import Process
 
 BASE = f"/{echo.SERVICE}"
@@ -268,6 +272,41 @@ async def test_the_index_lists_the_methods_with_curl_lines(web: httpx.AsyncClien
     assert reply.headers["content-type"].startswith("text/html")
     assert f"{BASE}/Say" in reply.text
     assert "curl -H" in reply.text
+
+
+def light(name: str) -> Shown | None:
+    return None if name == "none" else Shown(name == "on", Echo(text=name))
+
+
+@asynccontextmanager
+async def lit(where: Settings, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """The echo pattern with a page, and a client of it."""
+    async with running(where, echo.EchoServicer(), pages={"light": light}) as process:
+        base = f"http://{process.addresses['http'][0]}"
+        async with httpx.AsyncClient(base_url=base, timeout=5, verify=False, **options) as client:
+            yield client
+        await asyncio.sleep(0.01)  # as in `web`
+
+
+async def test_a_pattern_offers_pages_whose_status_says_yes_or_no(tmp_path: Path) -> None:
+    async with lit(settings(tmp_path, http="127.0.0.1:0")) as web:
+        for name, status in (("on", 200), ("off", 503)):
+            reply = await web.get(f"/light/{name}")
+            assert (reply.status_code, reply.json()) == (status, {"text": name})
+        missing = await web.get("/light/none")
+        assert (missing.status_code, missing.json()["code"]) == (404, "unimplemented")
+        assert "curl -i" in (await web.get("/")).text
+        assert (await web.post("/light/on", json={})).status_code == 405
+        assert (await web.get("/light/on", headers={"host": "evil.example"})).status_code == 403
+
+
+async def test_a_page_needs_the_token_that_calls_need(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("app a-token\n")
+    tokens.chmod(0o600)
+    async with lit(settings(tmp_path, http="127.0.0.1:0", token_file=tokens, require_token=True)) as web:
+        assert (await web.get("/light/on")).status_code == 401
+        assert (await web.get("/light/on", headers={"authorization": "Bearer a-token"})).status_code == 200
 
 
 async def test_garbage_does_not_stop_the_listener(process: Process, web: httpx.AsyncClient) -> None:

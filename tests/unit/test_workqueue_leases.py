@@ -15,19 +15,20 @@ def row(seq: int) -> TaskRow:
 def test_what_is_taken_is_no_longer_known() -> None:
     leases = Leases()
     leases.put([row(1), row(2)], 7)
-    assert {seq: known.version for seq, known in leases.take([1, 3], "a").items()} == {1: 7}
-    assert leases.take([1], "a") == {}, "who took it does not wait for itself"
-    assert set(leases.take([2], "b")) == {2}, "another task has nothing to do with it"
+    assert {seq: known.version for seq, known in leases.take([1, 3]).items()} == {1: 7}
+    assert set(leases.take([2])) == {2}, "another task has nothing to do with it"
+    leases.give_back([1, 2])
+    assert leases.take([1, 2]) == {}
 
 
 def test_who_comes_later_waits_for_the_commit_of_who_took_it() -> None:
     leases = Leases()
     order: list[str] = []
     leases.put([row(1)], 7)
-    leases.take([1], "a")
+    leases.take([1])
 
     def take_later() -> None:
-        assert leases.take([1], "b") == {}, "it reads the table"
+        assert leases.take([1]) == {}, "it reads the table"
         order.append("b went on")
 
     with ThreadPoolExecutor(1) as second:
@@ -35,11 +36,11 @@ def test_who_comes_later_waits_for_the_commit_of_who_took_it() -> None:
         while not _waiters(leases):
             pass
         order.append("a committed")
-        leases.done("a")
+        leases.give_back([1])
         waiting.result(10)
     assert order == ["a committed", "b went on"]
 
 
 def _waiters(leases: Leases) -> object:
     """Who waits, by the condition's own list."""
-    return vars(leases._settled)["_waiters"]
+    return vars(leases._lock)["_waiters"]

@@ -1,5 +1,5 @@
 // Package client has what the generated stubs leave to every program: where the server is, how to dial it, what its
-// errors say, and the loop of a worker.
+// errors say, the loop of a worker, and leadership.
 package client
 
 import (
@@ -36,8 +36,12 @@ func target(address string) string {
 // Dial opens a connection to the server of one pattern, in plaintext: apps dial localhost, and the relay there holds the
 // credentials for what is farther away. A server that restarts is found again within a second. Options come last and win.
 func Dial(pattern string, options ...grpc.DialOption) (*grpc.ClientConn, error) {
+	longest := time.Second
+	if pattern == "leaderelection" {
+		longest = 250 * time.Millisecond // a session must be resumed within the app's lease
+	}
 	quick := grpc.ConnectParams{
-		Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+		Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: longest},
 		MinConnectTimeout: 5 * time.Second,
 	}
 	defaults := []grpc.DialOption{

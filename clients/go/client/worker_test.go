@@ -58,9 +58,16 @@ func newBench(t *testing.T) *bench {
 type links struct {
 	sync.Mutex
 	open []net.Conn
+	dead bool
 }
 
 func (l *links) dial(ctx context.Context, address string) (net.Conn, error) {
+	l.Lock()
+	dead := l.dead
+	l.Unlock()
+	if dead {
+		return nil, net.ErrClosed
+	}
 	connection, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
 	if err == nil {
 		l.Lock()
@@ -77,6 +84,14 @@ func (l *links) cut() {
 		connection.Close()
 	}
 	l.open = nil
+}
+
+// die cuts them for good.
+func (l *links) die() {
+	l.Lock()
+	l.dead = true
+	l.Unlock()
+	l.cut()
 }
 
 func (b *bench) enqueue() string {

@@ -31,10 +31,10 @@ def families(elections: Elections) -> Iterable[Family]:
         Family("retinue_leaderelection_terms_began_total", "Terms won.", "counter", [Sample({}, elections.elected)]),
         Family("retinue_leaderelection_terms_ended_total", "Terms ended, by reason.", "counter", ended),
         Family(
-            "retinue_leaderelection_renew_seconds_sum",
+            "retinue_leaderelection_renew_seconds_total",
             "Time spent renewing.",
             "counter",
             [Sample({}, elections.renew_s)],
         ),
-        Family("retinue_leaderelection_renew_seconds_count", "Renewals.", "counter", [Sample({}, elections.renewals)]),
+        Family("retinue_leaderelection_renewals_total", "Renewals.", "counter", [Sample({}, elections.renewals)]),
     )

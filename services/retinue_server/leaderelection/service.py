@@ -10,7 +10,7 @@ from retinue_server.leaderelection import translate
 from retinue_server.leaderelection.campaign import Campaign
 from retinue_server.leaderelection.core import limits
 from retinue_server.runtime import wire
-from retinue_server.runtime.dispatch import Role
+from retinue_server.runtime.dispatch import Role, Shown
 
 if TYPE_CHECKING:
     from retinue_server.leaderelection.core.elections import Elections
@@ -106,6 +106,13 @@ class LeaderElectionService:
             terms=[translate.term(term) for term in found],
             next_page_token=_TERMS.encode((request.election_id, found[-1].epoch)) if more else "",
         )
+
+    def page(self, election_id: str) -> Shown | None:
+        """Whether an app of this server leads, at this moment, by what is known here; None for no election of it."""
+        view = self._elections.seen(election_id)
+        if view is None:
+            return None
+        return Shown(self._elections.leads_here(election_id), translate.leader(view))
 
     async def GetCapabilities(self, request: api.GetCapabilitiesRequest, call: Call) -> api.GetCapabilitiesResponse:
         can = self._elections.engine.capabilities

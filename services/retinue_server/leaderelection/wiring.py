@@ -63,6 +63,7 @@ async def wire(settings: Settings, section: LeaderElectionSettings) -> Pattern:
         parts=(DataDirLock(directory), engine, elections),
         health=elections,
         quiesce=elections.quiesce,
+        pages={"leader": servicer.page},
         metrics=partial(metrics.families, elections),
         notices=lambda: [f"engine {engine.capabilities.engine}: elects {_REACH[engine.capabilities.scope]}"],
     )
@@ -81,7 +82,8 @@ def _check_scope(
         raise ConfigError(
             f"cannot elect with engine {can.engine} in a pod: it reaches no other pod, so each replica would lead; "
             "choose leaderelection.engine etcd, kubernetes or postgres, "
-            "or say leaderelection.scope: pod if one leader per pod is meant"
+            "or say leaderelection.scope: pod if one leader per pod is meant; "
+            "to serve no elections, name the patterns that are to be served"
         )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 from google.protobuf.message_factory import GetMessageClass
@@ -122,6 +122,19 @@ class Health(Protocol):
         """Calls the listener at once with the present state and again at each change, on the event loop."""
 
 
+class Shown(NamedTuple):
+    """What a page shows."""
+
+    holds: bool
+    """Whether what it is asked for is so: the status is 200 then, otherwise 503, as load balancers understand it."""
+    message: Message
+    """What is known, in either case."""
+
+
+Page = Callable[[str], "Shown | None"]
+"""Answers `GET /KEY/NAME` of the HTTP face from what is in memory; None = there is no such thing here (404)."""
+
+
 class Pattern(msgspec.Struct, frozen=True):
     """A wired pattern: what its `wiring.py` returns and the runtime runs."""
 
@@ -133,5 +146,7 @@ class Pattern(msgspec.Struct, frozen=True):
     """Called first on SIGTERM: ends long polls and streams with grace, so that the drain is short."""
     metrics: Callable[[], Iterable[Family]] | None = None
     """What the pattern counts, read when somebody asks; on the event loop, and it must not block."""
+    pages: Mapping[str, Page] = {}
+    """What can be looked up by plain HTTP, by the first part of its path."""
     notices: Callable[[], Sequence[str]] = tuple
     """Lines for the start-up banner, the durability level among them; asked once everything has started."""

@@ -1,7 +1,8 @@
 """The HTTP face: every method of the table by the Connect protocol in JSON, for curl, scripts and browsers.
 
 Unary calls and server streams; what needs a client's stream is refused, since browsers and curl can't send
-one. Who asks is checked before anything else: the Host header against DNS rebinding, Origin against pages
+one. Besides, a pattern may offer pages, `GET /KEY/NAME`, whose status says yes or no: for load balancers and probes.
+Who asks is checked before anything else: the Host header against DNS rebinding, Origin against pages
 of other sites.
 """
 
@@ -17,7 +18,7 @@ from urllib.parse import urlsplit
 
 from retinue_server.runtime import addresses, connect, tls
 from retinue_server.runtime.addresses import StartError
-from retinue_server.runtime.dispatch import Role
+from retinue_server.runtime.dispatch import Page, Role
 from retinue_server.runtime.errors import (
     Code,
     Reason,
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
+    from google.protobuf.message import Message
+
     from retinue_server.runtime.addresses import Tcp
+    from retinue_server.runtime.authority import Authority
     from retinue_server.runtime.config import Tls
     from retinue_server.runtime.server import Route
 
@@ -106,11 +110,39 @@ def _same_host(origin: str, host: str) -> bool:
     return scheme in ("http", "https") and authority.lower() == host.lower()
 
 
+class Pages:
+    """What patterns let callers look up: `GET /KEY/NAME` by those who may call methods, too."""
+
+    def __init__(self, pages: Mapping[str, Page], authority: Authority, encode: Callable[[Message], bytes]) -> None:
+        self.keys = list(pages)
+        self._pages, self._authority, self._encode = pages, authority, encode
+
+    async def answer(self, request: _Request) -> bool:
+        """Answers what asks for a page; whether it did."""
+        key, _, name = request.path.removeprefix("/").partition("/")
+        page = self._pages.get(key)
+        if page is None:
+            return False
+        _check_verb(request, "GET", "HEAD")
+        try:
+            self._authority.role(request.metadata())
+        except RetinueError as error:
+            await request.fail(refusal(error), ())
+            return True
+        shown = page(name)
+        if shown is None:
+            raise Rejected(HTTPStatus.NOT_FOUND, f"cannot show {request.path}: this server has none of that name")
+        status = HTTPStatus.OK if shown.holds else HTTPStatus.SERVICE_UNAVAILABLE
+        await request.reply(status, connect.UNARY_TYPE.encode(), self._encode(shown.message))
+        return True
+
+
 class ConnectApp:
     """An ASGI application over the method table."""
 
-    def __init__(self, routes: Sequence[Route], hosts: Hosts, max_request_bytes: int) -> None:
+    def __init__(self, routes: Sequence[Route], pages: Pages, hosts: Hosts, max_request_bytes: int) -> None:
         self._routes = {route.method.path: route for route in routes}
+        self._pages = pages
         self._hosts = hosts
         self._max_bytes = max_request_bytes
 
@@ -129,6 +161,8 @@ class ConnectApp:
             _check_verb(request, "GET", "HEAD")
             await request.reply(HTTPStatus.OK, b"text/html; charset=utf-8", self._index(request))
             return
+        if await self._pages.answer(request):
+            return
         route = self._routes.get(request.path)
         if route is None:
             raise Rejected(HTTPStatus.NOT_FOUND, f"no method {request.path}; GET / lists them")
@@ -144,6 +178,7 @@ class ConnectApp:
 
     def _index(self, request: _Request) -> bytes:
         rows = "".join(_row(route, request) for route in self._routes.values())
+        rows += "".join(_page_row(key, request) for key in self._pages.keys)
         page = (
             "<!doctype html><html lang=en><meta charset=utf-8><title>Retinue</title>"
             "<style>body{font:15px/1.5 system-ui,sans-serif;margin:2rem}pre{overflow-x:auto}</style>"
@@ -159,8 +194,17 @@ def _row(route: Route, request: _Request) -> str:
         return f"{title}<p>Streams from the client: by gRPC only.</p>"
     if method.server_streaming:
         return f"{title}<p>Streams to the client: <code>{connect.STREAM_TYPE}</code>, in envelopes.</p>"
-    url = f"{request.scheme}://{request.all('host')[0]}{method.path}"
+    url = f"{_here(request)}{method.path}"
     return f"{title}<pre>curl -H 'content-type: application/json' -d '{{}}' {html.escape(url)}</pre>"
+
+
+def _page_row(key: str, request: _Request) -> str:
+    title = f"<h2><code>/{html.escape(key)}/NAME</code></h2><p>200 if it is so, 503 if not.</p>"
+    return f"{title}<pre>curl -i {html.escape(_here(request))}/{html.escape(key)}/NAME</pre>"
+
+
+def _here(request: _Request) -> str:
+    return f"{request.scheme}://{request.all('host')[0]}"
 
 
 def _check_verb(request: _Request, *allowed: str) -> None:

@@ -34,7 +34,7 @@ def json_codec(method: Method, max_bytes: int = MAX_REPLY_BYTES) -> Codec:
 
     def encode(reply: Message) -> bytes:
         check_size(reply.ByteSize(), max_bytes)
-        return json_format.MessageToJson(reply, indent=None).encode()
+        return to_json(reply)
 
     def decode_raw(data: bytes) -> bytes:
         return decode(data).SerializeToString()
@@ -43,6 +43,11 @@ def json_codec(method: Method, max_bytes: int = MAX_REPLY_BYTES) -> Codec:
         return encode(method.response_type.FromString(reply))
 
     return Codec(decode_raw, encode_raw) if method.raw else Codec(decode, encode)
+
+
+def to_json(message: Message) -> bytes:
+    """A message on one line."""
+    return json_format.MessageToJson(message, indent=None).encode()
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:

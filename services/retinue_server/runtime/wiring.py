@@ -11,7 +11,7 @@ from retinue_server.runtime import addresses
 from retinue_server.runtime.addresses import StartError, Tcp
 from retinue_server.runtime.authority import Authority
 from retinue_server.runtime.codec import Codec, proto_codec
-from retinue_server.runtime.dispatch import Method, Pattern, Role, Service
+from retinue_server.runtime.dispatch import Method, Page, Pattern, Role, Service
 from retinue_server.runtime.health import HEALTH, HealthService, ReflectionService
 from retinue_server.runtime.interceptors import Interceptors, Limits, unguarded
 from retinue_server.runtime.lifecycle import Listener, Process
@@ -20,7 +20,7 @@ from retinue_server.runtime.server import GrpcListener, Route
 from retinue_server.runtime.telemetry import Telemetry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import grpc
 
@@ -37,6 +37,7 @@ class _Shared(msgspec.Struct, frozen=True):
     health: HealthService
     reflection: ReflectionService
     methods: Sequence[Method]
+    pages: Mapping[str, Page]
     limits: Limits
     metrics: Metrics
     tokens: TokenFile | None
@@ -65,6 +66,7 @@ async def _share(settings: Settings, patterns: Sequence[Pattern]) -> _Shared:
         health=HealthService(patterns),
         reflection=ReflectionService([HEALTH.full_name, *(s.descriptor.full_name for s in services)]),
         methods=[method for service in services for method in service.methods()],
+        pages={key: page for pattern in patterns for key, page in pattern.pages.items()},
         limits=limits,
         metrics=Metrics(collectors),
         tokens=_tokens(settings),
@@ -155,8 +157,11 @@ def _routes(shared: _Shared, role: Role) -> list[Route]:
 
 
 def _interceptors(shared: _Shared, role: Role) -> Interceptors:
-    required = shared.token_required and role is Role.APP
-    return Interceptors(Authority(role, shared.tokens, required=required), shared.limits, shared.metrics)
+    return Interceptors(_authority(shared, role), shared.limits, shared.metrics)
+
+
+def _authority(shared: _Shared, role: Role) -> Authority:
+    return Authority(role, shared.tokens, required=shared.token_required and role is Role.APP)
 
 
 def _wrapped(methods: Iterable[Method], wrap: Callable[[Method, Codec], Endpoint]) -> Iterable[Route]:
@@ -166,15 +171,16 @@ def _wrapped(methods: Iterable[Method], wrap: Callable[[Method, Codec], Endpoint
 
 
 def _http(shared: _Shared, address: Tcp) -> Listener:
-    from retinue_server.runtime.http import ConnectApp, Hosts, HttpListener  # noqa: PLC0415 - optional
-    from retinue_server.runtime.json_codec import json_codec  # noqa: PLC0415 - for HTTP only
+    from retinue_server.runtime.http import ConnectApp, Hosts, HttpListener, Pages  # noqa: PLC0415 - optional
+    from retinue_server.runtime.json_codec import json_codec, to_json  # noqa: PLC0415 - for HTTP only
 
     wrap = _interceptors(shared, Role.APP).wrap
     codecs = [(method, json_codec(method)) for method in shared.methods]
     routes = [Route(method, wrap(method, codec), codec) for method, codec in codecs]
     wildcard = address.host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
     hosts = Hosts([*shared.settings.allowed_hosts, *([] if wildcard else [address.host])])
-    app = ConnectApp(routes, hosts, shared.settings.limits.max_message_bytes)
+    pages = Pages(shared.pages, _authority(shared, Role.APP), to_json)
+    app = ConnectApp(routes, pages, hosts, shared.settings.limits.max_message_bytes)
     return HttpListener(address, app, shared.settings.tls)
 
 

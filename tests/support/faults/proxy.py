@@ -24,6 +24,8 @@ class Mode(Enum):
     PASS = "pass"
     DELAY = "delay"
     """Every piece waits."""
+    LATE_REPLIES = "late replies"
+    """What the server sends waits."""
     TRICKLE = "trickle"
     """A few bytes at a time."""
     REPLIES_ONLY = "replies only"
@@ -127,14 +129,14 @@ class Proxy:
             while piece:
                 while self._mode in (blocked_by, Mode.HALF_OPEN):
                     await self._changed.wait()
-                size = await self._slowed(len(piece))
+                size = await self._slowed(len(piece), replies=blocked_by is Mode.REQUESTS_ONLY)
                 writer.write(piece[:size])
                 await writer.drain()
                 piece = piece[size:]
 
-    async def _slowed(self, size: int) -> int:
+    async def _slowed(self, size: int, *, replies: bool) -> int:
         """How many bytes may go at once, after the wait that the mode asks for."""
-        if self._mode == Mode.DELAY:
+        if self._mode == Mode.DELAY or (self._mode == Mode.LATE_REPLIES and replies):
             await asyncio.sleep(self._delay_s)
         if self._mode == Mode.TRICKLE:
             await asyncio.sleep(0.001)

@@ -1,6 +1,8 @@
-/** What the generated stubs leave to every program: where the server is, its errors, and the loop of a worker. */
+/** What the generated stubs leave to every program: where the server is, its errors, the loop of a worker, and leadership. */
 export { createClient, type Client } from "@connectrpc/connect";
 export { DEFAULT_ADDRESS, address, connect } from "./connection.js";
+export { Election, TermLost } from "./election.js";
+export type { ElectionEvent, ElectionOptions, Term } from "./election.js";
 export { RetinueError, type Field } from "./errors.js";
 export { bytes, json, jsonOf, text } from "./payload.js";
 export { Failure, LeaseLost, Release, Stopping, TaskCancelled, Worker } from "./worker.js";

@@ -3,6 +3,7 @@ import { durationFromMs, durationMs } from "@bufbuild/protobuf/wkt";
 import { Code, type Client } from "@connectrpc/connect";
 import { RetinueError } from "./errors.js";
 import { byCall, onStream, type Outcome } from "./outcome.js";
+import { Outgoing } from "./outgoing.js";
 import type { Lease } from "../retinue/workqueue/v1/task_pb.js";
 import {
   StreamTasksRequestSchema,
@@ -103,7 +104,7 @@ export class Session {
   readonly dead: Promise<void>;
   readonly draining: Promise<void>;
   readonly #host: Host;
-  readonly #outgoing = new Outgoing();
+  readonly #outgoing = new Outgoing<StreamTasksRequest>();
   readonly #breaker = new AbortController();
   readonly #held = new Map<Held, Promise<void>>();
   readonly #waiting = new Map<bigint, (settled: StreamSettled | undefined) => void>();
@@ -274,31 +275,6 @@ export class Session {
     const late = setTimeout(() => this.breakOff(), LAST_WORDS_MS);
     await this.dead;
     clearTimeout(late);
-  }
-}
-
-/** The requests of a stream: what is pushed comes out, in order, until it is closed. */
-class Outgoing implements AsyncIterable<StreamTasksRequest> {
-  readonly #ready: StreamTasksRequest[] = [];
-  #closed = false;
-  #wake = () => {};
-
-  push(request: StreamTasksRequest): void {
-    if (!this.#closed) this.#ready.push(request);
-    this.#wake();
-  }
-
-  close(): void {
-    this.#closed = true;
-    this.#wake();
-  }
-
-  async *[Symbol.asyncIterator](): AsyncGenerator<StreamTasksRequest> {
-    for (;;) {
-      for (let next = this.#ready.shift(); next; next = this.#ready.shift()) yield next;
-      if (this.#closed) return;
-      await new Promise<void>((resolve) => (this.#wake = resolve));
-    }
   }
 }
 

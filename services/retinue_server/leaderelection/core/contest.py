@@ -476,6 +476,7 @@ class Contest:
                 session.tell(Standby(session.session_id, self.view()))
         if lead.elected:
             self._ended(reason)
+        self._tell_watchers()
 
     # Heartbeats, renewals
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -26,6 +27,8 @@ from retinue_server.runtime.errors import (
     Unavailable,
     Violation,
 )
+
+_log = logging.getLogger(__name__)
 
 Found = Sequence[Violation]
 """What the translation from the wire has found wrong already."""
@@ -462,6 +465,13 @@ class Elections:
         terms = await self.engine.terms(election_id, before, wanted + 1)
         return list(terms[:wanted]), len(terms) > wanted
 
+    def seen(self, election_id: str) -> View | None:
+        """An election as it was seen last, without asking the engine; None if this server serves none of that name."""
+        if (self._names and election_id not in self._names) or list(limits.name(election_id, "election_id")):
+            return None
+        contest = self.contests.get(election_id)
+        return contest.view() if contest is not None else View(election_id)
+
     def leads_here(self, election_id: str) -> bool:
         """Whether an app of this server leads, at this moment."""
         return self.valid_ms(election_id) > 0
@@ -547,16 +557,22 @@ class Elections:
         self.renewals += 1
         try:
             records = await self.engine.renew([lead.hold for _, lead in block])
-        except RetinueError as error:
-            self._heard(error)
-            now = self._clock.now().boot_ms
-            for contest, lead in block:
-                contest.not_renewed(lead, now)
+        except Exception as error:  # noqa: BLE001 - without renewals every leader here would lose its term
+            self._not_renewed(block, error)
             return
         self._heard(None)
         self.renew_s += (self._clock.now().boot_ms - stamp) / 1000
         for (contest, lead), record in zip(block, records, strict=True):
             contest.renewed(lead, record, stamp)
+
+    def _not_renewed(self, block: Sequence[tuple[Contest, Lead]], error: Exception) -> None:
+        if isinstance(error, RetinueError):
+            self._heard(error)
+        else:
+            _log.error("cannot renew for the moment", exc_info=error)
+        now = self._clock.now().boot_ms
+        for contest, lead in block:
+            contest.not_renewed(lead, now)
 
 
 def _token_of(record: Record) -> Token:

@@ -252,8 +252,8 @@ class _Writer:
         """Serves until None comes.
 
         The next writer's turn begins before this one's commit: what these steps read is locked, so that its steps find
-        what these ones made of it; for what was known by heart they wait. Not so if they made tasks ready, which the
-        next ones may look for.
+        what these ones made of it (and what is known by heart is waited for, leases.py). Not so if they made tasks
+        ready, which the next ones may look for.
         """
         while True:
             with self._turn:
@@ -268,7 +268,7 @@ class _Writer:
                 error = error or self._tried(self._commit)
             if error:
                 self._make_up_for(error, group)
-            self.store.settled()
+            self.store.end()
             self._loop.call_soon_threadsafe(answer, group)
 
     def _tried(self, action: Callable[[], None]) -> Exception | None:

@@ -2,13 +2,14 @@
 
 What is known here may be wrong: another coordinator may have changed the task since. So each row comes with the
 transaction that wrote it (PostgreSQL's `xmin`), and whoever uses it writes on condition that the row is still that one
-(`end` and `prove` in statements.sql); if not, the database undoes the transaction, and the steps run again without it.
+(`end` and `prove` in statements.sql); if not, the database undoes the transaction, and the steps run again without
+this.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 _MOST = 16_384
 _PATIENCE_S = 1.0
-"""How long to wait for another writer's commit at most: it might itself wait for a row that this one has locked."""
 
 
 class Known(NamedTuple):
@@ -30,36 +30,34 @@ class Leases:
     """Those of one coordinator, by seq; for all its writers."""
 
     def __init__(self) -> None:
-        self._settled = threading.Condition()
+        self._lock = threading.Condition()
         self._known: dict[int, Known] = {}
-        self._takers: dict[int, object] = {}
-        """Whose transaction, not yet committed, goes by what was known of a task."""
+        self._taken: set[int] = set()
+        """What a writer has taken whose transaction has not ended."""
 
-    def take(self, seqs: Iterable[int], taker: object) -> dict[int, Known]:
-        """What is known of them, and no longer is: whoever takes it changes it.
+    def take(self, seqs: Collection[int]) -> dict[int, Known]:
+        """What is known of them, and no longer is: whoever takes it changes it, and gives back the seqs at the end.
 
-        Waits for the commits of other takers: nothing is locked that is known by heart, and the later one's must not
-        come first.
+        Waits for writers that have taken some before: nothing is locked by then, and outcomes take effect in order. Not
+        for ever: that one may wait in the database for what this one has locked.
         """
-        wanted = list(seqs)
-        with self._settled:
-            self._settled.wait_for(lambda: not self._taken_by_others(wanted, taker), _PATIENCE_S)
-            found = {seq: known for seq in wanted if (known := self._known.pop(seq, None))}
-            self._takers.update(dict.fromkeys(found, taker))
-        return found
+        with self._lock:
+            self._lock.wait_for(lambda: self._taken.isdisjoint(seqs), _PATIENCE_S)
+            found = [(seq, self._known.pop(seq, None)) for seq in seqs]
+            taken = {seq: known for seq, known in found if known}
+            self._taken.update(taken)
+        return taken
 
-    def _taken_by_others(self, seqs: Iterable[int], taker: object) -> bool:
-        return bool(self._takers) and any(self._takers.get(seq, taker) is not taker for seq in seqs)
-
-    def done(self, taker: object) -> None:
-        """Its transaction has ended, either way."""
-        with self._settled:
-            self._takers = {seq: other for seq, other in self._takers.items() if other is not taker}
-            self._settled.notify_all()
+    def give_back(self, seqs: Collection[int]) -> None:
+        """The transaction that took them has ended, one way or the other."""
+        if seqs:
+            with self._lock:
+                self._taken.difference_update(seqs)
+                self._lock.notify_all()
 
     def put(self, rows: Iterable[TaskRow], version: int) -> None:
         """Rows that a transaction wrote; the oldest of too many are forgotten."""
-        with self._settled:
+        with self._lock:
             self._known.update((row.seq, Known(row, version)) for row in rows)
             while len(self._known) > _MOST:
                 del self._known[next(iter(self._known))]

@@ -73,6 +73,9 @@ class News:
                 with contextlib.suppress(psycopg.Error):  # it is a hint
                     self._teller.run([("SET synchronous_commit = off", ()), _notify(self.channel, payload)])
             self._stopping.wait(_PAUSE_S)
+        if not self._listener.lost:
+            with contextlib.suppress(psycopg.Error):  # so that our own listener stops at once, not within a second
+                self._teller.run([_notify(self.channel, self._me)])
         self._teller.close()
 
     def _listen(self) -> None:

@@ -217,6 +217,8 @@ class Store(View):
         """Those of them that were known by heart, and by which transaction they were written."""
         self._granted: dict[int, TaskRow] = {}
         """Leases that this transaction wrote, to be known by heart."""
+        self._taken: set[int] = set()
+        """What it took of the leases known by heart."""
         self._asked: dict[str, bool] = {}
         """Requests that were taken for new without a look, and whether they are remembered."""
         self._versioned = True
@@ -267,9 +269,10 @@ class Store(View):
             [version] = answers[-1]
             self._leases.put(self._granted.values(), version)
 
-    def settled(self) -> None:
-        """The group is through, by whatever transaction: those who follow may go by what came of it."""
-        self._leases.done(self)
+    def end(self) -> None:
+        """The group is through, one way or the other."""
+        self._leases.give_back(self._taken)
+        self._taken = set()
 
     def forget(self) -> None:
         """The transaction came to nothing: what was learnt in it may be wrong."""
@@ -326,7 +329,8 @@ class Store(View):
 
     def _recall(self, seqs: Sequence[int]) -> None:
         """What is known of them by heart."""
-        found = self._leases.take(seqs, self)
+        found = self._leases.take([seq for seq in seqs if seq not in self._taken])
+        self._taken.update(found)
         self._hot.update(found)
         self._before.update((seq, known.row) for seq, known in found.items())
         self._unproved.update((seq, known.version) for seq, known in found.items())
