@@ -55,7 +55,7 @@ etcd: $(VENV)/.dev
 test: $(VENV)/.dev etcd ## Runs the tests (unit, engines, contract, faults)
 	@$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST)
 
-kubernetes: $(VENV)/.dev ## Builds the API server on which `make test` then tries the engine kubernetes (a quarter of an hour)
+kubernetes: $(VENV)/.dev ## Builds a real API server; `make test` then tries the engine kubernetes on it, too (a quarter of an hour)
 	@PYTHONPATH=tests $(BIN)/python -m support.kubernetes.build
 
 contract: $(VENV)/.dev ## Runs the conformance suite against TARGET=host:port (CONTROL=unix:PATH for operators)

@@ -38,6 +38,7 @@ def no_fatal(error: BaseException) -> None:
 
 Make = Callable[[], Awaitable[Engine]]
 """Starts one more server's engine on the same store."""
+Store = Callable[[pytest.FixtureRequest, Path], Iterator[Callable[[], Engine]]]
 
 
 def memory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
@@ -67,7 +68,7 @@ def etcd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[]
     yield partial(EtcdEngine, [server.endpoint], prefix=server.prefix())
 
 
-STORES = {
+STORES: dict[str, Store] = {
     "memory": memory,
     "sqlite": sqlite,
     "etcd": etcd,

@@ -86,7 +86,13 @@ class Refusal(Exception):
     def __init__(self, code: int, reason: str, message: str, **details: str) -> None:
         super().__init__(message)
         self.code = code
-        self.status = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message}
+        self.status: dict[str, Any] = {
+            "kind": "Status",
+            "apiVersion": "v1",
+            "metadata": {},
+            "status": "Failure",
+            "message": message,
+        }
         self.status |= {"reason": reason} if reason else {}
         self.status |= {"details": details} if details else {}
         self.status |= {"code": code}
@@ -277,7 +283,8 @@ class App:
             for event in self.store.since(version, namespace, name):
                 yield {"type": event.kind, "object": event.lease}
                 version = event.version
-            await asyncio.wait({changed, gone}, timeout=end - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {changed, gone}
+            await asyncio.wait(either, timeout=end - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
 
 
@@ -354,11 +361,17 @@ class Emulator(Api):
         token, authority = secrets.token_hex(8), Authority(directory)
         pair = authority.issue("apiserver")
         self._app = App(token)
-        files = {"ssl_certfile": pair.cert_file, "ssl_keyfile": pair.key_file}
         config = uvicorn.Config(
-            self._app, http="h11", ws="none", lifespan="off", log_config=None, log_level=logging.CRITICAL + 1, **files
+            self._app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level=logging.CRITICAL + 1,  # it would tell of the watches that are dropped on purpose
+            timeout_graceful_shutdown=1,
+            ssl_certfile=pair.cert_file,
+            ssl_keyfile=str(pair.key_file),
         )
-        config.timeout_graceful_shutdown = 1
         self._server = uvicorn.Server(config)
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._loop: asyncio.AbstractEventLoop | None = None

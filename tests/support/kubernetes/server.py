@@ -152,8 +152,10 @@ class Kubernetes(Cluster):
 
 
 def _runs(pid: int) -> bool:
+    """Whether any of its threads does: the first may end before those that hold the port."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z" or len(list(Path(f"/proc/{pid}/task").iterdir())) > 1
     return False
 
 
