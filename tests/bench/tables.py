@@ -8,8 +8,9 @@ from bench.figures import Spread, ratio, spread
 from bench.goals import GOALS, outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from bench.goals import Goal
     from bench.results import Played, PlayedCell, Results
 
 COSTS = {
@@ -74,9 +75,9 @@ def render(results: Results) -> str:
     return "\n\n".join([goals(results), "## Cells", *cells]) + "\n"
 
 
-def goals(results: Results) -> str:
+def goals(results: Results, wanted: Sequence[Goal] = GOALS) -> str:
     rows = []
-    for goal in GOALS:
+    for goal in wanted:
         measured, verdict = outcome(goal, results)
         if goal.cell not in results.cells:
             continue
@@ -107,14 +108,14 @@ def _rated(system: str, played: Played, ours: Played | None, costs: Sequence[str
     return [system, f"{played.tasks:,}", ranged(spread(rates)), against, *medians]
 
 
-def plain(cell: PlayedCell) -> str:
+def plain(cell: PlayedCell, figures: Mapping[str, str] = FIGURES) -> str:
     """Median and range of every figure."""
-    found = [key for key in FIGURES if any(played.values(key) for played in cell.systems.values())]
+    found = [key for key in figures if any(played.values(key) for played in cell.systems.values())]
     rows = []
     for system, played in cell.systems.items():
         texts = [ranged(spread(values)) if (values := played.values(key)) else "" for key in found]
         rows.append([system, *([_void(played), *texts[1:]] if _void(played) else texts)])
-    return grid(["system", *(FIGURES[key] for key in found)], rows)
+    return grid(["system", *(figures[key] for key in found)], rows)
 
 
 def _void(played: Played) -> str:
