@@ -48,12 +48,19 @@ def _has_cluster(config: pytest.Config) -> bool:
     return bool(config.getoption("--kubeconfig") or are_built())
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says on what the engine kubernetes was tried; here, since `-q` prints no header."""
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    if any("kubernetes" in getattr(report, "nodeid", "") for report in reports):
+        terminalreporter.write_line(f"engine kubernetes: tried on {_tried_on(config)}")
+
+
+def _tried_on(config: pytest.Config) -> str:
     if config.getoption("--kubeconfig"):
-        return "engine kubernetes: tried on the cluster that is named"
+        return "the cluster that is named"
     if are_built():
-        return "engine kubernetes: tried on a real API server, and on the EMULATED one"
-    return "engine kubernetes: tried on an EMULATED API server ALONE; make kubernetes builds a real one"
+        return "a real API server, and on the EMULATED one"
+    return "an EMULATED API server ALONE; make kubernetes builds a real one"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
