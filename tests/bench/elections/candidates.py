@@ -103,13 +103,14 @@ class App:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, env=env)
 
     def __enter__(self) -> Self:
+        return self
+
+    def lead(self) -> None:
         """Returns when it leads."""
         out = self._process.stdout
         assert out is not None
         if not select.select([out], [], [], PATIENCE)[0] or out.readline() != b"elected\n":
-            self.__exit__()
             raise Failure("the app was not elected")
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
