@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import select
 import subprocess
@@ -45,6 +46,7 @@ class Candidate:
         self._elected: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self._tasks: list[asyncio.Task[None]] = []
         self._resigned = False
+        self._writing = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         """Returns when the server has answered: it leads or stands by."""
@@ -63,11 +65,12 @@ class Candidate:
         await asyncio.wait(self._tasks)
 
     async def _beat(self) -> None:
-        sequence = 0
-        while True:
+        for sequence in itertools.count(1):
             await asyncio.sleep(self._interval)
-            sequence += 1
-            await self._call.write(api.CampaignRequest(heartbeat=api.CampaignHeartbeat(sequence=sequence)))
+            async with self._writing:  # a stream takes one message at a time
+                if self._resigned:
+                    break
+                await self._call.write(api.CampaignRequest(heartbeat=api.CampaignHeartbeat(sequence=sequence)))
 
     async def _listen(self) -> None:
         try:
@@ -86,10 +89,10 @@ class Candidate:
 
     async def resign(self) -> float:
         """When `resign` began to be written."""
-        self._tasks[0].cancel()
         self._resigned = True
-        began = time.perf_counter()
-        await self._call.write(api.CampaignRequest(resign=api.CampaignResign()))
+        async with self._writing:
+            began = time.perf_counter()
+            await self._call.write(api.CampaignRequest(resign=api.CampaignResign()))
         return began
 
 
@@ -103,13 +106,14 @@ class App:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, env=env)
 
     def __enter__(self) -> Self:
+        return self
+
+    def lead(self) -> None:
         """Returns when it leads."""
         out = self._process.stdout
         assert out is not None
         if not select.select([out], [], [], PATIENCE)[0] or out.readline() != b"elected\n":
-            self.__exit__()
             raise Failure("the app was not elected")
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()

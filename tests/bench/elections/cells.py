@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import grpc
+
 from bench.elections.calls import acquire, keep_alive
 from bench.elections.failures import app_crash, server_crash
 from bench.elections.handover import client_go, etcd_election, handover
@@ -106,7 +108,7 @@ def _play(name: str, player: Player, played: dict[str, Played]) -> None:
         for system, figures in player.play(name, player.count).items():
             played.setdefault(system, Played(player.count)).rounds.append(dict(figures))
             print(f"  {system}: " + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()), flush=True)
-    except (Failure, AssertionError, OSError, TimeoutError) as error:
+    except (Failure, AssertionError, OSError, TimeoutError, grpc.RpcError) as error:
         reason = " ".join(str(error).split())[:200].replace("|", "/") or type(error).__name__
         played.setdefault(name, Played(player.count)).void = reason
         print(f"  {name}: void: {reason}", flush=True)

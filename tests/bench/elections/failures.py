@@ -35,7 +35,8 @@ async def _kill_apps(one: str, two: str, proofs: str, app_lease: float, count: i
 
 
 async def _kill_app(one: str, channel: grpc.aio.Channel, proofs: str, app_lease: float, name: str) -> float:
-    with await asyncio.to_thread(App(one, proofs, app_lease).__enter__) as app:
+    with App(one, proofs, app_lease) as app:
+        await asyncio.to_thread(app.lead)
         async with Candidate(channel, name) as candidate:
             await asyncio.sleep(_SETTLE + random.uniform(0, app_lease / 4))  # at any time between two heartbeats
             began = app.kill()

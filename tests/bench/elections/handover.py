@@ -12,8 +12,9 @@ from bench.elections.players import Figures, channels, run, times
 from bench.install import ensure
 from bench.processes import HOME, Failure, clean_environment
 
-_SETTLE = 0.02
-"""How long the candidate that stands by has to begin waiting, in seconds; etcd's peer has as much."""
+_SETTLE = 0.12
+"""How long the candidate that stands by has to begin waiting, in seconds: etcd takes up to 100 ms until a new watch of
+the past hears news at once. The peer on etcd has as much."""
 _WARM_UP = 5
 
 

@@ -14,8 +14,9 @@ import (
 	"go.etcd.io/etcd/client/v3/concurrency"
 )
 
-// settle lets the next candidate's Campaign reach its wait before it is resigned to.
-const settle = 20 * time.Millisecond
+// settle lets the next candidate wait before it is resigned to: etcd takes up to 100 ms until a new watch of the past hears
+// news at once.
+const settle = 120 * time.Millisecond
 
 type candidate struct {
 	election *concurrency.Election
