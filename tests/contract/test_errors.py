@@ -108,6 +108,20 @@ UNREACHABLE = {
     "ENGINE_CAPABILITY": "the engines of this release can do everything",
     "DISK_FULL": "needs a disk that can be filled: tests/faults",
     "UPSTREAM_UNAVAILABLE": "needs a relay",
+    **dict.fromkeys(
+        (
+            "ELECTION_NOT_FOUND",
+            "CANDIDATE_EXISTS",
+            "SESSION_NOT_FOUND",
+            "STALE_TOKEN",
+            "TOKEN_DOMAIN_MISMATCH",
+            "SESSION_MISMATCH",
+            "ELECTION_LIMIT",
+            "OBSERVER_LIMIT",
+            "SESSION_RESUMED",
+        ),
+        "leader election's: tests/e2e/test_leaderelection_errors.py and test_leaderelection.py",
+    ),
 }
 
 

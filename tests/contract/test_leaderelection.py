@@ -28,7 +28,9 @@ def name() -> str:
 
 @contextmanager
 def campaign(client: Client, **start: Any) -> Iterator[Stream]:
-    """A candidate, as it stands right after its start."""
+    """A candidate, as it stands right after its start; where time is not the claim, with a lease for slow machines."""
+    if "lease_duration" not in start:
+        start = {"app_lease_duration": seconds(7), **start}
     with client.stream("Campaign", timeout=60) as stream:
         stream.send(start=start)
         yield stream
@@ -56,14 +58,14 @@ def ms(duration: Duration) -> int:
 
 
 def test_the_first_candidate_is_elected_for_its_lease_less_a_tenth(elector: Client, name: str) -> None:
-    with campaign(elector, election_id=name, candidate_id="a", app_lease_duration=seconds(1)) as stream:
+    with campaign(elector, election_id=name, candidate_id="a", app_lease_duration=seconds(5)) as stream:
         elected = until(stream, "elected")
         assert (elected.election_id, elected.candidate_id, elected.sequence) == (name, "a", 0)
         assert elected.token.value > 0
         assert elected.token.domain
         assert len(elected.session_id) == 32
-        assert 0 < ms(elected.valid_duration) <= 900
-        assert 0 < ms(beat(stream, 1).valid_duration) <= 900
+        assert 0 < ms(elected.valid_duration) <= 4_500
+        assert 0 < ms(beat(stream, 1).valid_duration) <= 4_500
         leader = elector.GetLeader(election_id=name).leader
         assert (leader.candidate_id, leader.token) == ("a", elected.token)
         assert leader.HasField("acquire_time")
@@ -94,14 +96,12 @@ def test_a_broken_stream_is_resumed_with_the_same_token(elector: Client, name: s
 
 
 def test_who_is_silent_loses_it_and_another_leads(elector: Client, name: str) -> None:
-    with (
-        campaign(elector, election_id=name, candidate_id="a", app_lease_duration=seconds(0.5)) as first,
-        campaign(elector, election_id=name, candidate_id="b", liveness=pb.LIVENESS_STREAM) as second,
-    ):
+    with campaign(elector, election_id=name, candidate_id="a", app_lease_duration=seconds(1)) as first:
         until(first, "elected")
-        until(second, "elected")
-        assert until(first, "lost").reason == pb.END_REASON_APP_SILENT
-        assert until(first, "standby").leader is not None
+        with campaign(elector, election_id=name, candidate_id="b", liveness=pb.LIVENESS_STREAM) as second:
+            until(second, "elected")
+            assert until(first, "lost").reason == pb.END_REASON_APP_SILENT
+            assert until(first, "standby").leader is not None
 
 
 def test_a_stream_counts_as_life_where_that_is_asked_for(elector: Client, name: str) -> None:
@@ -109,7 +109,7 @@ def test_a_stream_counts_as_life_where_that_is_asked_for(elector: Client, name: 
     with campaign(elector, **start, app_lease_duration=seconds(0.2)) as stream:
         until(stream, "elected")
         stream.half_close()
-        with campaign(elector, election_id=name, candidate_id="b", app_lease_duration=seconds(1)) as second:
+        with campaign(elector, election_id=name, candidate_id="b") as second:
             for sequence in range(1, 6):
                 assert not beat(second, sequence).HasField("valid_duration")
             stream.cancel()
@@ -128,16 +128,13 @@ def test_a_proclaimed_value_is_seen_by_others(elector: Client, name: str) -> Non
 
 
 def test_an_app_that_is_not_healthy_gives_way(elector: Client, name: str) -> None:
-    start = {"election_id": name, "app_lease_duration": seconds(0.5)}
-    with (
-        campaign(elector, candidate_id="a", **start) as first,
-        campaign(elector, election_id=name, candidate_id="b", liveness=pb.LIVENESS_STREAM) as second,
-    ):
+    with campaign(elector, election_id=name, candidate_id="a", app_lease_duration=seconds(3)) as first:
         until(first, "elected")
         first.send(heartbeat={"sequence": 1, "unhealthy": True})
         assert not until(first, "heartbeat_ack").HasField("valid_duration")
-        until(second, "elected")
-        assert until(first, "lost").reason == pb.END_REASON_UNHEALTHY
+        with campaign(elector, election_id=name, candidate_id="b", liveness=pb.LIVENESS_STREAM) as second:
+            until(second, "elected")
+            assert until(first, "lost").reason == pb.END_REASON_UNHEALTHY
 
 
 def test_a_step_down_is_heard_by_the_leader(elector: Client, election_operator: Client, name: str) -> None:
@@ -185,7 +182,9 @@ def test_an_observer_gets_the_present_state_first_and_each_leader_after(elector:
     with elector.stream("Observe", election_id=name) as observer:
         assert not observer.read().leader.candidate_id
         for candidate in ("a", "b"):
-            held = elector.TryAcquire(election_id=name, candidate_id=candidate).leadership
+            held = elector.TryAcquire(
+                election_id=name, candidate_id=candidate, app_lease_duration=seconds(7)
+            ).leadership
             assert observer.read().leader.candidate_id == candidate
             elector.Resign(session_id=held.session_id)
             assert not observer.read().leader.candidate_id

@@ -233,7 +233,7 @@ def test_extend_all_keeps_the_leases_of_the_stream_alive(line: Line) -> None:
         leases = granted(stream, 2)
         other = new_line(line.app)
         for sequence in range(3):
-            other.ended(other.put(expire_duration=seconds(0.8)))
+            other.ended(other.put(expire_duration=seconds(1.2)))
             stream.send(extend_all=True, sequence=sequence)
             assert list(settled(stream).lost_lease_tokens) == []
         stream.send(completions=tokens(leases), sequence=9)
@@ -277,14 +277,14 @@ def test_extend_all_tells_which_tasks_were_cancelled(line: Line) -> None:
 
 def test_extend_all_goes_on_with_a_lease_whose_completion_was_refused(line: Line) -> None:
     line.put()
-    with opened(line, credit=1, lease_duration=seconds(2)) as stream:
+    with opened(line, credit=1, lease_duration=seconds(3)) as stream:
         [lease] = granted(stream, 1)
         taken = line.spec(task_id=lease.task_id)
         stream.send(sequence=1, completions=[{"lease_token": lease.lease_token, "follow_ups": [taken]}])
         assert settled(stream).errors[0].status.reason == "TASK_EXISTS"
         other = new_line(line.app)
         for sequence in (2, 3, 4):
-            other.ended(other.put(expire_duration=seconds(0.8)))
+            other.ended(other.put(expire_duration=seconds(1.2)))
             stream.send(extend_all=True, sequence=sequence)
             settled(stream)
         stream.send(sequence=5, completions=tokens([lease]))
