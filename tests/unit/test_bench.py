@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from bench.elections import cells, page
 from bench.figures import Spread, percentile, ratio, spread, undelivered
 from bench.goals import Goal, judged, outcome
 from bench.open_loop import arrivals
@@ -114,3 +115,9 @@ def test_arrivals_are_drawn_again_alike_and_come_at_their_rate() -> None:
     assert times[0] > 0
     assert times[-1] < 5
     assert 4_500 < len(times) < 5_500
+
+
+@pytest.mark.parametrize("goal", page.GOALS, ids=lambda goal: goal.what)
+def test_every_goal_of_leader_election_is_about_a_system_that_plays(goal: Goal) -> None:
+    assert goal.system in cells.CELLS[goal.cell].systems
+    assert goal.figure in page.FIGURES

@@ -28,9 +28,11 @@ class Written:
 
     rows: float
     commits: float
+    writing: float = 0
+    """Of the commits, those that wrote something, where commits of those who only read are counted, too."""
 
     def __sub__(self, other: Written) -> Written:
-        return Written(self.rows - other.rows, self.commits - other.commits)
+        return Written(self.rows - other.rows, self.commits - other.commits, self.writing - other.writing)
 
 
 def _nothing() -> Written:
@@ -115,10 +117,11 @@ def _postgres(where: Path, stack: ExitStack) -> Store:
     def written() -> Written:
         sql = (
             "SELECT (SELECT coalesce(sum(n_tup_ins + n_tup_upd + n_tup_del), 0) FROM pg_stat_user_tables),"
-            " (SELECT xact_commit FROM pg_stat_database WHERE datname = current_database())"
+            " (SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()),"
+            " pg_snapshot_xmax(pg_current_snapshot())::text"
         )
-        [(rows, commits)] = server.run(sql)
-        return Written(float(str(rows)), float(str(commits)))
+        [row] = server.run(sql)
+        return Written(*(float(str(value)) for value in row))
 
     return Store(where, {"RETINUE_LEADERELECTION__POSTGRES__URL": server.url}, server.url, written)
 

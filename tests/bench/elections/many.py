@@ -65,4 +65,5 @@ async def _watched(place: Store, pid: int, count: int) -> Figures:
 
 def _figures(written: Written, passed: float, count: int) -> Figures:
     rows, commits, theirs = written.rows / passed, written.commits / passed, count * _CLIENT_GO
-    return {"rows": rows, "rows_share": rows / theirs, "commits": commits, "commits_share": commits / theirs}
+    found = {"rows": rows, "rows_share": rows / theirs, "commits": commits, "commits_share": commits / theirs}
+    return found | ({"writing": written.writing / passed} if written.writing else {})

@@ -51,6 +51,7 @@ FIGURES = {
     "rows_share": "of client-go's",
     "commits": "commits/s",
     "commits_share": "of client-go's",
+    "writing": "commits/s that wrote",
     "cpu": "server, cores",
     "rss_mib": "server RSS, MiB",
 }
