@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retinue_server.leaderelection import metrics, service
+from retinue_server.leaderelection import journal, metrics, service
 from retinue_server.leaderelection.config import LeaderElectionSettings, PostgresSettings
 from retinue_server.leaderelection.core.elections import SERVER_ID_BYTES, Elections
 from retinue_server.leaderelection.engine import Scope
@@ -52,6 +52,7 @@ async def wire(settings: Settings, section: LeaderElectionSettings) -> Pattern:
         max_observers=section.max_observers,
         drain_ms=int(settings.drain_seconds * 1000),
         server_id=_server_id(directory),
+        journal=journal.note,
     )
     proofs = Proofs(section.proof_dir or directory / "proofs")
     make_directory(proofs.directory)

@@ -24,6 +24,7 @@ from retinue_server.leaderelection.core.requests import (
     Standby,
     StepDownRequested,
     Token,
+    Transition,
     View,
 )
 from retinue_server.leaderelection.engine import Claim, EndReason, Engine, Granted, Hold, Record
@@ -87,6 +88,11 @@ class Lead:
         self.granted_until_ms = max(self.granted_until_ms, until)
         return told
 
+    def transition(self, kind: str, reason: EndReason = EndReason.UNKNOWN) -> Transition:
+        """As the journal is told."""
+        asked, record = self.session.asked, self.record
+        return Transition(kind, asked.election_id, asked.candidate_id, Token(record.domain, record.epoch), reason)
+
     def leadership(self, valid_ms: int) -> Leadership:
         """As the app is told."""
         asked, record = self.session.asked, self.record
@@ -106,12 +112,12 @@ class Contest:
         clock: Clock,
         *,
         heard: Callable[[RetinueError | None], None],
-        ended: Callable[[EndReason], None],
-        began: Callable[[], None],
+        passed: Callable[[Transition], None],
+        renew: Callable[[], None],
     ) -> None:
         self.election_id = election_id
         self._engine, self._clock = engine, clock
-        self._heard, self._ended, self._began = heard, ended, began
+        self._heard, self._passed, self._renew = heard, passed, renew
         self.line: dict[str, Session] = {}
         """All sessions by id, the next candidate first."""
         self.lead: Lead | None = None
@@ -366,7 +372,7 @@ class Contest:
         self.lead = Lead(session, granted.record, stamp.boot_ms, act_ms)
         if session.is_of_former_process:
             self.lead.granted_until_ms = self._clock.now().boot_ms + session.asked.app_lease_ms
-        self._began()
+        self._renew()
         self.saw(granted.record)
         self._look_later()
         self.wake()
@@ -415,6 +421,7 @@ class Contest:
             return
         lead.session.introduced = True
         lead.session.tell(Elected(lead.leadership(valid_ms)))
+        self._passed(lead.transition("elected"))
         self._tell_watchers()
 
     def _why_over(self, lead: Lead, now_ms: int) -> EndReason | None:  # noqa: PLR0911 - a line for each reason
@@ -475,7 +482,7 @@ class Contest:
             if lead.elected:
                 session.tell(Standby(session.session_id, self.view()))
         if lead.elected:
-            self._ended(reason)
+            self._passed(lead.transition("ended", reason))
         self._tell_watchers()
 
     # Heartbeats, renewals
@@ -508,6 +515,8 @@ class Contest:
             self._taken(lead)
             self.look()
             return
+        if lead.failing:
+            self._passed(lead.transition("renewed"))
         lead.renewed(record, stamp_ms)
         self.saw(record)
         if record.step_down and not lead.told_step_down:
@@ -517,6 +526,7 @@ class Contest:
         """The engine did not answer; the deadline stands."""
         lead.renew_ms = now_ms + rules.retry_after(lead.record.lease_ms)
         if not lead.failing and lead.elected:
+            self._passed(lead.transition("at risk"))
             lead.session.tell(AtRisk(max(lead.valid_until_ms - now_ms, 0)))
         lead.failing = True
 

@@ -13,7 +13,15 @@ from typing import NamedTuple
 from retinue_server.leaderelection.core import limits, rules
 from retinue_server.leaderelection.core.clock import Clock, SystemClock
 from retinue_server.leaderelection.core.contest import Contest, Lead
-from retinue_server.leaderelection.core.requests import Draining, IsDead, Leadership, Standing, Token, View
+from retinue_server.leaderelection.core.requests import (
+    Draining,
+    IsDead,
+    Leadership,
+    Standing,
+    Token,
+    Transition,
+    View,
+)
 from retinue_server.leaderelection.core.session import Outbox, Session
 from retinue_server.leaderelection.engine import EndReason, Engine, Record, Term
 from retinue_server.runtime.errors import (
@@ -61,6 +69,7 @@ class Elections:
         max_observers: int = 10_000,
         drain_ms: int = 10_000,
         server_id: str = "",
+        journal: Callable[[Transition], None] = lambda _: None,
         chance: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.engine = engine
@@ -70,6 +79,7 @@ class Elections:
         self._drain_ms = drain_ms
         self._server_id = server_id or chance(SERVER_ID_BYTES).hex()
         self._chance = chance
+        self._journal = journal
         self.contests: dict[str, Contest] = {}
         self._sessions: dict[str, Session] = {}
         self.observers = 0
@@ -495,8 +505,8 @@ class Elections:
                 self.engine,
                 self._clock,
                 heard=self._heard,
-                ended=self._term_ended,
-                began=self._term_began,
+                passed=self._passed,
+                renew=self._renew.set,
             )
             self.contests[election_id] = contest
             self._forget_idle()
@@ -519,12 +529,12 @@ class Elections:
         if (contest := self.contests.get(election_id)) is not None:
             contest.look()
 
-    def _term_began(self) -> None:
-        self.elected += 1
-        self._renew.set()
-
-    def _term_ended(self, reason: EndReason) -> None:
-        self.ended[reason] += 1
+    def _passed(self, transition: Transition) -> None:
+        if transition.kind == "elected":
+            self.elected += 1
+        elif transition.kind == "ended":
+            self.ended[transition.reason] += 1
+        self._journal(transition)
 
     # Renewing
 

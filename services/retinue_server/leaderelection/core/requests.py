@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec import Struct
 
+from retinue_server.leaderelection.engine import EndReason
+
 if TYPE_CHECKING:
-    from retinue_server.leaderelection.engine import EndReason, Record
+    from retinue_server.leaderelection.engine import Record
 
 DEFAULT_LEASE_MS = 15_000
 DEFAULT_APP_LEASE_MS = 2_000
@@ -111,6 +113,16 @@ class Draining(NamedTuple):
     """Event: the server is stopping."""
 
     grace_ms: int
+
+
+class Transition(NamedTuple):
+    """What became of a term of this server: `elected`, `at risk`, `renewed` after that, or `ended`."""
+
+    kind: str
+    election_id: str
+    candidate_id: str
+    token: Token
+    reason: EndReason = EndReason.UNKNOWN
 
 
 Event = Standby | Elected | Ack | AtRisk | StepDownRequested | Lost | Draining
