@@ -509,6 +509,7 @@ class Contest:
             return
         lead.renewed(record, stamp_ms)
         self.saw(record)
+        self._look_later()
         if record.step_down and not lead.told_step_down:
             self.wake()
 
