@@ -463,6 +463,24 @@ async def test_renewals_of_one_server_go_together(server: Server, clock: HeldClo
         assert await app.lost() == []
 
 
+async def test_who_leads_is_not_read_besides_renewing(
+    server: Server, clock: HeldClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = server.app("a", liveness=Liveness.STREAM).start()
+    await clock.advance(1)
+    reads: list[str] = []
+    read = server.engine.read
+
+    async def noted(election_id: str) -> Record | None:
+        reads.append(election_id)
+        return await read(election_id)
+
+    monkeypatch.setattr(server.engine, "read", noted)
+    await clock.advance(60 * SECOND)
+    assert await app.lost() == []
+    assert reads == []
+
+
 # By hand
 
 

@@ -519,6 +519,7 @@ class Contest:
             self._passed(lead.transition("renewed"))
         lead.renewed(record, stamp_ms)
         self.saw(record)
+        self._look_later()
         if record.step_down and not lead.told_step_down:
             self.wake()
 
