@@ -365,7 +365,7 @@ class Contest:
             else:
                 self._asked[session.session_id] = False
                 self.saw(outcome.record)
-                self._look_later()
+                self.look_later()
 
     def _take(self, session: Session, granted: Granted, stamp: Instant, delay_ms: int) -> None:
         act_ms = self._clock.now().boot_ms + delay_ms if delay_ms else 0
@@ -374,7 +374,7 @@ class Contest:
             self.lead.granted_until_ms = self._clock.now().boot_ms + session.asked.app_lease_ms
         self._renew()
         self.saw(granted.record)
-        self._look_later()
+        self.look_later()
         self.wake()
 
     def _is_over(self, now_ms: int) -> bool:
@@ -519,7 +519,7 @@ class Contest:
             self._passed(lead.transition("renewed"))
         lead.renewed(record, stamp_ms)
         self.saw(record)
-        self._look_later()
+        self.look_later()
         if record.step_down and not lead.told_step_down:
             self.wake()
 
@@ -543,7 +543,7 @@ class Contest:
         self.saw(record)
         if self.lead is not None:
             self._look_at_own(self.lead, record)
-        self._look_later()
+        self.look_later()
 
     def _look_at_own(self, lead: Lead, record: Record | None) -> None:
         if record is None or (record.session_id, record.epoch) != (lead.hold.session_id, lead.hold.epoch):
@@ -552,7 +552,7 @@ class Contest:
             lead.record = replace(lead.record, step_down=True)
             self.wake()
 
-    def _look_later(self) -> None:
+    def look_later(self) -> None:
         """Who leads is told by its renewals."""
         now = self._clock.now().boot_ms
         pause = self._engine.capabilities.poll_ms if self.lead is None else self.lead.record.lease_ms

@@ -281,6 +281,7 @@ class Elections:
         if session is None:
             if contest.lead is not None:
                 return Acquired(None, contest.view())
+            contest.look_later()  # the claim tells all that a look would
             session = self._new(asked, contest, None)
         session.hear(0, self._clock.now().boot_ms, healthy=True)
         await contest.claim(session)
