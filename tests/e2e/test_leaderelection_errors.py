@@ -100,7 +100,16 @@ def test_every_documented_error_is_decoded(server: RunningServer) -> None:
             running.communicate()
 
 
-def test_a_session_that_is_resumed_elsewhere_is_told_so(server: RunningServer) -> None:
+@pytest.fixture
+def roomy(tmp_path: Path) -> Iterator[RunningServer]:
+    """A server that takes any number of sessions."""
+    running = start_server(tmp_path, "leaderelection")
+    yield running
+    assert running.stop() == 0
+
+
+def test_a_session_that_is_resumed_elsewhere_is_told_so(roomy: RunningServer) -> None:
+    server = roomy
     first = grpcurl(server, "Campaign", start("c", "g", liveness="LIVENESS_STREAM"), keep_open=True)
     elected = json.loads(_first_object(first))
     session = (elected.get("elected") or elected["standby"])["session_id"]

@@ -75,7 +75,7 @@ class Terminal:
 
     def __init__(self, suite: Running, line: str) -> None:
         self._process = subprocess.Popen(
-            ["bash", "-c", f"exec {line}"],
+            ["env", "--default-signal=INT", "bash", "-c", f"exec {line}"],  # what a background job starts ignores Ctrl-C
             cwd=ROOT,
             env=environment(suite),
             stdout=subprocess.PIPE,
