@@ -74,8 +74,8 @@ class Terminal:
     """A printed line that stays, in a terminal of its own."""
 
     def __init__(self, suite: Running, line: str) -> None:
-        self._process = subprocess.Popen(
-            ["env", "--default-signal=INT", "bash", "-c", f"exec {line}"],  # what a background job starts ignores Ctrl-C
+        self._process = subprocess.Popen(  # what a background job starts ignores Ctrl-C, unless told otherwise
+            ["env", "--default-signal=INT", "bash", "-c", f"exec {line}"],
             cwd=ROOT,
             env=environment(suite),
             stdout=subprocess.PIPE,
