@@ -597,10 +597,6 @@ def _claim(session: Session, wall_ms: int) -> Claim:
     )
 
 
-def _hold(session: Session, record: Record) -> Hold:
-    return Hold(record.election_id, session.session_id, record.epoch)
-
-
 def _public(record: Record) -> tuple[object, ...]:
     """What others can see of it."""
     return record.domain, record.epoch, record.candidate_id, record.value, record.step_down, record.acquire_ms

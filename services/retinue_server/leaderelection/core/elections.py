@@ -128,7 +128,7 @@ class Elections:
             contest.wake()
             self._close_standby(contest)
         while any(contest.lead is not None for contest in self.contests.values()):
-            await asyncio.wait([asyncio.create_task(self._some_term_over())])
+            await self._some_term_over()
         for session in self._live():
             if session.outbox is not None:
                 session.outbox.close()
