@@ -159,6 +159,15 @@ def test_a_disk_that_tasks_filled_refuses_more_and_lets_all_be_worked_off(small:
     assert len(small.warnings("tasks are taken in again")) == 1
 
 
+def test_a_log_that_fills_the_disk_gives_its_room_back_when_tasks_are_deleted(small: Small) -> None:
+    line = new_line(small.app)
+    fill_with_tasks(line)
+    small.filler.leave(RESERVE // 8)
+    until(lambda: not taken(line.put))
+    small.operator.PurgeQueue(queue_id=line.id)
+    until(partial(taken, line.put))
+
+
 def test_a_disk_that_blobs_filled_refuses_more_keeps_nothing_of_them_and_completes(small: Small) -> None:
     line = new_line(small.app)
     leases = [line.lend() for _ in range(20)]

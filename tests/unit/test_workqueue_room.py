@@ -93,6 +93,10 @@ def test_free_pages_inside_the_file_are_room(disk: Disk) -> None:
     assert made.report.free_bytes == 55 * MIB
     disk.becomes(2 * MIB)
     assert refused(made, 1), "the log, through which all goes, needs room outside"
+    assert made.tight
+    disk.becomes(5 * MIB)
+    assert not refused(made, 1)
+    assert not made.tight
 
 
 def test_of_a_small_disk_an_eighth_is_reserved(disk: Disk) -> None:

@@ -43,6 +43,8 @@ class DiskRoom:
         self._reopen_at = 0
         self._look_again = self._closed_until = 0.0
         self._ran_out = False
+        self.tight = False
+        """Whether so little is free outside the files that what is free inside them is of no use."""
 
     @property
     def report(self) -> Room:
@@ -86,7 +88,8 @@ class DiskRoom:
         disk = os.statvfs(self._directory)
         reserve = min(self._reserve_bytes, disk.f_blocks * disk.f_frsize // _SMALL_DISK)
         outside = disk.f_bavail * disk.f_frsize
-        free = outside + (self._spare() if outside >= reserve // _LOG_SHARE else 0)
+        self.tight = outside < reserve // _LOG_SHARE
+        free = outside + (0 if self.tight else self._spare())
         self._left = free - reserve
         self._report = Room(free, self._report.admitting)
         margin = self._reopen_at + max(reserve // 8, 1024**2)  # else it would open and close all the time

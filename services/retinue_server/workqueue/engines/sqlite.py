@@ -63,6 +63,8 @@ _CHECKPOINT_PAGES = 1_000
 """How long the log may be before it is moved into the file."""
 _LOG_FILE_BYTES = 16 * 1024**2
 """To what the log's file is cut when it was longer (a slow reader had kept it from being moved)."""
+_BUSY_MS = 5_000
+"""How long the writer waits for another process that holds the file."""
 
 _COLUMNS = ["queue" if name == "queue_id" else name for name in TaskRow.__struct_fields__]
 """A column is named as its field and stands in its place."""
@@ -113,6 +115,8 @@ class SqliteEngine:
         self._disk = DiskRoom(path.parent, reserve_bytes, "tasks", self._free_inside)
         self._log_pages = self._checked_pages = 0
         """How long the log is, and up to where a checkpoint has looked at it."""
+        self._log_is_gone = False
+        """Whether nothing was written since the log's file was emptied."""
         self._steps = Steps()
         self._writer: threading.Thread | None = None
         self._reader: ThreadPoolExecutor | None = None
@@ -159,7 +163,7 @@ class SqliteEngine:
         for pragma in (
             "journal_mode = WAL",
             "synchronous = FULL",
-            "busy_timeout = 5000",
+            f"busy_timeout = {_BUSY_MS}",
             "temp_store = MEMORY",
             f"journal_size_limit = {_LOG_FILE_BYTES}",
         ):
@@ -249,13 +253,16 @@ class SqliteEngine:
         if pages < self._log_pages:  # it was begun again
             self._checked_pages = 0
         self._log_pages = pages
+        self._log_is_gone = False
         return int(apsw.SQLITE_OK)
 
     def _look_after_disk(self) -> None:
         """Between two groups: what must not run inside one."""
         try:
             self._disk.look()
-            if self._log_pages - self._checked_pages >= _CHECKPOINT_PAGES:
+            if self._disk.tight and not self._log_is_gone:
+                self._give_log_back()
+            elif self._log_pages - self._checked_pages >= _CHECKPOINT_PAGES:
                 self._checkpoint()
         except Exception as error:  # noqa: BLE001 - as above; the next group is told, if it concerns it
             if _is_failed_sync(error):
@@ -269,6 +276,18 @@ class SqliteEngine:
         """Moves the log into the file, as far as no reader needs it; the next one takes what is left."""
         self._checked_pages = self._log_pages
         self._store.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+
+    def _give_log_back(self) -> None:
+        """Empties the log's file, unless a reader is in it: its room may be all that is missing to go on."""
+        self._store.db.set_busy_timeout(0)  # nobody waits for a reader; the next group tries again
+        try:
+            self._store.db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        except apsw.BusyError:
+            return
+        finally:
+            self._store.db.set_busy_timeout(_BUSY_MS)
+        self._log_is_gone = True
+        self._log_pages = self._checked_pages = 0
 
 
 class _Tally:
