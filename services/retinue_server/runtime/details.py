@@ -30,7 +30,10 @@ def status(error: RetinueError, message: str) -> Status:
         omitted = len(error.violations) - len(fields.field_violations)
         if omitted:
             info.metadata["omitted"] = str(omitted)
-    return Status(code=error.code, message=message, details=[_pack(d) for d in (info, fields, retry) if d])
+    found = Status(code=error.code, message=message, details=[_pack(d) for d in (info, fields, retry) if d])
+    if error.more is not None and len(error.more[1]) < BYTES - found.ByteSize():
+        found.details.add(type_url=f"type.googleapis.com/{error.more[0]}", value=error.more[1])
+    return found
 
 
 def _add_metadata(info: details_pb2.ErrorInfo, metadata: dict[str, str]) -> None:

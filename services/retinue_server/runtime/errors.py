@@ -75,6 +75,15 @@ class Reason(StrEnum):
     ELECTION_LIMIT = "ELECTION_LIMIT"
     OBSERVER_LIMIT = "OBSERVER_LIMIT"
     SESSION_RESUMED = "SESSION_RESUMED"
+    POOL_NOT_FOUND = "POOL_NOT_FOUND"
+    POOL_EMPTY = "POOL_EMPTY"
+    POOL_NOT_IDEMPOTENT = "POOL_NOT_IDEMPOTENT"
+    SCATTER_TOO_DEEP = "SCATTER_TOO_DEEP"
+    SCATTER_LIMIT = "SCATTER_LIMIT"
+    GATHER_TOO_LARGE = "GATHER_TOO_LARGE"
+    COVERAGE_NOT_MET = "COVERAGE_NOT_MET"
+    LEAF_REFUSED = "LEAF_REFUSED"
+    MERGE_FAILED = "MERGE_FAILED"
 
 
 class Violation(NamedTuple):
@@ -98,6 +107,8 @@ class RetinueError(Exception):
         self.retry_ms = retry_ms
         """When it is worth trying again, in milliseconds; 0 = trying again won't help."""
         self.metadata = {key: str(value) for key, value in metadata.items()}
+        self.more: tuple[str, bytes] | None = None
+        """A further detail for the caller: the full name of its message, and the message serialised."""
 
 
 class InvalidArgument(RetinueError):

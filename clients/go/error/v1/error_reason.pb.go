@@ -111,6 +111,27 @@ const (
 	ErrorReason_ERROR_REASON_OBSERVER_LIMIT ErrorReason = 67
 	// ABORTED. Another stream has resumed the session of this one.
 	ErrorReason_ERROR_REASON_SESSION_RESUMED ErrorReason = 68
+	// NOT_FOUND. No pool of that name (`metadata.pool_id`).
+	ErrorReason_ERROR_REASON_POOL_NOT_FOUND ErrorReason = 80
+	// FAILED_PRECONDITION. The pool has no shards.
+	ErrorReason_ERROR_REASON_POOL_EMPTY ErrorReason = 81
+	// FAILED_PRECONDITION. The pool is not idempotent: none of its answers may be partial.
+	ErrorReason_ERROR_REASON_POOL_NOT_IDEMPOTENT ErrorReason = 82
+	// FAILED_PRECONDITION. The roots above this one are too many, or this one is among them (`metadata.path`).
+	ErrorReason_ERROR_REASON_SCATTER_TOO_DEEP ErrorReason = 83
+	// RESOURCE_EXHAUSTED, with RetryInfo. The root has as many calls to leaves under way, or still to send, as it may; no leaf
+	// was asked.
+	ErrorReason_ERROR_REASON_SCATTER_LIMIT ErrorReason = 84
+	// RESOURCE_EXHAUSTED. The replies are more than the pool's byte budget, or the answer more than a message may hold.
+	ErrorReason_ERROR_REASON_GATHER_TOO_LARGE ErrorReason = 85
+	// DEADLINE_EXCEEDED, UNAVAILABLE, RESOURCE_EXHAUSTED or INTERNAL. Fewer shards have answered than the request demands; a
+	// `retinue.scattergather.v1.ScatterFailure` among the details says which are missing.
+	ErrorReason_ERROR_REASON_COVERAGE_NOT_MET ErrorReason = 86
+	// INVALID_ARGUMENT, UNAUTHENTICATED or PERMISSION_DENIED. A leaf refused the request with this code
+	// (`metadata.shard_id`); its message is the leaf's.
+	ErrorReason_ERROR_REASON_LEAF_REFUSED ErrorReason = 87
+	// INTERNAL, or what the user's MergeService answered. The replies could not be merged.
+	ErrorReason_ERROR_REASON_MERGE_FAILED ErrorReason = 88
 )
 
 // Enum value maps for ErrorReason.
@@ -154,6 +175,15 @@ var (
 		66: "ERROR_REASON_ELECTION_LIMIT",
 		67: "ERROR_REASON_OBSERVER_LIMIT",
 		68: "ERROR_REASON_SESSION_RESUMED",
+		80: "ERROR_REASON_POOL_NOT_FOUND",
+		81: "ERROR_REASON_POOL_EMPTY",
+		82: "ERROR_REASON_POOL_NOT_IDEMPOTENT",
+		83: "ERROR_REASON_SCATTER_TOO_DEEP",
+		84: "ERROR_REASON_SCATTER_LIMIT",
+		85: "ERROR_REASON_GATHER_TOO_LARGE",
+		86: "ERROR_REASON_COVERAGE_NOT_MET",
+		87: "ERROR_REASON_LEAF_REFUSED",
+		88: "ERROR_REASON_MERGE_FAILED",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":           0,
@@ -194,6 +224,15 @@ var (
 		"ERROR_REASON_ELECTION_LIMIT":        66,
 		"ERROR_REASON_OBSERVER_LIMIT":        67,
 		"ERROR_REASON_SESSION_RESUMED":       68,
+		"ERROR_REASON_POOL_NOT_FOUND":        80,
+		"ERROR_REASON_POOL_EMPTY":            81,
+		"ERROR_REASON_POOL_NOT_IDEMPOTENT":   82,
+		"ERROR_REASON_SCATTER_TOO_DEEP":      83,
+		"ERROR_REASON_SCATTER_LIMIT":         84,
+		"ERROR_REASON_GATHER_TOO_LARGE":      85,
+		"ERROR_REASON_COVERAGE_NOT_MET":      86,
+		"ERROR_REASON_LEAF_REFUSED":          87,
+		"ERROR_REASON_MERGE_FAILED":          88,
 	}
 )
 
@@ -228,8 +267,7 @@ var File_retinue_error_v1_error_reason_proto protoreflect.FileDescriptor
 
 const file_retinue_error_v1_error_reason_proto_rawDesc = "" +
 	"\n" +
-	"#retinue/error/v1/error_reason.proto\x12\x10retinue.error.v1*\x95\n" +
-	"\n" +
+	"#retinue/error/v1/error_reason.proto\x12\x10retinue.error.v1*\xc0\f\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12#\n" +
@@ -269,7 +307,16 @@ const file_retinue_error_v1_error_reason_proto_rawDesc = "" +
 	"\x1dERROR_REASON_SESSION_MISMATCH\x10A\x12\x1f\n" +
 	"\x1bERROR_REASON_ELECTION_LIMIT\x10B\x12\x1f\n" +
 	"\x1bERROR_REASON_OBSERVER_LIMIT\x10C\x12 \n" +
-	"\x1cERROR_REASON_SESSION_RESUMED\x10Db\x06proto3"
+	"\x1cERROR_REASON_SESSION_RESUMED\x10D\x12\x1f\n" +
+	"\x1bERROR_REASON_POOL_NOT_FOUND\x10P\x12\x1b\n" +
+	"\x17ERROR_REASON_POOL_EMPTY\x10Q\x12$\n" +
+	" ERROR_REASON_POOL_NOT_IDEMPOTENT\x10R\x12!\n" +
+	"\x1dERROR_REASON_SCATTER_TOO_DEEP\x10S\x12\x1e\n" +
+	"\x1aERROR_REASON_SCATTER_LIMIT\x10T\x12!\n" +
+	"\x1dERROR_REASON_GATHER_TOO_LARGE\x10U\x12!\n" +
+	"\x1dERROR_REASON_COVERAGE_NOT_MET\x10V\x12\x1d\n" +
+	"\x19ERROR_REASON_LEAF_REFUSED\x10W\x12\x1d\n" +
+	"\x19ERROR_REASON_MERGE_FAILED\x10Xb\x06proto3"
 
 var (
 	file_retinue_error_v1_error_reason_proto_rawDescOnce sync.Once

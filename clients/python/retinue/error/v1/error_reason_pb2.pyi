@@ -108,6 +108,30 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED, with RetryInfo. This server serves as many observers as its settings allow."""
     ERROR_REASON_SESSION_RESUMED: _ErrorReason.ValueType  # 68
     """ABORTED. Another stream has resumed the session of this one."""
+    ERROR_REASON_POOL_NOT_FOUND: _ErrorReason.ValueType  # 80
+    """NOT_FOUND. No pool of that name (`metadata.pool_id`)."""
+    ERROR_REASON_POOL_EMPTY: _ErrorReason.ValueType  # 81
+    """FAILED_PRECONDITION. The pool has no shards."""
+    ERROR_REASON_POOL_NOT_IDEMPOTENT: _ErrorReason.ValueType  # 82
+    """FAILED_PRECONDITION. The pool is not idempotent: none of its answers may be partial."""
+    ERROR_REASON_SCATTER_TOO_DEEP: _ErrorReason.ValueType  # 83
+    """FAILED_PRECONDITION. The roots above this one are too many, or this one is among them (`metadata.path`)."""
+    ERROR_REASON_SCATTER_LIMIT: _ErrorReason.ValueType  # 84
+    """RESOURCE_EXHAUSTED, with RetryInfo. The root has as many calls to leaves under way, or still to send, as it may; no leaf
+    was asked.
+    """
+    ERROR_REASON_GATHER_TOO_LARGE: _ErrorReason.ValueType  # 85
+    """RESOURCE_EXHAUSTED. The replies are more than the pool's byte budget, or the answer more than a message may hold."""
+    ERROR_REASON_COVERAGE_NOT_MET: _ErrorReason.ValueType  # 86
+    """DEADLINE_EXCEEDED, UNAVAILABLE, RESOURCE_EXHAUSTED or INTERNAL. Fewer shards have answered than the request demands; a
+    `retinue.scattergather.v1.ScatterFailure` among the details says which are missing.
+    """
+    ERROR_REASON_LEAF_REFUSED: _ErrorReason.ValueType  # 87
+    """INVALID_ARGUMENT, UNAUTHENTICATED or PERMISSION_DENIED. A leaf refused the request with this code
+    (`metadata.shard_id`); its message is the leaf's.
+    """
+    ERROR_REASON_MERGE_FAILED: _ErrorReason.ValueType  # 88
+    """INTERNAL, or what the user's MergeService answered. The replies could not be merged."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason documents every value of `google.rpc.ErrorInfo.reason` whose domain is "retinue".
@@ -202,4 +226,28 @@ ERROR_REASON_OBSERVER_LIMIT: ErrorReason.ValueType  # 67
 """RESOURCE_EXHAUSTED, with RetryInfo. This server serves as many observers as its settings allow."""
 ERROR_REASON_SESSION_RESUMED: ErrorReason.ValueType  # 68
 """ABORTED. Another stream has resumed the session of this one."""
+ERROR_REASON_POOL_NOT_FOUND: ErrorReason.ValueType  # 80
+"""NOT_FOUND. No pool of that name (`metadata.pool_id`)."""
+ERROR_REASON_POOL_EMPTY: ErrorReason.ValueType  # 81
+"""FAILED_PRECONDITION. The pool has no shards."""
+ERROR_REASON_POOL_NOT_IDEMPOTENT: ErrorReason.ValueType  # 82
+"""FAILED_PRECONDITION. The pool is not idempotent: none of its answers may be partial."""
+ERROR_REASON_SCATTER_TOO_DEEP: ErrorReason.ValueType  # 83
+"""FAILED_PRECONDITION. The roots above this one are too many, or this one is among them (`metadata.path`)."""
+ERROR_REASON_SCATTER_LIMIT: ErrorReason.ValueType  # 84
+"""RESOURCE_EXHAUSTED, with RetryInfo. The root has as many calls to leaves under way, or still to send, as it may; no leaf
+was asked.
+"""
+ERROR_REASON_GATHER_TOO_LARGE: ErrorReason.ValueType  # 85
+"""RESOURCE_EXHAUSTED. The replies are more than the pool's byte budget, or the answer more than a message may hold."""
+ERROR_REASON_COVERAGE_NOT_MET: ErrorReason.ValueType  # 86
+"""DEADLINE_EXCEEDED, UNAVAILABLE, RESOURCE_EXHAUSTED or INTERNAL. Fewer shards have answered than the request demands; a
+`retinue.scattergather.v1.ScatterFailure` among the details says which are missing.
+"""
+ERROR_REASON_LEAF_REFUSED: ErrorReason.ValueType  # 87
+"""INVALID_ARGUMENT, UNAUTHENTICATED or PERMISSION_DENIED. A leaf refused the request with this code
+(`metadata.shard_id`); its message is the leaf's.
+"""
+ERROR_REASON_MERGE_FAILED: ErrorReason.ValueType  # 88
+"""INTERNAL, or what the user's MergeService answered. The replies could not be merged."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

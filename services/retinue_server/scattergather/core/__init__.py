@@ -1,0 +1,1 @@
+"""The rules of scatter/gather: no I/O, no grpc, no protobuf."""

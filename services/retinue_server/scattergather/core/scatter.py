@@ -1,0 +1,558 @@
+"""One request: from its first call to a leaf to the moment when its end is known.
+
+All of it happens on the event loop, in callbacks: a task for each leaf would cost more than the leaf's call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from enum import IntEnum
+from typing import TYPE_CHECKING, Protocol
+
+from retinue_server.runtime.errors import Code, Reason, RetinueError
+from retinue_server.scattergather.core import rules
+from retinue_server.scattergather.core.replicas import Replica, choose
+from retinue_server.scattergather.core.requests import Coverage, Gathered, Malformed, Outcome, Reply, Stats
+from retinue_server.scattergather.core.topology import MergeKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from retinue_server.scattergather.core.clock import Clock, Timer
+    from retinue_server.scattergather.core.merges import Merge
+    from retinue_server.scattergather.core.pool import LivePool, Member
+    from retinue_server.scattergather.core.requests import Ask
+    from retinue_server.scattergather.engine import Metadata
+
+_SLICE = 16
+"""Calls that are begun before others get their turn: about a millisecond."""
+MAX_FAILURES = 16
+_MESSAGE_BYTES = 256
+
+
+class Kind(IntEnum):
+    """Why a call is made; as in the contract."""
+
+    PRIMARY = 1
+    HEDGE = 2
+    RETRY = 3
+
+
+class End(IntEnum):
+    """How a call ended; as in the contract."""
+
+    WON = 1
+    LOST = 2
+    FAILED = 3
+
+
+class ScatterError(RetinueError):
+    """A request that failed although leaves were asked."""
+
+    gathered: Gathered | None = None
+
+    def __init__(self, code: Code, message: str, *, reason: Reason, retry_ms: int = 0, **metadata: object) -> None:
+        super().__init__(message, reason=reason, retry_ms=retry_ms, **metadata)
+        self.code = code  # type: ignore[misc] # the one error whose code depends on what happened
+
+
+class Attempt:
+    """A call to a leaf."""
+
+    __slots__ = ("cancel", "code", "end", "ended_at", "kind", "part", "replica", "reply_bytes", "started_at", "trace")
+
+    def __init__(self, part: Part, kind: Kind, replica: Replica, now: float) -> None:
+        self.part, self.kind, self.replica, self.started_at = part, kind, replica, now
+        self.end: End | None = None
+        self.code = 0
+        self.ended_at = now
+        self.reply_bytes = 0
+        self.cancel: Callable[[], None] | None = None
+        self.trace: object = None
+        """The observer's."""
+
+
+class Part:
+    """What is asked together: a shard, or those of a batch."""
+
+    __slots__ = (
+        "attempts",
+        "code",
+        "coverage",
+        "done",
+        "hedged",
+        "members",
+        "message",
+        "open",
+        "replicas",
+        "retries",
+        "tried",
+    )
+
+    def __init__(self, members: Sequence[Member], replicas: Sequence[Replica]) -> None:
+        self.members, self.replicas = members, replicas
+        self.tried: list[Replica] = []
+        self.open: list[Attempt] = []
+        self.attempts = 0
+        self.retries = 0
+        self.hedged = False
+        self.done = False
+        self.code = int(Code.CANCELLED)
+        self.message = ""
+        self.coverage: Coverage | None = None
+
+    @property
+    def weight(self) -> int:
+        """Leaves beneath it."""
+        return sum(member.shard.weight for member in self.members)
+
+
+class Observer(Protocol):
+    """Follows a request: traces, events."""
+
+    def asked(self, attempt: Attempt) -> Metadata:
+        """A call is about to be made; what goes with it."""
+
+    def answered(self, part: Part, attempt: Attempt, reply: Reply) -> None:
+        """A reply was taken."""
+
+    def failed(self, part: Part) -> None:
+        """Nobody is left who could answer for it."""
+
+    def ended(self, scatter: Scatter) -> None:
+        """All attempts have ended."""
+
+
+class Scatter:
+    """See the module. `begin`, wait for `ended`, then `gathered` or `error`; `abandon` when nobody waits any more."""
+
+    def __init__(
+        self,
+        scatter_id: str,
+        live: LivePool,
+        members: Sequence[Member],
+        ask: Ask,
+        *,
+        merge: Merge,
+        clock: Clock,
+        observer: Observer | None = None,
+    ) -> None:
+        self.scatter_id, self.ask, self.topology, self.members = scatter_id, ask, live.topology, members
+        self._live, self._pool, self._merge, self._clock, self._observer = live, live.pool, merge, clock, observer
+        self._policy = ask.policy
+        self.begun_at = clock.now()
+        self.wall_ms = clock.wall_ms()
+        timeout = self._pool.timeout_s if ask.timeout_s is None else min(ask.timeout_s, self._pool.timeout_s)
+        self.timeout_s = timeout
+        self._leaf_deadline = self.begun_at + rules.leaf_timeout_s(timeout)
+        self._expected = sum(member.shard.weight for member in members)
+        self._answered = self._lost = self._answered_shards = self._lost_shards = 0
+        self._degraded = False
+        self._parts: list[Part] = []
+        self._pending = 0
+        self._unsent: deque[tuple[Part, Replica | None]] = deque()
+        self._hedge_delay = None if self._policy.no_hedge else live.hedge_delay_s(self.begun_at)
+        self._hedges: deque[tuple[float, Attempt]] = deque()
+        self._hedge_timer: Timer | None = None
+        self._timers: list[Timer] = []
+        self._soft_over = False
+        self._gathered_bytes = 0
+        self.attempts: list[Attempt] = []
+        self.error: RetinueError | None = None
+        self.gathered: Gathered | None = None
+        self.code = Code.OK
+        """What the caller is told; for those who remember it."""
+        self.trace_id = ""
+        self._over = False
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    # From the beginning
+
+    def begin(self) -> None:
+        """Asks the first shards; the others follow in turns."""
+        live, clock, policy = self._live, self._clock, self._policy
+        self._divide()
+        self._pending = len(self._parts)
+        self._unsent.extend(
+            (part, part.replicas[0] if self._pool.batch and part.replicas else None) for part in self._parts
+        )
+        live.running += 1
+        live.open_calls += self._pending
+        live.unsent += self._pending
+        live.budget.earn(self._pending)
+        self._timers.append(clock.at(self._leaf_deadline, self._time_out))
+        if policy.soft_deadline_s is not None:
+            self._timers.append(clock.at(self.begun_at + policy.soft_deadline_s, self._end_of_patience))
+        self._send()
+
+    def _divide(self) -> None:
+        if not self._pool.batch:
+            self._parts = [Part((member,), member.replicas) for member in self.members]
+            return
+        groups: dict[Replica | None, list[Member]] = {}
+        for member in self.members:
+            groups.setdefault(self._choose(member.replicas, ()), []).append(member)
+        self._parts = [Part(tuple(group), _common(group, first)) for first, group in groups.items()]
+
+    def _send(self) -> None:
+        for _ in range(_SLICE):
+            if self._over or not self._unsent:
+                return
+            part, replica = self._unsent.popleft()
+            self._live.unsent -= 1
+            self._try(part, Kind.PRIMARY, replica)
+        if self._unsent and not self._over:
+            self._clock.soon(self._send)
+
+    def _try(self, part: Part, kind: Kind, replica: Replica | None = None) -> None:
+        """Asks a replica, or finds that there is none."""
+        if replica is None:
+            replica = self._choose(part.replicas, part.tried)
+        if replica is not None:
+            self._call(part, kind, replica)
+            return
+        full = any(one.in_flight for one in part.replicas)
+        found = "every endpoint has all the calls it may" if full else "no endpoint is known"
+        self._settle_failure(part, Code.RESOURCE_EXHAUSTED if full else Code.UNAVAILABLE, found)
+
+    def _choose(self, replicas: Sequence[Replica], tried: Sequence[Replica]) -> Replica | None:
+        live = self._live
+        limit = self._pool.limits.max_calls_per_endpoint
+        return choose(replicas, tried, self._clock.now(), live.draw, limit)
+
+    def _call(self, part: Part, kind: Kind, replica: Replica) -> None:
+        now = self._clock.now()
+        attempt = Attempt(part, kind, replica, now)
+        part.attempts += 1
+        part.tried.append(replica)
+        part.open.append(attempt)
+        self.attempts.append(attempt)
+        replica.in_flight += 1
+        shards = [member.shard for member in part.members]
+        question = self.ask.question
+        metadata = question.metadata(shards, part.attempts)
+        if self._observer is not None:
+            metadata = (*metadata, *self._observer.asked(attempt))
+
+        def done(code: int, message: str, reply: bytes | None) -> None:
+            self._done(attempt, code, message, reply)
+
+        data = question.data(shards, part.attempts)
+        attempt.cancel = replica.line.call(data, max(self._leaf_deadline - now, 0.001), metadata, done)
+        if self._hedge_delay is not None and kind is not Kind.HEDGE:
+            self._hedges.append((now + self._hedge_delay, attempt))
+            if self._hedge_timer is None:
+                self._hedge_timer = self._clock.at(now + self._hedge_delay, self._hedge)
+
+    # What comes back
+
+    def _done(self, attempt: Attempt, code: int, message: str, reply: bytes | None) -> None:
+        if attempt.end is not None:
+            return
+        now, part = self._clock.now(), attempt.part
+        attempt.ended_at, attempt.cancel = now, None
+        attempt.replica.in_flight -= 1
+        part.open.remove(attempt)
+        if code == 0:
+            self._replied(attempt, reply or b"", now)
+        else:
+            self._failed(attempt, code, message, now)
+
+    def _replied(self, attempt: Attempt, data: bytes, now: float) -> None:
+        part, took = attempt.part, now - attempt.started_at
+        attempt.reply_bytes = len(data)
+        if self._gathered_bytes + len(data) > self._pool.limits.max_gathered_bytes:
+            attempt.end = End.FAILED
+            self._fail(Code.RESOURCE_EXHAUSTED, Reason.GATHER_TOO_LARGE, self._over_budget())
+            return
+        try:
+            reply = self.ask.question.read(data)
+            self._merge.add(part.members[0].place, reply.payload)
+        except Malformed as error:
+            self._failed(attempt, Code.DATA_LOSS, f"a malformed reply: {error}", now)
+            return
+        attempt.replica.observe(took, now)
+        self._live.latencies.add(took)
+        self._gathered_bytes += len(data)
+        attempt.end = End.WON
+        self._settle_answer(part, attempt, reply)
+
+    def _over_budget(self) -> str:
+        limit = self._pool.limits.max_gathered_bytes
+        return f"cannot gather the replies: they are more than {limit} bytes; ask for less, or raise max_gathered_bytes"
+
+    def _settle_answer(self, part: Part, attempt: Attempt, reply: Reply) -> None:
+        part.done, part.code = True, 0
+        part.coverage = covered = _coverage(part.weight, reply.coverage)
+        self._give_up(part)
+        self._pending -= 1
+        self._live.open_calls -= 1
+        self._answered += covered.answered
+        self._lost += part.weight - covered.answered
+        self._answered_shards += len(part.members)
+        self._degraded |= not covered.complete
+        if self._observer is not None:
+            self._observer.answered(part, attempt, reply)
+        self._decide()
+
+    def _failed(self, attempt: Attempt, code: int, message: str, now: float) -> None:
+        attempt.end, attempt.code = End.FAILED, code
+        part = attempt.part
+        if code in rules.REFUSALS:
+            shard = part.members[0].shard.shard_id
+            self._fail(Code(code), Reason.LEAF_REFUSED, message or f"shard {shard} refused the request", shard_id=shard)
+            return
+        attempt.replica.observe(max(now - attempt.started_at, self._leaf_deadline - self.begun_at), now)
+        if part.open:  # a hedge, or what was hedged, may still answer
+            return
+        if not self._retry(part, code):
+            self._settle_failure(part, code, message)
+
+    def _retry(self, part: Part, code: int) -> bool:
+        if code not in rules.RETRYABLE or not self._pool.idempotent or part.retries >= self._pool.max_retries:
+            return False
+        if len(part.members) > 1:
+            return self._split(part)
+        replica = self._choose(part.replicas, part.tried)
+        if replica is None or not self._may_add():
+            return False
+        part.retries += 1
+        self._call(part, Kind.RETRY, replica)
+        return True
+
+    def _split(self, batch: Part) -> bool:
+        """A batch that failed is asked shard by shard, elsewhere."""
+        parts = [Part((member,), member.replicas) for member in batch.members]
+        chosen = [self._choose(part.replicas, batch.tried) for part in parts]
+        if None in chosen or not all(self._may_add() for _ in parts):
+            return False
+        self._parts.remove(batch)
+        self._parts += parts
+        self._pending += len(parts) - 1
+        self._live.open_calls += len(parts) - 1
+        for part, replica in zip(parts, chosen, strict=True):
+            part.retries, part.attempts, part.tried = 1, batch.attempts, list(batch.tried)
+            assert replica is not None
+            self._call(part, Kind.RETRY, replica)
+        return True
+
+    def _may_add(self) -> bool:
+        if self._live.budget.spend():
+            return True
+        self._live.denied += 1
+        return False
+
+    def _settle_failure(self, part: Part, code: int, message: str) -> None:
+        part.done, part.code = True, int(code)
+        part.message = message.encode()[:_MESSAGE_BYTES].decode(errors="ignore")
+        self._pending -= 1
+        self._live.open_calls -= 1
+        self._lost += part.weight
+        self._lost_shards += len(part.members)
+        if self._observer is not None:
+            self._observer.failed(part)
+        self._decide()
+
+    # Hedges
+
+    def _hedge(self) -> None:
+        self._hedge_timer = None
+        now = self._clock.now()
+        while self._hedges and self._hedges[0][0] <= now:
+            self._hedge_one(self._hedges.popleft()[1])
+        while self._hedges and self._hedges[0][1].end is not None:
+            self._hedges.popleft()
+        if self._hedges and not self._over:
+            self._hedge_timer = self._clock.at(self._hedges[0][0], self._hedge)
+
+    def _hedge_one(self, slow: Attempt) -> None:
+        part = slow.part
+        if self._over or slow.end is not None or part.done or part.hedged:
+            return
+        replica = self._choose(part.replicas, part.tried)
+        if replica is not None and replica.line.connected and self._may_add():
+            part.hedged = True
+            self._call(part, Kind.HEDGE, replica)
+
+    # To the end
+
+    def _decide(self) -> None:
+        if self._over:
+            return
+        if self._pool.merging.kind is MergeKind.FIRST:
+            self._decide_first()
+        elif not self._pending:
+            self._finish() if self._is_enough() else self._fall_short()
+        elif not self._can_be_enough():
+            self._fall_short()
+        elif self._is_enough() and (self._soft_over or 0 < self._policy.first_k <= self._answered_shards):
+            self._finish()
+
+    def _decide_first(self) -> None:
+        if self._answered_shards:
+            self._finish()
+        elif not self._pending:
+            self._fall_short()
+
+    def _is_enough(self) -> bool:
+        policy = self._policy
+        if policy.strict and (self._degraded or self._answered < self._expected):
+            return False
+        return self._answered >= policy.min_coverage * self._expected and self._answered_shards >= policy.min_shards
+
+    def _can_be_enough(self) -> bool:
+        policy = self._policy
+        if policy.strict and (self._degraded or self._lost):
+            return False
+        best = self._expected - self._lost
+        return (
+            best >= policy.min_coverage * self._expected and len(self.members) - self._lost_shards >= policy.min_shards
+        )
+
+    def _end_of_patience(self) -> None:
+        self._soft_over = True
+        self._decide()
+
+    def _time_out(self) -> None:
+        """The leaves' time is over; whatever they do, they are not waited for."""
+        if self._over:
+            return
+        now = self._clock.now()
+        for part in self._parts:
+            if part.done:
+                continue
+            part.code, part.message = int(Code.DEADLINE_EXCEEDED), "no reply in time"
+            for attempt in part.open:
+                attempt.replica.observe(now - attempt.started_at, now)
+        first = self._pool.merging.kind is MergeKind.FIRST
+        if self._is_enough() and not first:
+            self._finish()
+        else:
+            self._fall_short()
+
+    def _fall_short(self) -> None:
+        codes = [part.code for part in self._parts if part.code not in (Code.OK, Code.CANCELLED)]
+        code = rules.combined(codes)
+        missing = len(self.members) - self._answered_shards
+        worst = next((part for part in self._parts if part.code == code), None)
+        why = f"; {worst.members[0].shard.shard_id}: {worst.message}" if worst else ""
+        text = f"cannot answer: {self._answered} of {self._expected} leaves answered, {missing} shards are missing{why}"
+        self._fail(code, Reason.COVERAGE_NOT_MET, text)
+
+    def _fail(self, code: Code, reason: Reason, message: str, **metadata: str) -> None:
+        if self._over:
+            return
+        error = ScatterError(code, message, reason=reason, retry_ms=0, scatter_id=self.scatter_id, **metadata)
+        self.error = error
+        self._finish()
+        error.gathered = self.gathered
+
+    def abandon(self) -> None:
+        """The caller has gone."""
+        if not self._over:
+            self._fail(Code.CANCELLED, Reason.INTERNAL, "the caller has gone")
+
+    def _finish(self) -> None:
+        if self._over:
+            return
+        self._over = True
+        for timer in self._timers:
+            timer.cancel()
+        if self._hedge_timer is not None:
+            self._hedge_timer.cancel()
+        live = self._live
+        live.running -= 1
+        live.unsent -= len(self._unsent)
+        live.open_calls -= self._pending
+        self._unsent.clear()
+        self._hedges.clear()
+        for part in self._parts:
+            self._give_up(part)
+        self.gathered = self._gather()
+        if self._observer is not None:
+            self._observer.ended(self)
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def _give_up(self, part: Part) -> None:
+        """Cancels what is still under way for it."""
+        if not part.open:
+            return
+        now = self._clock.now()
+        for attempt in part.open:
+            attempt.end, attempt.ended_at = End.LOST, now
+            attempt.code = int(Code.CANCELLED)
+            attempt.replica.in_flight -= 1
+            if part.coverage is not None:  # another was faster: it takes at least as long as it took until now
+                attempt.replica.observe(now - attempt.started_at, now)
+            cancel, attempt.cancel = attempt.cancel, None
+            if cancel is not None:
+                cancel()
+        part.open.clear()
+
+    def _gather(self) -> Gathered:
+        complete = not self._degraded and self._answered == self._expected
+        if self._pool.merging.kind is MergeKind.FIRST and self._answered_shards:
+            whole = not self._degraded
+            coverage = Coverage(self._answered, self._answered, whole)
+        else:
+            coverage = Coverage(self._expected, self._answered, complete)
+        missing = [] if coverage.complete else [part for part in self._parts if _is_missing(part)]
+        by_code: dict[str, int] = {}
+        for part in missing:
+            if part.code:
+                name = Code(part.code).name
+                by_code[name] = by_code.get(name, 0) + len(part.members)
+        failures = [outcome(part, i) for part in sorted(missing, key=_by_gravity) for i in range(len(part.members))]
+        return Gathered(
+            self.scatter_id, self.topology.version, coverage, failures[:MAX_FAILURES], by_code, self._stats()
+        )
+
+    def _stats(self) -> Stats:
+        kinds = [attempt.kind for attempt in self.attempts]
+        won = [attempt for attempt in self.attempts if attempt.end is End.WON]
+        slowest = max(won, key=lambda attempt: attempt.ended_at, default=None)
+        return Stats(
+            shards=len(self.members),
+            attempts=len(kinds),
+            hedges=kinds.count(Kind.HEDGE),
+            hedges_won=sum(attempt.kind is Kind.HEDGE for attempt in won),
+            retries=kinds.count(Kind.RETRY),
+            gathered_bytes=self._gathered_bytes,
+            elapsed_s=self._clock.now() - self.begun_at,
+            slowest_s=slowest.ended_at - self.begun_at if slowest else 0.0,
+            slowest_shard_id=slowest.part.members[0].shard.shard_id if slowest else "",
+        )
+
+
+def outcome(part: Part, index: int = 0) -> Outcome:
+    """What became of a shard of a part."""
+    shard = part.members[index].shard
+    return Outcome(shard.shard_id, part.code, part.message, part.attempts, part.coverage)
+
+
+def _coverage(weight: int, said: Coverage | None) -> Coverage:
+    """Of a leaf that says more than it has been asked for, no more than that counts."""
+    if said is None:
+        return Coverage(weight, weight, complete=True)
+    expected = said.expected or weight
+    answered = min(max(said.answered, 0), expected)
+    share = weight * answered // expected if said.expected != weight else answered
+    return Coverage(weight, min(share, weight), said.complete and answered == expected)
+
+
+def _is_missing(part: Part) -> bool:
+    return part.coverage is None or not part.coverage.complete
+
+
+def _by_gravity(part: Part) -> tuple[bool, int]:
+    return part.code in (Code.OK, Code.CANCELLED), part.members[0].place
+
+
+def _common(group: Sequence[Member], first: Replica | None) -> tuple[Replica, ...]:
+    """Who serves all of them; the chosen one in front."""
+    if first is None:
+        return ()
+    others = set(group[0].replicas).intersection(*(member.replicas for member in group[1:])) - {first}
+    return (first, *sorted(others, key=lambda replica: replica.address))
