@@ -88,6 +88,9 @@ class Span(Protocol):
     def set(self, key: str, value: str | float) -> None:
         """Adds an attribute."""
 
+    def end(self, end_ns: int | None = None, error: str = "") -> None:
+        """Ends a span that was not entered, now or at that time since the epoch; `error` says what failed."""
+
     def __enter__(self) -> Self: ...
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None: ...
 
@@ -106,11 +109,13 @@ class Tracer(Protocol):
         links: Sequence[str] = (),
         attributes: Mapping[str, str | int] | None = None,
         kind: Kind = "internal",
+        start_ns: int | None = None,
     ) -> Span:
         """A context manager; within it `current` is the span's traceparent.
 
         `parent` is a traceparent; None takes `current`, "" starts a trace. Nothing is recorded when tracing
-        is off or the parent is not sampled; the parent's traceparent then passes on unchanged.
+        is off or the parent is not sampled; the parent's traceparent then passes on unchanged. A span that is
+        not entered ends by `end`; with `start_ns` it began at that time since the epoch.
         """
 
 
@@ -123,6 +128,9 @@ class Unrecorded:
         self.traceparent = traceparent
 
     def set(self, key: str, value: object) -> None:
+        """Nothing is recorded."""
+
+    def end(self, end_ns: int | None = None, error: str = "") -> None:
         """Nothing is recorded."""
 
     def __enter__(self) -> Self:

@@ -46,6 +46,13 @@ class RecordedSpan:
         """Adds an attribute."""
         self._span.set_attribute(key, value)
 
+    def end(self, end_ns: int | None = None, error: str = "") -> None:
+        """As `telemetry.Span` says."""
+        if error:
+            self._span.set_attribute("error.type", error)
+            self._span.set_status(trace.StatusCode.ERROR)
+        self._span.end(end_ns)
+
     def __enter__(self) -> Self:
         self._token: Token[str] = telemetry.enter(self.traceparent)
         return self
@@ -74,6 +81,7 @@ class RecordingTracer:
         links: Sequence[str] = (),
         attributes: Mapping[str, str | int] | None = None,
         kind: telemetry.Kind = "internal",
+        start_ns: int | None = None,
     ) -> telemetry.Span:
         """As `telemetry.Tracer` says."""
         text = telemetry.valid(parent)
@@ -86,6 +94,7 @@ class RecordingTracer:
             kind=trace.SpanKind[kind.upper()],
             links=[trace.Link(_remote(c).get_span_context()) for c in map(telemetry.parse, links) if c],
             attributes=attributes,
+            start_time=start_ns,
         )
         return RecordedSpan(span)
 

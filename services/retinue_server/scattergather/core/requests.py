@@ -11,6 +11,7 @@ from retinue_server.scattergather.engine import Metadata  # noqa: TC001 - of a p
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from retinue_server.scattergather.core.pool import Topology
     from retinue_server.scattergather.core.topology import Shard
 
 
@@ -69,6 +70,9 @@ class Ask(msgspec.Struct, frozen=True):
     """A request, checked."""
 
     pool_id: str
+    scatter_id: str
+    topology: Topology
+    """The one that it sees, whatever changes meanwhile."""
     question: Question
     route_keys: tuple[str, ...] = ()
     shard_ids: tuple[str, ...] = ()
@@ -82,6 +86,7 @@ class Ask(msgspec.Struct, frozen=True):
     path: tuple[str, ...] = ()
     """The roots above."""
     parent_scatter_id: str = ""
+    trace_id: str = ""
 
 
 class Outcome(NamedTuple):

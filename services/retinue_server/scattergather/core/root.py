@@ -66,7 +66,6 @@ class Recent(NamedTuple):
     number: int
     scatter: Scatter
     code: int
-    trace_id: str
 
 
 class Root:
@@ -87,7 +86,7 @@ class Root:
         self._leaves, self._discoveries, self._services, self._clock = leaves, discoveries, services, clock
         self._share, self._ended = share, ended
         self.pools: dict[str, _Kept] = {}
-        self._number = 0
+        self._number = self._noted = 0
         self.recent: deque[Recent] = deque()
         self._recent_attempts = 0
         self._prefix = os.urandom(4).hex()
@@ -132,13 +131,16 @@ class Root:
         finally:
             kept.watchers.discard(changed)
 
-    def quiesce(self) -> None:
+    async def quiesce(self) -> None:
         """Ends the watching."""
         self._stopping = True
         for kept in self.pools.values():
             kept.tell()
 
-    def close(self) -> None:
+    async def start(self) -> None:
+        """Pools come by `apply`."""
+
+    async def stop(self) -> None:
         """Serves no pool any more."""
         self.apply(())
 
@@ -150,19 +152,22 @@ class Root:
 
     # Requests
 
+    def new_id(self) -> str:
+        """For one request; of another process it is another."""
+        self._number += 1
+        return f"{self._prefix}-{self._number}"
+
     async def scatter(
         self,
         ask: Ask,
         violations: MutableSequence[Violation],
-        observer: Callable[[Topology], Observer | None] = lambda _: None,
+        observer: Callable[[Topology, int], Observer | None] = lambda _, __: None,
     ) -> Answer:
         """Asks, gathers and merges; raises as the contract of Scatter says."""
         live, members = self._admitted(ask, violations)
-        topology = live.topology
-        merge, service = self._merge(topology, ask)
-        self._number += 1
-        scatter_id = f"{self._prefix}-{self._number}"
-        scatter = Scatter(scatter_id, live, members, ask, merge=merge, clock=self._clock, observer=observer(topology))
+        merge, service = self._merge(ask)
+        watching = observer(ask.topology, len(members))
+        scatter = Scatter(live, members, ask, merge=merge, clock=self._clock, observer=watching)
         scatter.begin()
         try:
             await scatter.ended
@@ -179,13 +184,13 @@ class Root:
                 service.cancel()
         self._note(live, scatter, Code.OK)
         assert scatter.gathered is not None
-        return Answer(scatter.gathered, topology.pool.merging.kind, result, topology)
+        return Answer(scatter.gathered, ask.topology.pool.merging.kind, result, ask.topology)
 
     def plan(self, ask: Ask, violations: MutableSequence[Violation]) -> Plan:
         """What `scatter` would do now."""
         live = self._kept(ask.pool_id).live
         limits.check_depth(ask, f"{self.server_id}/{ask.pool_id}")
-        members = limits.select(live.topology, ask, violations)
+        members = limits.select(ask.topology, ask, violations)
         now, pool = self._clock.now(), live.pool
         timeout = pool.timeout_s if ask.timeout_s is None else min(ask.timeout_s, pool.timeout_s)
         ordered = [
@@ -193,12 +198,12 @@ class Root:
             for m in members
         ]
         delay = None if ask.policy.no_hedge else live.hedge_delay_s(now)
-        return Plan(live.topology, ordered, timeout, leaf_timeout_s(timeout), delay, live.budget.level)
+        return Plan(ask.topology, ordered, timeout, leaf_timeout_s(timeout), delay, live.budget.level)
 
     def _admitted(self, ask: Ask, violations: MutableSequence[Violation]) -> tuple[LivePool, Sequence[Member]]:
         live = self._kept(ask.pool_id).live
         limits.check_depth(ask, f"{self.server_id}/{ask.pool_id}")
-        members = limits.select(live.topology, ask, violations)
+        members = limits.select(ask.topology, ask, violations)
         if not live.admits(len(members)):
             live.shed_at = self._clock.now()
             live.ended["shed"] += 1
@@ -210,8 +215,8 @@ class Root:
             )
         return live, members
 
-    def _merge(self, topology: Topology, ask: Ask) -> tuple[Merge, UserMerge | None]:
-        merging = topology.pool.merging
+    def _merge(self, ask: Ask) -> tuple[Merge, UserMerge | None]:
+        merging, topology = ask.topology.pool.merging, ask.topology
         if merging.kind is not MergeKind.SERVICE:
             return merges.make(merging), None
         timeout = topology.pool.timeout_s if ask.timeout_s is None else ask.timeout_s
@@ -249,7 +254,8 @@ class Root:
             live.attempts[attempt.kind.name.lower(), (attempt.end or End.LOST).name.lower()] += 1
         if code is Code.OK:
             _measure(live, scatter, self._clock.now())
-        self.recent.append(Recent(self._number, scatter, code, scatter.trace_id))
+        self._noted += 1
+        self.recent.append(Recent(self._noted, scatter, code))
         self._recent_attempts += len(scatter.attempts)
         while len(self.recent) > _REMEMBERED or (self._recent_attempts > _REMEMBERED_ATTEMPTS and len(self.recent) > 1):
             self._recent_attempts -= len(self.recent.popleft().scatter.attempts)
@@ -314,7 +320,7 @@ class _Kept:
         for unwatch in self._unwatch.values():
             unwatch()
         self._unwatch.clear()
-        self._retire(set(self._replicas))
+        self._retire(set(self._replicas), self._pool.timeout_s)
         self.tell()
 
     def tell(self) -> None:
@@ -341,10 +347,10 @@ class _Kept:
         return found
 
     def _rebuild(self) -> None:
-        version = self.live.topology.version + 1
+        version, longest = self.live.topology.version + 1, max(self.live.pool.timeout_s, self._pool.timeout_s)
         self.live.update(Topology(self._pool, version, self._members()))
         used = {replica for member in self.live.topology.members for replica in member.replicas}
-        self._retire({target for target, replica in self._replicas.items() if replica not in used})
+        self._retire({target for target, replica in self._replicas.items() if replica not in used}, longest)
         log.info(
             "pool %s has topology %s: %s shards, %s endpoints",
             self._pool.pool_id,
@@ -372,11 +378,11 @@ class _Kept:
             self._replicas[target] = Replica(address, self._leaves.open(target, self.tell))
         return self._replicas[target]
 
-    def _retire(self, targets: set[Target]) -> None:
+    def _retire(self, targets: set[Target], longest_s: float) -> None:
         """Closes lines once the requests that may use them are over."""
         lines = [self._replicas.pop(target).line for target in targets]
         if lines:
-            last = self._clock.now() + self._pool.timeout_s
+            last = self._clock.now() + longest_s
             self._clock.at(last, partial(_close, lines))
 
 

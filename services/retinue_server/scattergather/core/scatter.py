@@ -78,6 +78,7 @@ class Part:
 
     __slots__ = (
         "attempts",
+        "begun_at",
         "code",
         "coverage",
         "done",
@@ -90,8 +91,8 @@ class Part:
         "tried",
     )
 
-    def __init__(self, members: Sequence[Member], replicas: Sequence[Replica]) -> None:
-        self.members, self.replicas = members, replicas
+    def __init__(self, members: Sequence[Member], replicas: Sequence[Replica], begun_at: float) -> None:
+        self.members, self.replicas, self.begun_at = members, replicas, begun_at
         self.tried: list[Replica] = []
         self.open: list[Attempt] = []
         self.attempts = 0
@@ -129,7 +130,6 @@ class Scatter:
 
     def __init__(
         self,
-        scatter_id: str,
         live: LivePool,
         members: Sequence[Member],
         ask: Ask,
@@ -138,8 +138,10 @@ class Scatter:
         clock: Clock,
         observer: Observer | None = None,
     ) -> None:
-        self.scatter_id, self.ask, self.topology, self.members = scatter_id, ask, live.topology, members
-        self._live, self._pool, self._merge, self._clock, self._observer = live, live.pool, merge, clock, observer
+        self.ask, self.topology, self.members = ask, ask.topology, members
+        self.scatter_id = ask.scatter_id
+        self._live, self._merge, self._clock, self._observer = live, merge, clock, observer
+        self._pool = ask.topology.pool
         self._policy = ask.policy
         self.begun_at = clock.now()
         self.wall_ms = clock.wall_ms()
@@ -163,7 +165,6 @@ class Scatter:
         self.gathered: Gathered | None = None
         self.code = Code.OK
         """What the caller is told; for those who remember it."""
-        self.trace_id = ""
         self._over = False
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -188,12 +189,12 @@ class Scatter:
 
     def _divide(self) -> None:
         if not self._pool.batch:
-            self._parts = [Part((member,), member.replicas) for member in self.members]
+            self._parts = [Part((member,), member.replicas, self.begun_at) for member in self.members]
             return
         groups: dict[Replica | None, list[Member]] = {}
         for member in self.members:
             groups.setdefault(self._choose(member.replicas, ()), []).append(member)
-        self._parts = [Part(tuple(group), _common(group, first)) for first, group in groups.items()]
+        self._parts = [Part(tuple(group), _common(group, first), self.begun_at) for first, group in groups.items()]
 
     def _send(self) -> None:
         for _ in range(_SLICE):
@@ -323,7 +324,7 @@ class Scatter:
 
     def _split(self, batch: Part) -> bool:
         """A batch that failed is asked shard by shard, elsewhere."""
-        parts = [Part((member,), member.replicas) for member in batch.members]
+        parts = [Part((member,), member.replicas, self.begun_at) for member in batch.members]
         chosen = [self._choose(part.replicas, batch.tried) for part in parts]
         if None in chosen or not all(self._may_add() for _ in parts):
             return False
