@@ -1,6 +1,7 @@
 """LeafService's messages as bytes: written once but for some bytes of each shard, and read without being parsed.
 
-Field numbers are those of `leaf_service.proto`; a test holds the two together. A foreign method gets the caller's bytes.
+Field numbers are those of `leaf_service.proto`, and a test holds the two together. A foreign method gets the bytes that
+the caller gave.
 """
 
 from __future__ import annotations
