@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PATTERNS = {
     "leaderelection": "retinue_server.leaderelection.wiring",
+    "scattergather": "retinue_server.scattergather.wiring",
     "workqueue": "retinue_server.workqueue.wiring",
 }
 """The patterns of this release, with the modules that wire them."""

@@ -14,7 +14,6 @@ from retinue_server.scattergather.core.root import Root
 from retinue_server.scattergather.core.scatter import ScatterError
 from retinue_server.scattergather.engines.dns import DnsDiscovery
 from retinue_server.scattergather.engines.grpc import GrpcLeaves
-from retinue_server.scattergather.engines.kubernetes import KubernetesDiscovery
 from retinue_server.scattergather.engines.merging import MergeCalls
 from retinue_server.scattergather.poolfile import PoolFile
 
@@ -32,11 +31,10 @@ async def wire(settings: Settings, section: ScatterGatherSettings) -> Pattern:
     clock = LoopClock()
     leaves, merges = GrpcLeaves(), MergeCalls(ScatterError)
     dns = DnsDiscovery(section.dns_poll_seconds)
-    kubernetes = KubernetesDiscovery(section.kubernetes.kubeconfig, section.kubernetes.namespace)
     root = Root(
         os.urandom(6).hex(),
         leaves,
-        {"dns": dns, "kubernetes": kubernetes},
+        {"dns": dns},
         merges,
         clock,
         share=section.processes,
@@ -51,7 +49,7 @@ async def wire(settings: Settings, section: ScatterGatherSettings) -> Pattern:
             Service(service.TOPOLOGY, service.TopologyService(root, clock)),
             Service(service.LEAF, service.LeafService(root, section.leaf_pool)),
         ),
-        parts=(leaves, merges, dns, kubernetes, pools, root),
+        parts=(leaves, merges, dns, pools, root),
         quiesce=root.quiesce,
         metrics=partial(metrics.families, root, lambda: pools.ok),
         notices=lambda: [f"{len(root.pools)} pools from {path}"],

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from retinue_server.scattergather.engine import Tls  # noqa: TC001 - msgspec reads it
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 LEAF_METHOD = "/retinue.scattergather.v1.LeafService/Query"
 
@@ -124,12 +120,3 @@ class Pool(msgspec.Struct, frozen=True):
     def is_retinue_leaf(self) -> bool:
         """Whether leaves speak LeafService, and not a method of their own."""
         return self.method == LEAF_METHOD
-
-
-class PoolError(ValueError):
-    """A pool that can't be; the message says where and why."""
-
-
-def by_id(pools: Sequence[Pool]) -> Mapping[str, Pool]:
-    """Pools by name."""
-    return {pool.pool_id: pool for pool in pools}

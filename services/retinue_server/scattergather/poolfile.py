@@ -1,0 +1,327 @@
+"""The pool file: what is expected of whom. YAML, read again when it changes; a wrong one leaves the last good one.
+
+    pools:
+      search:
+        merge: top_k
+        top_k: 10
+        shards:
+          - {shard_id: s0, endpoints: ["10.0.0.1:9000", "10.0.0.2:9000"]}
+          - {shard_id: s1, endpoints: ["dns:search-1.example:9000"]}
+
+The classes below are its schema. Keys that nobody knows are errors that name the nearest one.
+"""
+# Annotations are no text here: of text, msgspec would compile every one.
+
+import asyncio
+import difflib
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from retinue_server.runtime import addresses
+from retinue_server.runtime.addresses import StartError
+from retinue_server.scattergather.core import limits
+from retinue_server.scattergather.core.topology import (
+    LEAF_METHOD,
+    Budget,
+    Hedging,
+    MergeKind,
+    Merging,
+    Pool,
+    PoolLimits,
+    Shard,
+)
+from retinue_server.scattergather.engine import Tls
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 1.0
+_METHOD = re.compile(r"/[A-Za-z_][\w.]*/[A-Za-z_]\w*")
+_KEY = re.compile(r"[0-9a-z_.-]+")
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`")
+_DISCOVERED = ("dns:", "kubernetes:")
+
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class ShardEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`shards:` of a pool, one entry."""
+
+    shard_id: str
+    endpoints: tuple[str, ...]
+    """The replicas: HOST:PORT, unix:PATH, dns:NAME:PORT, kubernetes:SERVICE[.NAMESPACE]:PORT."""
+    weight: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1
+    """How many leaves are beneath it."""
+    pool: str = ""
+    """Of a shard that is a root itself: the pool that it is to ask."""
+
+
+class HedgingEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`hedging:` of a pool."""
+
+    enabled: bool = True
+    quantile: Annotated[float, msgspec.Meta(ge=0.5, lt=1)] = 0.975
+    min_delay_seconds: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0.002
+    min_samples: Annotated[int, msgspec.Meta(ge=0, le=2048)] = 100
+
+
+class BudgetEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`budget:` of a pool: of hedges and retries together."""
+
+    ratio: _Share = 0.05
+    burst: Annotated[float, msgspec.Meta(ge=0, le=100_000)] = 50.0
+
+
+class LimitsEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`limits:` of a pool."""
+
+    max_calls: _Count = 8192
+    max_unsent: _Count = 512
+    max_calls_per_endpoint: _Count = 1024
+    max_reply_bytes: _Count = 3 * 1024 * 1024
+    max_gathered_bytes: _Count = 64 * 1024 * 1024
+
+
+class PoolEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`pools:`, one entry."""
+
+    shards: tuple[ShardEntry, ...]
+    merge: str = "collect"
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 0
+    merge_address: str = ""
+    commutative: bool = False
+    replies: Literal["bytes", "json"] = "bytes"
+    method: str = LEAF_METHOD
+    transport: Literal["unary", "stream"] = "unary"
+    timeout_seconds: _Seconds = 10.0
+    idempotent: bool = True
+    max_retries: Annotated[int, msgspec.Meta(ge=0, le=16)] = 2
+    batch: bool = False
+    hedging: HedgingEntry = HedgingEntry()
+    budget: BudgetEntry = BudgetEntry()
+    limits: LimitsEntry = LimitsEntry()
+    forward_metadata: tuple[str, ...] = ()
+    tls: Tls | None = None
+    slow_log_seconds: _Seconds | None = None
+    max_traced_attempts: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 64
+
+
+class PoolFileError(Exception):
+    """A pool file that can't be used; the message has all that is wrong with it."""
+
+
+class PoolFile:
+    """A part: gives `apply` the pools of the file when it starts, and again when they change."""
+
+    def __init__(self, path: Path, apply: Callable[[Sequence[Pool]], None], *, must_exist: bool) -> None:
+        self._path, self._apply, self._must_exist = path, apply, must_exist
+        self._stamp: tuple[int, int, int] | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self.ok = True
+        """Whether the file, as it is now, is what is served."""
+
+    async def start(self) -> None:
+        """Raises StartError for a file that is wrong, or is missing although it was named."""
+        if self._looking is not None:
+            return
+        self._stamp = await asyncio.to_thread(_stamp, self._path)
+        if self._stamp is not None or self._must_exist:
+            try:
+                self._apply(await asyncio.to_thread(read, self._path))
+            except PoolFileError as error:
+                raise StartError(str(error)) from None
+        self._looking = asyncio.create_task(self._look())
+
+    async def stop(self) -> None:
+        looking, self._looking = self._looking, None
+        if looking is not None:
+            looking.cancel()
+            await asyncio.wait({looking})
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            stamp = await asyncio.to_thread(_stamp, self._path)
+            if stamp != self._stamp:
+                self._stamp = stamp
+                await self._read_again()
+
+    async def _read_again(self) -> None:
+        try:
+            pools = await asyncio.to_thread(read, self._path)
+        except PoolFileError as error:
+            self.ok = False
+            log.error("%s; the pools stay as they were", error)  # noqa: TRY400 - the message is the cause
+            return
+        self.ok = True
+        self._apply(pools)
+        log.info("read %d pools from %s", len(pools), self._path)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Changes with the content: time, size and file number; None while there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def read(path: Path) -> Sequence[Pool]:
+    """The pools of a file; raises PoolFileError."""
+    import yaml  # noqa: PLC0415 - most servers run without a file
+
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise PoolFileError(f"cannot read the pool file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise PoolFileError(f"cannot read the pool file {path}: it is no YAML: {error}") from None
+    wrong: list[str] = []
+    found = list(_pools(values, wrong))
+    if wrong:
+        raise PoolFileError(f"cannot use the pool file {path}: {'; '.join(wrong)}")
+    return found
+
+
+def _pools(values: object, wrong: list[str]) -> Iterator[Pool]:
+    """Those that are right; what is not is said in `wrong`."""
+    pools = values.get("pools", {}) if isinstance(values, dict) else None
+    if not isinstance(values, dict) or not isinstance(pools, dict) or set(values) - {"pools"}:
+        wrong.append("it must be a mapping with the one key `pools`, a mapping of names to pools")
+        return
+    for pool_id, value in pools.items():
+        at = f"pools.{pool_id}"
+        if not limits.IDENTIFIER.fullmatch(str(pool_id)):
+            wrong.append(f"{at}: the name must be 1 to 128 of A-Z a-z 0-9 . _ -, beginning with a letter or digit")
+        try:
+            entry = msgspec.convert(value, PoolEntry)
+        except msgspec.ValidationError as error:
+            wrong.append(_said(at, error))
+            continue
+        found = list(_violations(entry))
+        wrong += [f"{at}.{text}" for text in found]
+        if not found:
+            yield _pool(str(pool_id), entry)
+
+
+def _said(at: str, error: msgspec.ValidationError) -> str:
+    text, _, path = str(error).partition(" - at `$")
+    where = at + path.removesuffix("`")
+    if not (unknown := _UNKNOWN.match(text)):
+        return f"{where}: {text}"
+    near = difflib.get_close_matches(unknown[1], sorted(_KNOWN), n=1, cutoff=0.5)
+    return f"{where}: unknown key {unknown[1]}{f', did you mean {near[0]}?' if near else ''}"
+
+
+_KNOWN = {
+    name
+    for kind in (PoolEntry, ShardEntry, HedgingEntry, BudgetEntry, LimitsEntry, Tls)
+    for name in kind.__struct_fields__
+}
+
+
+def _violations(entry: PoolEntry) -> Iterator[str]:
+    """What types don't state."""
+    if entry.merge.upper() not in MergeKind.__members__ or entry.merge != entry.merge.lower():
+        yield f"merge: must be one of {', '.join(kind.name.lower() for kind in MergeKind)}"
+        return
+    kind, own_leaves = MergeKind[entry.merge.upper()], entry.method == LEAF_METHOD
+    yield from _merge_violations(entry, kind)
+    if not _METHOD.fullmatch(entry.method):
+        yield "method: must be /package.Service/Method"
+    for name, asked in (("batch", entry.batch), ("transport", entry.transport == "stream")):
+        if asked and not own_leaves:
+            yield f"{name}: only leaves that serve LeafService have it, so leave out `method`"
+    if entry.limits.max_reply_bytes > entry.limits.max_gathered_bytes:
+        yield "limits.max_reply_bytes: must be at most max_gathered_bytes"
+    for key in entry.forward_metadata:
+        if not _KEY.fullmatch(key) or key.startswith(("grpc-", "retinue-")) or key.endswith("-bin"):
+            yield f"forward_metadata: {key!r} is no key of text metadata in lower case that may be forwarded"
+    if entry.tls is not None and bool(entry.tls.cert_file) != bool(entry.tls.key_file):
+        yield "tls: cert_file and key_file need each other"
+    yield from _shard_violations(entry.shards)
+
+
+def _merge_violations(entry: PoolEntry, kind: MergeKind) -> Iterator[str]:
+    by_service = kind is MergeKind.SERVICE
+    if (kind is MergeKind.TOP_K) != (entry.top_k > 0):
+        yield "top_k: must be 1 or more for merge top_k, and is for no other"
+    if by_service != bool(entry.merge_address):
+        yield "merge_address: must be there for merge service, and is for no other"
+    elif by_service and not _is_address(entry.merge_address):
+        yield "merge_address: must be HOST:PORT or unix:PATH"
+    if entry.commutative and not by_service:
+        yield "commutative: is for merge service"
+    if entry.replies == "json" and kind is not MergeKind.COLLECT:
+        yield "replies: is for merge collect; the others know what they read"
+
+
+def _shard_violations(shards: Sequence[ShardEntry]) -> Iterator[str]:
+    seen: set[str] = set()
+    for index, shard in enumerate(shards):
+        at = f"shards[{index}]"
+        if not limits.IDENTIFIER.fullmatch(shard.shard_id):
+            yield f"{at}.shard_id: must be 1 to 128 of A-Z a-z 0-9 . _ -, beginning with a letter or digit"
+        if shard.shard_id in seen:
+            yield f"{at}.shard_id: {shard.shard_id} is there already"
+        seen.add(shard.shard_id)
+        if shard.pool and not limits.IDENTIFIER.fullmatch(shard.pool):
+            yield f"{at}.pool: is no name of a pool"
+        if not shard.endpoints:
+            yield f"{at}.endpoints: must be one or more"
+        for text in shard.endpoints:
+            if not _is_address(_undiscovered(text)):
+                yield f"{at}.endpoints: {text!r} must be HOST:PORT, unix:PATH, dns:NAME:PORT or kubernetes:SERVICE:PORT"
+
+
+def _undiscovered(text: str) -> str:
+    """Of what is to be discovered the name and port, which look like an address."""
+    scheme = next((scheme for scheme in _DISCOVERED if text.startswith(scheme)), "")
+    return text.removeprefix(scheme)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        address = addresses.parse(text)
+    except addresses.AddressError:
+        return False
+    return not isinstance(address, addresses.Tcp) or address.port > 0
+
+
+def _pool(pool_id: str, entry: PoolEntry) -> Pool:
+    hedging, budget = entry.hedging, entry.budget
+    return Pool(
+        pool_id,
+        tuple(Shard(one.shard_id, one.endpoints, one.weight, one.pool) for one in entry.shards),
+        method=entry.method,
+        stream=entry.transport == "stream",
+        merging=Merging(
+            MergeKind[entry.merge.upper()],
+            entry.top_k,
+            entry.merge_address,
+            commutative=entry.commutative,
+            json_replies=entry.replies == "json",
+        ),
+        timeout_s=entry.timeout_seconds,
+        idempotent=entry.idempotent,
+        max_retries=entry.max_retries,
+        hedging=Hedging(hedging.enabled, hedging.quantile, hedging.min_delay_seconds, hedging.min_samples),
+        budget=Budget(budget.ratio, budget.burst),
+        limits=PoolLimits(**_plain(entry.limits)),
+        forward_metadata=entry.forward_metadata,
+        batch=entry.batch,
+        tls=entry.tls,
+        slow_s=entry.slow_log_seconds,
+        max_traced_attempts=entry.max_traced_attempts,
+    )
+
+
+def _plain(entry: msgspec.Struct) -> Mapping[str, Any]:
+    return msgspec.structs.asdict(entry)
