@@ -132,6 +132,38 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_MERGE_FAILED: _ErrorReason.ValueType  # 88
     """INTERNAL, or what the user's MergeService answered. The replies could not be merged."""
+    ERROR_REASON_UPSTREAM_NOT_FOUND: _ErrorReason.ValueType  # 100
+    """NOT_FOUND. No upstream of that name (`metadata.upstream_id`)."""
+    ERROR_REASON_ADDRESS_TAKEN: _ErrorReason.ValueType  # 101
+    """ALREADY_EXISTS. Another upstream (`metadata.upstream_id`) listens on that port or socket."""
+    ERROR_REASON_PORT_IN_USE: _ErrorReason.ValueType  # 102
+    """FAILED_PRECONDITION. A process that is not ours listens on that port or socket."""
+    ERROR_REASON_LISTEN_IMMUTABLE: _ErrorReason.ValueType  # 103
+    """FAILED_PRECONDITION. Address and protocol of an upstream can't be changed; remove it first."""
+    ERROR_REASON_UPSTREAM_REFERENCE: _ErrorReason.ValueType  # 104
+    """FAILED_PRECONDITION. A split or a mirror names an upstream (`metadata.upstream_id`) that is not there or speaks another
+    protocol, or the upstream that is to be removed is still named by that one.
+    """
+    ERROR_REASON_UPSTREAM_FROM_FILE: _ErrorReason.ValueType  # 105
+    """FAILED_PRECONDITION. The upstream is declared by the file of the server's settings; change it there."""
+    ERROR_REASON_CAPABILITY_MISSING: _ErrorReason.ValueType  # 106
+    """UNIMPLEMENTED. The data plane of the protocol can't do this (`metadata.capability`); GetDataPlane says what it can."""
+    ERROR_REASON_ENDPOINT_FORBIDDEN: _ErrorReason.ValueType  # 107
+    """PERMISSION_DENIED. The endpoint policy of the server's settings forbids this address (`metadata.address`)."""
+    ERROR_REASON_STALE_ETAG: _ErrorReason.ValueType  # 108
+    """ABORTED. The upstream has another etag (`metadata.etag`): somebody changed it; read it again."""
+    ERROR_REASON_UPSTREAM_LIMIT: _ErrorReason.ValueType  # 109
+    """RESOURCE_EXHAUSTED. As many upstreams as the settings allow."""
+    ERROR_REASON_UPSTREAM_NOT_PUSHED: _ErrorReason.ValueType  # 110
+    """FAILED_PRECONDITION. The discovery of the upstream is not `pushed`."""
+    ERROR_REASON_UPSTREAM_NOT_HTTP: _ErrorReason.ValueType  # 111
+    """FAILED_PRECONDITION. Only upstreams of HTTP can be invoked."""
+    ERROR_REASON_UPSTREAM_NOT_ACTIVE: _ErrorReason.ValueType  # 112
+    """FAILED_PRECONDITION. The upstream is not ACTIVE."""
+    ERROR_REASON_UPSTREAM_OVERFLOW: _ErrorReason.ValueType  # 113
+    """RESOURCE_EXHAUSTED, with RetryInfo. The circuit breaker or the rate limit of the upstream refused the request."""
+    ERROR_REASON_UPSTREAM_UNHEALTHY: _ErrorReason.ValueType  # 114
+    """UNAVAILABLE, with RetryInfo. No endpoint of the upstream could be reached."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason documents every value of `google.rpc.ErrorInfo.reason` whose domain is "retinue".
@@ -250,4 +282,36 @@ ERROR_REASON_LEAF_REFUSED: ErrorReason.ValueType  # 87
 """
 ERROR_REASON_MERGE_FAILED: ErrorReason.ValueType  # 88
 """INTERNAL, or what the user's MergeService answered. The replies could not be merged."""
+ERROR_REASON_UPSTREAM_NOT_FOUND: ErrorReason.ValueType  # 100
+"""NOT_FOUND. No upstream of that name (`metadata.upstream_id`)."""
+ERROR_REASON_ADDRESS_TAKEN: ErrorReason.ValueType  # 101
+"""ALREADY_EXISTS. Another upstream (`metadata.upstream_id`) listens on that port or socket."""
+ERROR_REASON_PORT_IN_USE: ErrorReason.ValueType  # 102
+"""FAILED_PRECONDITION. A process that is not ours listens on that port or socket."""
+ERROR_REASON_LISTEN_IMMUTABLE: ErrorReason.ValueType  # 103
+"""FAILED_PRECONDITION. Address and protocol of an upstream can't be changed; remove it first."""
+ERROR_REASON_UPSTREAM_REFERENCE: ErrorReason.ValueType  # 104
+"""FAILED_PRECONDITION. A split or a mirror names an upstream (`metadata.upstream_id`) that is not there or speaks another
+protocol, or the upstream that is to be removed is still named by that one.
+"""
+ERROR_REASON_UPSTREAM_FROM_FILE: ErrorReason.ValueType  # 105
+"""FAILED_PRECONDITION. The upstream is declared by the file of the server's settings; change it there."""
+ERROR_REASON_CAPABILITY_MISSING: ErrorReason.ValueType  # 106
+"""UNIMPLEMENTED. The data plane of the protocol can't do this (`metadata.capability`); GetDataPlane says what it can."""
+ERROR_REASON_ENDPOINT_FORBIDDEN: ErrorReason.ValueType  # 107
+"""PERMISSION_DENIED. The endpoint policy of the server's settings forbids this address (`metadata.address`)."""
+ERROR_REASON_STALE_ETAG: ErrorReason.ValueType  # 108
+"""ABORTED. The upstream has another etag (`metadata.etag`): somebody changed it; read it again."""
+ERROR_REASON_UPSTREAM_LIMIT: ErrorReason.ValueType  # 109
+"""RESOURCE_EXHAUSTED. As many upstreams as the settings allow."""
+ERROR_REASON_UPSTREAM_NOT_PUSHED: ErrorReason.ValueType  # 110
+"""FAILED_PRECONDITION. The discovery of the upstream is not `pushed`."""
+ERROR_REASON_UPSTREAM_NOT_HTTP: ErrorReason.ValueType  # 111
+"""FAILED_PRECONDITION. Only upstreams of HTTP can be invoked."""
+ERROR_REASON_UPSTREAM_NOT_ACTIVE: ErrorReason.ValueType  # 112
+"""FAILED_PRECONDITION. The upstream is not ACTIVE."""
+ERROR_REASON_UPSTREAM_OVERFLOW: ErrorReason.ValueType  # 113
+"""RESOURCE_EXHAUSTED, with RetryInfo. The circuit breaker or the rate limit of the upstream refused the request."""
+ERROR_REASON_UPSTREAM_UNHEALTHY: ErrorReason.ValueType  # 114
+"""UNAVAILABLE, with RetryInfo. No endpoint of the upstream could be reached."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
