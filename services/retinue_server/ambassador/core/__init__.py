@@ -1,0 +1,1 @@
+"""The rules of the ambassador: no I/O, no grpc, no protobuf."""
