@@ -165,6 +165,11 @@ class LoadBalancing(msgspec.Struct, frozen=True):
     cookie: str = ""
     source_address: bool = False
 
+    @property
+    def hashes_on(self) -> bool:
+        """Whether it says what is hashed."""
+        return bool(self.header or self.cookie or self.source_address)
+
 
 class Split(msgspec.Struct, frozen=True):
     """A share of the requests, or those with a header."""
