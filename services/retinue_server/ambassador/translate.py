@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from retinue.ambassador.v1 import ambassador_service_pb2 as api
 from retinue.ambassador.v1 import policy_pb2 as policy_pb
@@ -11,6 +12,7 @@ from retinue.ambassador.v1 import upstream_pb2 as pb
 from retinue_server.ambassador.core import limits, spec
 from retinue_server.ambassador.core.spec import HTTP_LIKE, SHARDED, Balancer
 from retinue_server.ambassador.core.spec import Protocol as Speaks
+from retinue_server.ambassador.engine import Counts
 from retinue_server.runtime import wire
 from retinue_server.runtime.errors import Violation
 
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from google.protobuf.duration_pb2 import Duration
 
     from retinue_server.ambassador.core.upstream import View
-    from retinue_server.ambassador.engine import Counts, DataPlane, EndpointHealth
+    from retinue_server.ambassador.engine import DataPlane, EndpointHealth
+
+Member = TypeVar("Member", bound=IntEnum)
 
 MAX_WAIT_MS = 60_000
 _HOUR_MS = 3_600_000
@@ -64,10 +68,10 @@ class Reader:
         return found
 
     def _protocol(self, number: int) -> Speaks:
-        if number in Speaks.__members__.values():
-            return Speaks(number)
-        self.wrong("protocol", "must be one of " + ", ".join(Speaks.__members__))
-        return Speaks.TCP
+        protocol = _member(Speaks, number)
+        if protocol is None:
+            self.wrong("protocol", "must be one of " + ", ".join(Speaks.__members__))
+        return protocol or Speaks.TCP
 
     def _listen(self, said: pb.Listen) -> spec.Listen:
         if said.WhichOneof("address") != "unix_socket":
@@ -129,10 +133,10 @@ class Reader:
 
     def _balancing(self, said: policy_pb.LoadBalancing, protocol: Speaks) -> spec.LoadBalancing:
         usual = _USUAL_BALANCER.get(protocol, Balancer.ROUND_ROBIN)
-        if said.balancer and said.balancer not in Balancer.__members__.values():
+        balancer = _member(Balancer, said.balancer) if said.balancer else usual
+        if balancer is None:
             self.wrong("policy.load_balancing.balancer", "must be one of " + ", ".join(Balancer.__members__))
-            return spec.LoadBalancing(usual)
-        balancer = Balancer(said.balancer) if said.balancer else usual
+            balancer = usual
         return spec.LoadBalancing(balancer, said.header, said.cookie, said.source_address)
 
     def _timeouts(self, said: policy_pb.Timeouts, protocol: Speaks) -> spec.Timeouts:
@@ -146,13 +150,13 @@ class Reader:
 
     def _retry(self, said: policy_pb.Retry) -> spec.Retry:
         at = "policy.retry."
-        conditions = spec.RetryCondition.__members__.values()
-        for index, number in enumerate(said.on):
-            if number not in conditions:
+        found = [_member(spec.RetryCondition, number) for number in said.on]
+        for index, condition in enumerate(found):
+            if condition is None:
                 self.wrong(f"{at}on[{index}]", "must be one of " + ", ".join(spec.RetryCondition.__members__))
         base = self._seconds(said, "backoff_base_duration", at, 0.025)
         return spec.Retry(
-            tuple(dict.fromkeys(spec.RetryCondition(number) for number in said.on if number in conditions)),
+            tuple(dict.fromkeys(condition for condition in found if condition is not None)),
             said.attempts or 1,
             base,
             self._seconds(said, "backoff_max_duration", at, base * 10),
@@ -207,6 +211,10 @@ class Reader:
             wire.duration_ms(request.interval_duration, "interval_duration", self.violations, low=100, high=_HOUR_MS)
             / 1000
         )
+
+
+def _member(kind: type[Member], number: int) -> Member | None:
+    return next((one for one in kind if one == number), None)
 
 
 def endpoints(said: Iterable[pb.Endpoint]) -> tuple[spec.Endpoint, ...]:
@@ -398,20 +406,7 @@ def _retry_said(said: spec.Retry) -> policy_pb.Retry:
 
 def stats(upstream_id: str, known: Counts) -> stats_pb.UpstreamStats:
     """Counts of one upstream."""
-    names = [
-        "requests",
-        "errors",
-        "retries",
-        "retries_denied",
-        "timeouts",
-        "overflows",
-        "rate_limited",
-        "ejections",
-        "received_bytes",
-        "sent_bytes",
-        "active_connections",
-        "active_requests",
-    ]
+    names = set(Counts.__struct_fields__) & {field.name for field in stats_pb.UpstreamStats.DESCRIPTOR.fields}
     found = stats_pb.UpstreamStats(
         upstream_id=upstream_id,
         start_time=wire.to_timestamp(known.since_ms),
@@ -425,7 +420,7 @@ def stats(upstream_id: str, known: Counts) -> stats_pb.UpstreamStats:
             )
             for address, one in sorted(known.endpoints.items())
         ],
-        **{name: getattr(known, name) for name in names},
+        **{name: getattr(known, name) for name in names - {"endpoints"}},
     )
     if known.bounds_s:
         found.latency.CopyFrom(
