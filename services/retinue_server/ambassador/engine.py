@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from retinue_server.ambassador.core.spec import Endpoint, Spec  # noqa: TC001 - msgspec reads them
+from retinue_server.ambassador.core.spec import Dns, Endpoint, File, Kubernetes, Spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from retinue_server.ambassador.core.spec import Protocol as Speaks
+
+
+Found = Dns | File | Kubernetes
+"""Where endpoints are found."""
 
 
 class PlaneKind(IntEnum):
@@ -139,7 +143,11 @@ class DataPlane(Protocol):
 
 
 class Finder(Protocol):
-    """Finds the addresses of one name, again and again; see `runtime/discovery`."""
+    """Finds who serves an upstream, again and again."""
 
-    def watch(self, name: str, found: Callable[[Sequence[str]], None]) -> Callable[[], None]:
-        """Calls `found` with all addresses, sorted, at first and whenever they changed; gives what ends it."""
+    def watch(self, where: Found, found: Callable[[Sequence[Endpoint]], None]) -> Callable[[], None]:
+        """Calls `found` with all endpoints at first and whenever they changed; gives what ends it.
+
+        While nothing can be found out, what was found last stands, and the log says so once. `found` is called on the
+        event loop and never within `watch`.
+        """

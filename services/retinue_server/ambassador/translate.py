@@ -203,6 +203,13 @@ class Reader:
             return _DRAIN_MS / 1000
         return wire.duration_ms(request.drain_duration, "drain_duration", self.violations, high=_HOUR_MS) / 1000
 
+    def page_size(self, asked: int, sizes: tuple[int, int]) -> int:
+        """The size of a page, of the largest and the usual."""
+        most, usual = sizes
+        if not 0 <= asked <= most:
+            self.wrong("page_size", f"must be 0 to {most}")
+        return asked or usual
+
     def interval_s(self, request: api.WatchUpstreamStatsRequest) -> float:
         """How often counts are given."""
         if not request.HasField("interval_duration"):
@@ -235,7 +242,7 @@ def _duration(seconds: float | None) -> Duration | None:
 
 def upstream(view: View) -> pb.Upstream:
     """As declared, with its defaults, and what has become of it."""
-    said = _declared(view.spec)
+    said = declared(view.spec)
     said.etag = view.etag
     said.status.CopyFrom(_status(view))
     return said
@@ -272,7 +279,8 @@ def _endpoints(known: Sequence[spec.Endpoint], health: Sequence[EndpointHealth])
         )
 
 
-def _declared(said: spec.Spec) -> pb.Upstream:
+def declared(said: spec.Spec) -> pb.Upstream:
+    """A declaration with its defaults."""
     found = pb.Upstream(
         upstream_id=said.upstream_id,
         protocol=pb.Protocol.ValueType(said.protocol),

@@ -99,6 +99,7 @@ class Reason(StrEnum):
     UPSTREAM_NOT_ACTIVE = "UPSTREAM_NOT_ACTIVE"
     UPSTREAM_OVERFLOW = "UPSTREAM_OVERFLOW"
     UPSTREAM_UNHEALTHY = "UPSTREAM_UNHEALTHY"
+    UPSTREAM_TIMEOUT = "UPSTREAM_TIMEOUT"
 
 
 class Violation(NamedTuple):
@@ -164,6 +165,12 @@ class Aborted(RetinueError):
 
 class Unavailable(RetinueError):
     code = Code.UNAVAILABLE
+
+
+class DeadlineExceeded(RetinueError):
+    """A time that was set beforehand, and not by the caller, is over."""
+
+    code = Code.DEADLINE_EXCEEDED
 
 
 class Unimplemented(RetinueError):

@@ -36,6 +36,7 @@ class HealthService:
     def __init__(self, patterns: Sequence[Pattern]) -> None:
         self._names = {s.descriptor.full_name: p.name for p in patterns for s in p.services}
         self._healthy = {p.name: p.health is None for p in patterns}
+        self._finer = [p.health_of for p in patterns]
         self._open = False
         self._closed = False
         self._change = asyncio.Event()
@@ -62,9 +63,12 @@ class HealthService:
         """The state of a service, SERVICE_UNKNOWN when this process has none of the name."""
         if not name:
             return _SERVING if self._open and all(self._healthy.values()) else _NOT_SERVING
-        if name not in self._names:
+        pattern = self._names.get(name)
+        states = (self._healthy[pattern],) if pattern else (ask(name) for ask in self._finer)
+        state = next((one for one in states if one is not None), None)
+        if state is None:
             return _UNKNOWN
-        return _SERVING if self._open and self._healthy[self._names[name]] else _NOT_SERVING
+        return _SERVING if self._open and state else _NOT_SERVING
 
     async def Check(self, request: Any, _: Call) -> Any:  # noqa: N802 - the RPC's name
         """The state of one service; NOT_FOUND when it is unknown."""

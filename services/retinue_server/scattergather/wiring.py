@@ -12,7 +12,7 @@ from retinue_server.scattergather.config import ScatterGatherSettings
 from retinue_server.scattergather.core.clock import LoopClock
 from retinue_server.scattergather.core.root import Root
 from retinue_server.scattergather.core.scatter import ScatterError
-from retinue_server.scattergather.engines.dns import DnsDiscovery
+from retinue_server.runtime.discovery.dns import DnsDiscovery
 from retinue_server.scattergather.engines.grpc import GrpcLeaves
 from retinue_server.scattergather.engines.merging import MergeCalls
 from retinue_server.scattergather.poolfile import PoolFile

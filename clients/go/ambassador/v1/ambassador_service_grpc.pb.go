@@ -96,7 +96,7 @@ type AmbassadorServiceClient interface {
 	// an answer, 4xx and 5xx too. Repeating it sends the request again. Errors: INVALID_ARGUMENT; NOT_FOUND
 	// (UPSTREAM_NOT_FOUND); FAILED_PRECONDITION (UPSTREAM_NOT_HTTP, UPSTREAM_NOT_ACTIVE); RESOURCE_EXHAUSTED
 	// (UPSTREAM_OVERFLOW): the circuit breaker refused it; RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE) for an answer over 3 MiB;
-	// UNAVAILABLE (UPSTREAM_UNHEALTHY): nobody could be reached; DEADLINE_EXCEEDED.
+	// UNAVAILABLE (UPSTREAM_UNHEALTHY): nobody could be reached; DEADLINE_EXCEEDED (UPSTREAM_TIMEOUT): the policy's timeout.
 	Invoke(ctx context.Context, in *InvokeRequest, opts ...grpc.CallOption) (*InvokeResponse, error)
 	// GetDataPlane tells what carries the bytes, and what it can do.
 	GetDataPlane(ctx context.Context, in *GetDataPlaneRequest, opts ...grpc.CallOption) (*GetDataPlaneResponse, error)
@@ -291,7 +291,7 @@ type AmbassadorServiceServer interface {
 	// an answer, 4xx and 5xx too. Repeating it sends the request again. Errors: INVALID_ARGUMENT; NOT_FOUND
 	// (UPSTREAM_NOT_FOUND); FAILED_PRECONDITION (UPSTREAM_NOT_HTTP, UPSTREAM_NOT_ACTIVE); RESOURCE_EXHAUSTED
 	// (UPSTREAM_OVERFLOW): the circuit breaker refused it; RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE) for an answer over 3 MiB;
-	// UNAVAILABLE (UPSTREAM_UNHEALTHY): nobody could be reached; DEADLINE_EXCEEDED.
+	// UNAVAILABLE (UPSTREAM_UNHEALTHY): nobody could be reached; DEADLINE_EXCEEDED (UPSTREAM_TIMEOUT): the policy's timeout.
 	Invoke(context.Context, *InvokeRequest) (*InvokeResponse, error)
 	// GetDataPlane tells what carries the bytes, and what it can do.
 	GetDataPlane(context.Context, *GetDataPlaneRequest) (*GetDataPlaneResponse, error)

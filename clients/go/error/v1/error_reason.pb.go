@@ -163,6 +163,8 @@ const (
 	ErrorReason_ERROR_REASON_UPSTREAM_OVERFLOW ErrorReason = 113
 	// UNAVAILABLE, with RetryInfo. No endpoint of the upstream could be reached.
 	ErrorReason_ERROR_REASON_UPSTREAM_UNHEALTHY ErrorReason = 114
+	// DEADLINE_EXCEEDED. The timeout of the upstream's policy was over before it answered; the caller's deadline was not.
+	ErrorReason_ERROR_REASON_UPSTREAM_TIMEOUT ErrorReason = 115
 )
 
 // Enum value maps for ErrorReason.
@@ -230,6 +232,7 @@ var (
 		112: "ERROR_REASON_UPSTREAM_NOT_ACTIVE",
 		113: "ERROR_REASON_UPSTREAM_OVERFLOW",
 		114: "ERROR_REASON_UPSTREAM_UNHEALTHY",
+		115: "ERROR_REASON_UPSTREAM_TIMEOUT",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":           0,
@@ -294,6 +297,7 @@ var (
 		"ERROR_REASON_UPSTREAM_NOT_ACTIVE":   112,
 		"ERROR_REASON_UPSTREAM_OVERFLOW":     113,
 		"ERROR_REASON_UPSTREAM_UNHEALTHY":    114,
+		"ERROR_REASON_UPSTREAM_TIMEOUT":      115,
 	}
 )
 
@@ -328,7 +332,7 @@ var File_retinue_error_v1_error_reason_proto protoreflect.FileDescriptor
 
 const file_retinue_error_v1_error_reason_proto_rawDesc = "" +
 	"\n" +
-	"#retinue/error/v1/error_reason.proto\x12\x10retinue.error.v1*\xd1\x10\n" +
+	"#retinue/error/v1/error_reason.proto\x12\x10retinue.error.v1*\xf4\x10\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12#\n" +
@@ -392,7 +396,8 @@ const file_retinue_error_v1_error_reason_proto_rawDesc = "" +
 	"\x1eERROR_REASON_UPSTREAM_NOT_HTTP\x10o\x12$\n" +
 	" ERROR_REASON_UPSTREAM_NOT_ACTIVE\x10p\x12\"\n" +
 	"\x1eERROR_REASON_UPSTREAM_OVERFLOW\x10q\x12#\n" +
-	"\x1fERROR_REASON_UPSTREAM_UNHEALTHY\x10rb\x06proto3"
+	"\x1fERROR_REASON_UPSTREAM_UNHEALTHY\x10r\x12!\n" +
+	"\x1dERROR_REASON_UPSTREAM_TIMEOUT\x10sb\x06proto3"
 
 var (
 	file_retinue_error_v1_error_reason_proto_rawDescOnce sync.Once

@@ -71,7 +71,7 @@ def check(spec: Spec, violations: MutableSequence[Violation], at: str = "upstrea
 
 def check_endpoints(found: Sequence[Endpoint], violations: MutableSequence[Violation], field: str) -> None:
     """A list of endpoints."""
-    violations.extend(Violation(at, text) for at, text in _endpoints(found, field))
+    violations.extend(Violation(at, text) for at, text in endpoint_violations(found, field))
 
 
 def _violations(spec: Spec) -> Iterator[tuple[str, str]]:
@@ -110,7 +110,7 @@ def _discovery(spec: Spec) -> Iterator[tuple[str, str]]:
         case Static(found):
             if not found:
                 yield "static.endpoints", "must be one or more"
-            yield from _endpoints(found, "static.endpoints")
+            yield from endpoint_violations(found, "static.endpoints")
         case Dns() as dns:
             yield from _dns(dns)
         case File(path):
@@ -137,7 +137,8 @@ def _kubernetes(said: Kubernetes) -> Iterator[tuple[str, str]]:
         yield "kubernetes.port", "must be the number or the name of a port"
 
 
-def _endpoints(found: Sequence[Endpoint], field: str) -> Iterator[tuple[str, str]]:
+def endpoint_violations(found: Sequence[Endpoint], field: str) -> Iterator[tuple[str, str]]:
+    """What is wrong with a list of endpoints: paths of fields, and what would be right."""
     if len(found) > MAX_ENDPOINTS:
         yield field, f"must be at most {MAX_ENDPOINTS}"
     seen: set[str] = set()

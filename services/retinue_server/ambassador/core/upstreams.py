@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from functools import partial
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import msgspec
 
 from retinue_server.ambassador.core import limits
-from retinue_server.ambassador.core.spec import Dns, Endpoint, File, Kubernetes, Listen, Pushed, Spec, Static
+from retinue_server.ambassador.core.spec import Endpoint, Listen, Pushed, Spec, Static
 from retinue_server.ambassador.core.upstream import State, Upstream, View
 from retinue_server.ambassador.engine import Assignment, Refused
 from retinue_server.runtime.errors import (
@@ -63,7 +64,7 @@ class Upstreams:
     def __init__(
         self,
         planes: Sequence[DataPlane],
-        finders: Mapping[str, Finder],
+        finder: Finder,
         endpoint_policy: EndpointPolicy,
         ports: Ports,
         *,
@@ -73,11 +74,12 @@ class Upstreams:
     ) -> None:
         self.planes = planes
         """The first that speaks a protocol serves it."""
-        self._finders, self._endpoint_policy, self._ports = finders, endpoint_policy, ports
+        self._finder, self._endpoint_policy, self._ports = finder, endpoint_policy, ports
         self._most, self._standalone, self._allow_override = most, standalone or {}, allow_override
         self._kept: dict[str, Upstream] = {}
         self._watchers: set[_Watcher] = set()
-        self._stopping = False
+        self._listeners: list[Callable[[bool], None]] = []
+        self._stop = asyncio.Event()
         self._revision = 0
         self._prefix = os.urandom(4).hex()
         self.declared = self.refused = 0
@@ -247,14 +249,12 @@ class Upstreams:
                 kept.found(endpoints, {})
             case Pushed():
                 kept.found((), {})
-            case discovery:
-                scheme, name = _name(discovery)
-                kept.unwatch = self._finders[scheme].watch(name, partial(self._found, kept))
+            case where:
+                kept.unwatch = self._finder.watch(where, partial(self._found, kept))
 
-    def _found(self, kept: Upstream, found: Sequence[str | Endpoint]) -> None:
+    def _found(self, kept: Upstream, found: Sequence[Endpoint]) -> None:
         """Of discovery: what may be dialled is served."""
-        endpoints = tuple(Endpoint(one) if isinstance(one, str) else one for one in found)
-        permitted, objections = self._endpoint_policy.permitted(endpoints[: limits.MAX_ENDPOINTS])
+        permitted, objections = self._endpoint_policy.permitted(found[: limits.MAX_ENDPOINTS])
         for address, why in objections.items():
             if address not in kept.objections:
                 log.warning("upstream %s: %s is left out: %s", kept.upstream_id, address, why)
@@ -343,7 +343,7 @@ class Upstreams:
                 for name in await watcher.changed():
                     kept = self._kept.get(name)
                     yield Event(kept.view()) if kept else Event(None, name)
-                if self._stopping:
+                if self.stopping:
                     raise Unavailable(
                         "cannot go on: the server is stopping", reason=Reason.SHUTTING_DOWN, retry_ms=1000
                     )
@@ -362,17 +362,41 @@ class Upstreams:
     def _changed(self, upstream_id: str) -> None:
         for watcher in self._watchers:
             watcher.tell(upstream_id)
+        healthy = self.healthy
+        for listener in self._listeners:
+            listener(healthy)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every data plane works, and all that the file declares is served."""
+        served = all(kept.state is State.ACTIVE for kept in self._kept.values() if kept.from_file)
+        return served and all(plane.state.live for plane in self.planes)
+
+    def health_of(self, name: str) -> bool | None:
+        """Of `upstream/NAME`, whether it is served; None if there is none."""
+        kept = self._kept.get(name.removeprefix("upstream/")) if name.startswith("upstream/") else None
+        return kept.state is State.ACTIVE if kept else None
+
+    def subscribe(self, listener: Callable[[bool], None]) -> None:
+        """Calls it with `healthy` now, and whenever that, or the state of an upstream, may have changed."""
+        self._listeners.append(listener)
+        listener(self.healthy)
 
     # Life
 
     @property
     def stopping(self) -> bool:
         """Whether streams are to end."""
-        return self._stopping
+        return self._stop.is_set()
+
+    async def pause(self, seconds: float) -> None:
+        """Returns after so long, or when streams are to end."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), seconds)
 
     async def quiesce(self) -> None:
-        """Ends the watching, and lets what is native take no new connections."""
-        self._stopping = True
+        """Ends the watching."""
+        self._stop.set()
         for watcher in self._watchers:
             watcher.wake()
 
@@ -391,6 +415,8 @@ class Upstreams:
     def _plane_changed(self) -> None:
         for name in self._kept:
             self._changed(name)
+        for listener in self._listeners:
+            listener(self.healthy)
 
 
 class _Watcher:
@@ -433,14 +459,3 @@ def _collide(one: Listen, other: Listen) -> bool:
 
 def _text(listen: Listen) -> str:
     return f"unix:{listen.path}" if listen.path else f"127.0.0.1:{listen.port}"
-
-
-def _name(discovery: Dns | File | Kubernetes) -> tuple[str, str]:
-    """How a finder is asked for it."""
-    match discovery:
-        case Dns(hostname, port, refresh_s):
-            return "dns", f"{hostname}:{port}@{refresh_s:g}"
-        case File(path):
-            return "file", path
-        case Kubernetes(service, port, namespace):
-            return "kubernetes", f"{service}{'.' if namespace else ''}{namespace}:{port}"

@@ -98,7 +98,7 @@ class AmbassadorServiceStub:
     an answer, 4xx and 5xx too. Repeating it sends the request again. Errors: INVALID_ARGUMENT; NOT_FOUND
     (UPSTREAM_NOT_FOUND); FAILED_PRECONDITION (UPSTREAM_NOT_HTTP, UPSTREAM_NOT_ACTIVE); RESOURCE_EXHAUSTED
     (UPSTREAM_OVERFLOW): the circuit breaker refused it; RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE) for an answer over 3 MiB;
-    UNAVAILABLE (UPSTREAM_UNHEALTHY): nobody could be reached; DEADLINE_EXCEEDED.
+    UNAVAILABLE (UPSTREAM_UNHEALTHY): nobody could be reached; DEADLINE_EXCEEDED (UPSTREAM_TIMEOUT): the policy's timeout.
     """
     GetDataPlane: _grpc.UnaryUnaryMultiCallable[_ambassador_service_pb2.GetDataPlaneRequest, _ambassador_service_pb2.GetDataPlaneResponse]
     """GetDataPlane tells what carries the bytes, and what it can do."""
@@ -173,7 +173,7 @@ class AmbassadorServiceAsyncStub(AmbassadorServiceStub):
     an answer, 4xx and 5xx too. Repeating it sends the request again. Errors: INVALID_ARGUMENT; NOT_FOUND
     (UPSTREAM_NOT_FOUND); FAILED_PRECONDITION (UPSTREAM_NOT_HTTP, UPSTREAM_NOT_ACTIVE); RESOURCE_EXHAUSTED
     (UPSTREAM_OVERFLOW): the circuit breaker refused it; RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE) for an answer over 3 MiB;
-    UNAVAILABLE (UPSTREAM_UNHEALTHY): nobody could be reached; DEADLINE_EXCEEDED.
+    UNAVAILABLE (UPSTREAM_UNHEALTHY): nobody could be reached; DEADLINE_EXCEEDED (UPSTREAM_TIMEOUT): the policy's timeout.
     """
     GetDataPlane: _aio.UnaryUnaryMultiCallable[_ambassador_service_pb2.GetDataPlaneRequest, _ambassador_service_pb2.GetDataPlaneResponse]  # type: ignore[assignment]
     """GetDataPlane tells what carries the bytes, and what it can do."""
@@ -299,7 +299,7 @@ class AmbassadorServiceServicer(metaclass=_abc_1.ABCMeta):
         an answer, 4xx and 5xx too. Repeating it sends the request again. Errors: INVALID_ARGUMENT; NOT_FOUND
         (UPSTREAM_NOT_FOUND); FAILED_PRECONDITION (UPSTREAM_NOT_HTTP, UPSTREAM_NOT_ACTIVE); RESOURCE_EXHAUSTED
         (UPSTREAM_OVERFLOW): the circuit breaker refused it; RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE) for an answer over 3 MiB;
-        UNAVAILABLE (UPSTREAM_UNHEALTHY): nobody could be reached; DEADLINE_EXCEEDED.
+        UNAVAILABLE (UPSTREAM_UNHEALTHY): nobody could be reached; DEADLINE_EXCEEDED (UPSTREAM_TIMEOUT): the policy's timeout.
         """
 
     @_abc_1.abstractmethod

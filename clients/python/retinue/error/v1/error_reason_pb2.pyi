@@ -164,6 +164,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """RESOURCE_EXHAUSTED, with RetryInfo. The circuit breaker or the rate limit of the upstream refused the request."""
     ERROR_REASON_UPSTREAM_UNHEALTHY: _ErrorReason.ValueType  # 114
     """UNAVAILABLE, with RetryInfo. No endpoint of the upstream could be reached."""
+    ERROR_REASON_UPSTREAM_TIMEOUT: _ErrorReason.ValueType  # 115
+    """DEADLINE_EXCEEDED. The timeout of the upstream's policy was over before it answered; the caller's deadline was not."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason documents every value of `google.rpc.ErrorInfo.reason` whose domain is "retinue".
@@ -314,4 +316,6 @@ ERROR_REASON_UPSTREAM_OVERFLOW: ErrorReason.ValueType  # 113
 """RESOURCE_EXHAUSTED, with RetryInfo. The circuit breaker or the rate limit of the upstream refused the request."""
 ERROR_REASON_UPSTREAM_UNHEALTHY: ErrorReason.ValueType  # 114
 """UNAVAILABLE, with RetryInfo. No endpoint of the upstream could be reached."""
+ERROR_REASON_UPSTREAM_TIMEOUT: ErrorReason.ValueType  # 115
+"""DEADLINE_EXCEEDED. The timeout of the upstream's policy was over before it answered; the caller's deadline was not."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -839,7 +839,7 @@ export const AmbassadorService: GenService<{
    * an answer, 4xx and 5xx too. Repeating it sends the request again. Errors: INVALID_ARGUMENT; NOT_FOUND
    * (UPSTREAM_NOT_FOUND); FAILED_PRECONDITION (UPSTREAM_NOT_HTTP, UPSTREAM_NOT_ACTIVE); RESOURCE_EXHAUSTED
    * (UPSTREAM_OVERFLOW): the circuit breaker refused it; RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE) for an answer over 3 MiB;
-   * UNAVAILABLE (UPSTREAM_UNHEALTHY): nobody could be reached; DEADLINE_EXCEEDED.
+   * UNAVAILABLE (UPSTREAM_UNHEALTHY): nobody could be reached; DEADLINE_EXCEEDED (UPSTREAM_TIMEOUT): the policy's timeout.
    *
    * @generated from rpc retinue.ambassador.v1.AmbassadorService.Invoke
    */

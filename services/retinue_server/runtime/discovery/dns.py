@@ -26,8 +26,10 @@ class DnsDiscovery:
         self._poll_s = poll_s
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def watch(self, name: str, found: Callable[[Sequence[str]], None]) -> Callable[[], None]:
-        task = asyncio.create_task(self._watch(name, found))
+    def watch(
+        self, name: str, found: Callable[[Sequence[str]], None], poll_s: float | None = None
+    ) -> Callable[[], None]:
+        task = asyncio.create_task(self._watch(name, found, poll_s or self._poll_s))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -36,7 +38,7 @@ class DnsDiscovery:
 
         return unwatch
 
-    async def _watch(self, name: str, found: Callable[[Sequence[str]], None]) -> None:
+    async def _watch(self, name: str, found: Callable[[Sequence[str]], None], poll_s: float) -> None:
         known: list[str] | None = None
         failing = False
         while True:
@@ -51,7 +53,7 @@ class DnsDiscovery:
                 if now != known:
                     known = now
                     found(now)
-            await asyncio.sleep(self._poll_s)
+            await asyncio.sleep(poll_s)
 
     async def start(self) -> None:
         """Ready as it is."""
