@@ -177,7 +177,7 @@ def _check_invocable(kept: Upstream) -> None:
 
 
 def _check_answer(answer: Answer, upstream_id: str) -> None:
-    """What the data plane answered by itself is an error; what the upstream did is an answer, and has a mark of Envoy's."""
+    """What the data plane answered by itself is an error. What the upstream did is an answer; it has Envoy's mark."""
     if any(name == _PASSED_ON for name, _ in answer.headers) or answer.status not in _OWN:
         return
     if answer.status == _GATEWAY_TIMEOUT:

@@ -41,7 +41,7 @@ async def wire(settings: Settings, section: AmbassadorSettings) -> Pattern:
     upstreams = Upstreams(
         planes,
         finding,
-        _endpoint_policy(section.endpoints),
+        _endpoint_policy(section.endpoints, _own(settings)),
         HostPorts(),
         most=section.max_upstreams,
         standalone=_standalone(section.standalone),
@@ -89,13 +89,22 @@ def _described(plane: DataPlane) -> str:
     )
 
 
-def _endpoint_policy(said: EndpointSettings) -> endpoints.EndpointPolicy:
+def _own(settings: Settings) -> Iterator[tuple[endpoints.Ip, int]]:
+    """Where this server listens, as far as its settings tell: no exception opens it to apps as an upstream."""
+    for text in (*settings.listen, settings.http, settings.probe, settings.metrics):
+        try:
+            yield endpoints.split((text or "").replace("localhost", "127.0.0.1"))
+        except ValueError:
+            continue  # none, a socket, or a port that is not known yet
+
+
+def _endpoint_policy(said: EndpointSettings, own: Iterator[tuple[endpoints.Ip, int]]) -> endpoints.EndpointPolicy:
     try:
         allow = [endpoints.parse_rule(text) for text in said.allow]
         only = [endpoints.parse_rule(text) for text in said.only]
     except endpoints.RuleError as error:
         raise ConfigError(f"cannot use ambassador.endpoints: {error}") from None
-    return endpoints.EndpointPolicy(allow, only)
+    return endpoints.EndpointPolicy(allow, only, own)
 
 
 def _standalone(said: Sequence[str]) -> Mapping[str, Endpoint]:

@@ -30,7 +30,7 @@ from retinue_server.runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
     from retinue_server.ambassador.core.endpoints import EndpointPolicy
     from retinue_server.ambassador.engine import Counts, DataPlane, Finder
