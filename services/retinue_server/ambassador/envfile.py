@@ -39,7 +39,7 @@ class EnvFile:
     async def _watch(self) -> None:
         known: dict[str, str] = {}
         synced = False
-        async with contextlib.aclosing(self._upstreams.watch(())) as events:  # type: ignore[type-var] # a generator
+        async with contextlib.aclosing(self._upstreams.watch(())) as events:
             async for event in events:
                 if event is None:
                     synced = True

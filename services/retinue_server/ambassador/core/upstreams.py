@@ -30,7 +30,7 @@ from retinue_server.runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 
     from retinue_server.ambassador.core.endpoints import EndpointPolicy
     from retinue_server.ambassador.engine import Counts, DataPlane, Finder
@@ -330,7 +330,7 @@ class Upstreams:
         """Of all."""
         return [kept.view() for kept in self._kept.values()]
 
-    async def watch(self, upstream_ids: Sequence[str]) -> AsyncIterator[Event | None]:
+    async def watch(self, upstream_ids: Sequence[str]) -> AsyncGenerator[Event | None]:
         """All as they are, then None, then each change, the latest of each; raises SHUTTING_DOWN at the end."""
         watcher = _Watcher(frozenset(upstream_ids))
         self._watchers.add(watcher)
