@@ -121,7 +121,7 @@ _EVERYTHING = [
     "policy.circuit_breaker.max_connections",
     "policy.circuit_breaker.max_pending_requests",
     "policy.circuit_breaker.max_requests",
-,]
+]
 
 
 class Told:

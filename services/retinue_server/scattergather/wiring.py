@@ -6,13 +6,13 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING
 
+from retinue_server.runtime.discovery.dns import DnsDiscovery
 from retinue_server.runtime.dispatch import Pattern, Service
 from retinue_server.scattergather import journal, metrics, service
 from retinue_server.scattergather.config import ScatterGatherSettings
 from retinue_server.scattergather.core.clock import LoopClock
 from retinue_server.scattergather.core.root import Root
 from retinue_server.scattergather.core.scatter import ScatterError
-from retinue_server.runtime.discovery.dns import DnsDiscovery
 from retinue_server.scattergather.engines.grpc import GrpcLeaves
 from retinue_server.scattergather.engines.merging import MergeCalls
 from retinue_server.scattergather.poolfile import PoolFile
