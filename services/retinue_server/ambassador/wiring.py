@@ -37,7 +37,7 @@ async def wire(settings: Settings, section: AmbassadorSettings) -> Pattern:
         return _relay(settings.upstream)
     directory = settings.data_dir.absolute() / NAME
     planes = list(_planes(section, directory))
-    finding = Finding(KubernetesDiscovery(section.kubernetes.kubeconfig, section.kubernetes.namespace))
+    finding = Finding(KubernetesDiscovery(section.kubernetes.kubeconfig, section.kubernetes.namespace, NAME))
     upstreams = Upstreams(
         planes,
         finding,

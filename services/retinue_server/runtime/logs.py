@@ -24,6 +24,7 @@ def setup(settings: Log) -> None:
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     logging.getLogger("asyncio").setLevel(max(logging.INFO, logging.getLogger().level))
+    logging.getLogger("httpx2").setLevel(max(logging.WARNING, logging.getLogger().level))  # a line for each request
     logging.getLogger("grpc._cython.cygrpc").addFilter(is_no_gone_caller)
 
 

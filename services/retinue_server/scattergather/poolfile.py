@@ -12,18 +12,17 @@ The classes below are its schema. Keys that nobody knows are errors that name th
 """
 # Annotations are no text here: of text, msgspec would compile every one.
 
-import asyncio
 import difflib
-import logging
+import ipaddress
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from retinue_server.runtime import addresses
-from retinue_server.runtime.addresses import StartError
+from retinue_server.scattergather import strict_yaml
 from retinue_server.scattergather.core import limits
 from retinue_server.scattergather.core.topology import (
     LEAF_METHOD,
@@ -37,13 +36,19 @@ from retinue_server.scattergather.core.topology import (
 )
 from retinue_server.scattergather.engine import Tls
 
-log = logging.getLogger(__name__)
-
-_LOOK_S = 1.0
+_MAX_BYTES = 8 * 1024 * 1024
+_LAST_PORT = 65535
+_TOLD = 20
+"""So many mistakes are told at once."""
 _METHOD = re.compile(r"/[A-Za-z_][\w.]*/[A-Za-z_]\w*")
 _KEY = re.compile(r"[0-9a-z_.-]+")
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`")
-_DISCOVERED = ("dns:", "kubernetes:")
+_HOST = re.compile(
+    r"(?=.{1,254}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?)*\.?"
+)
+_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_SERVICE = re.compile(rf"{_LABEL}(\.{_LABEL})?:(?P<port>{_LABEL})")
+_IDENTIFIER = "1 to 128 of A-Z a-z 0-9 . _ -, beginning with a letter or digit"
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
 _Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -116,115 +121,91 @@ class PoolFileError(Exception):
     """A pool file that can't be used; the message has all that is wrong with it."""
 
 
-class PoolFile:
-    """A part: gives `apply` the pools of the file when it starts, and again when they change."""
+class UnreadableError(PoolFileError):
+    """It can't be read now, whatever it says."""
 
-    def __init__(self, path: Path, apply: Callable[[Sequence[Pool]], None], *, must_exist: bool) -> None:
-        self._path, self._apply, self._must_exist = path, apply, must_exist
-        self._stamp: tuple[int, int, int] | None = None
-        self._looking: asyncio.Task[None] | None = None
-        self.ok = True
-        """Whether the file, as it is now, is what is served."""
-
-    async def start(self) -> None:
-        """Raises StartError for a file that is wrong, or is missing although it was named."""
-        if self._looking is not None:
-            return
-        self._stamp = await asyncio.to_thread(_stamp, self._path)
-        if self._stamp is not None or self._must_exist:
-            try:
-                self._apply(await asyncio.to_thread(read, self._path))
-            except PoolFileError as error:
-                raise StartError(str(error)) from None
-        self._looking = asyncio.create_task(self._look())
-
-    async def stop(self) -> None:
-        looking, self._looking = self._looking, None
-        if looking is not None:
-            looking.cancel()
-            await asyncio.wait({looking})
-
-    async def _look(self) -> None:
-        while True:
-            await asyncio.sleep(_LOOK_S)
-            stamp = await asyncio.to_thread(_stamp, self._path)
-            if stamp != self._stamp:
-                self._stamp = stamp
-                await self._read_again()
-
-    async def _read_again(self) -> None:
-        try:
-            pools = await asyncio.to_thread(read, self._path)
-        except PoolFileError as error:
-            self.ok = False
-            log.error("%s; the pools stay as they were", error)  # noqa: TRY400 - the message is the cause
-            return
-        self.ok = True
-        self._apply(pools)
-        log.info("read %d pools from %s", len(pools), self._path)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Changes with the content: time, size and file number; None while there is no file."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(f"cannot read the pool file {path}: {error.strerror or error}")
 
 
 def read(path: Path) -> Sequence[Pool]:
     """The pools of a file; raises PoolFileError."""
-    import yaml  # noqa: PLC0415 - most servers run without a file
-
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise PoolFileError(f"cannot read the pool file {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise PoolFileError(f"cannot read the pool file {path}: it is no YAML: {error}") from None
+        values = strict_yaml.load(_content(path))
+    except OSError as error:
+        raise UnreadableError(path, error) from None
+    except ValueError as error:
+        raise PoolFileError(f"cannot use the pool file {path}: {error}") from None
     wrong: list[str] = []
     found = list(_pools(values, wrong))
     if wrong:
-        raise PoolFileError(f"cannot use the pool file {path}: {'; '.join(wrong)}")
+        more = f"; and {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
+        raise PoolFileError(f"cannot use the pool file {path}: {'; '.join(wrong[:_TOLD])}{more}")
     return found
+
+
+def _content(path: Path) -> bytes:
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"it is larger than {_MAX_BYTES >> 20} MiB")
+    return data
 
 
 def _pools(values: object, wrong: list[str]) -> Iterator[Pool]:
     """Those that are right; what is not is said in `wrong`."""
-    pools = values.get("pools", {}) if isinstance(values, dict) else None
+    pools = values.get("pools") if isinstance(values, dict) else None
     if not isinstance(values, dict) or not isinstance(pools, dict) or set(values) - {"pools"}:
-        wrong.append("it must be a mapping with the one key `pools`, a mapping of names to pools")
+        wrong.append("it must be a mapping with the one key `pools`, a mapping of names to pools; `pools: {}` is none")
         return
     for pool_id, value in pools.items():
         at = f"pools.{pool_id}"
-        if not limits.IDENTIFIER.fullmatch(str(pool_id)):
-            wrong.append(f"{at}: the name must be 1 to 128 of A-Z a-z 0-9 . _ -, beginning with a letter or digit")
-        try:
-            entry = msgspec.convert(value, PoolEntry)
-        except msgspec.ValidationError as error:
-            wrong.append(_said(at, error))
-            continue
-        found = list(_violations(entry))
-        wrong += [f"{at}.{text}" for text in found]
-        if not found:
-            yield _pool(str(pool_id), entry)
+        if not isinstance(pool_id, str):
+            wrong.append(f"{at}: the name must be text; put it in quotes")
+        elif not limits.IDENTIFIER.fullmatch(pool_id):
+            wrong.append(f"{at}: the name must be {_IDENTIFIER}")
+        else:
+            yield from _one(at, pool_id, value, wrong)
+
+
+def _one(at: str, pool_id: str, value: object, wrong: list[str]) -> Iterator[Pool]:
+    try:
+        entry = msgspec.convert(value, PoolEntry)
+    except msgspec.ValidationError as error:
+        wrong.append(_said(at, error))
+        return
+    found = [f"{at}.{text}" for text in _violations(entry)]
+    wrong += found
+    if not found:
+        yield _pool(pool_id, entry)
 
 
 def _said(at: str, error: msgspec.ValidationError) -> str:
     text, _, path = str(error).partition(" - at `$")
     where = at + path.removesuffix("`")
-    if not (unknown := _UNKNOWN.match(text)):
-        return f"{where}: {text}"
-    near = difflib.get_close_matches(unknown[1], sorted(_KNOWN), n=1, cutoff=0.5)
-    return f"{where}: unknown key {unknown[1]}{f', did you mean {near[0]}?' if near else ''}"
+    if unknown := _UNKNOWN.match(text):
+        return f"{where}: unknown key {unknown[1]}, {_hint(unknown[1], path)}"
+    return f"{where}: {text}{'; put it in quotes' if text.startswith('Expected `str`, got') else ''}"
 
 
-_KNOWN = {
-    name
-    for kind in (PoolEntry, ShardEntry, HedgingEntry, BudgetEntry, LimitsEntry, Tls)
-    for name in kind.__struct_fields__
+def _hint(unknown: str, path: str) -> str:
+    """The nearest key of those that are known there, or all of them."""
+    part = path.removesuffix("`").rpartition(".")[2].partition("[")[0]
+    known = _PARTS.get(part, PoolEntry).__struct_fields__
+    near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+
+
+_PARTS: Mapping[str, type[msgspec.Struct]] = {
+    "shards": ShardEntry,
+    "hedging": HedgingEntry,
+    "budget": BudgetEntry,
+    "limits": LimitsEntry,
+    "tls": Tls,
 }
+"""Of a pool, by their keys."""
 
 
 def _violations(entry: PoolEntry) -> Iterator[str]:
@@ -268,7 +249,7 @@ def _shard_violations(shards: Sequence[ShardEntry]) -> Iterator[str]:
     for index, shard in enumerate(shards):
         at = f"shards[{index}]"
         if not limits.IDENTIFIER.fullmatch(shard.shard_id):
-            yield f"{at}.shard_id: must be 1 to 128 of A-Z a-z 0-9 . _ -, beginning with a letter or digit"
+            yield f"{at}.shard_id: must be {_IDENTIFIER}"
         if shard.shard_id in seen:
             yield f"{at}.shard_id: {shard.shard_id} is there already"
         seen.add(shard.shard_id)
@@ -277,14 +258,27 @@ def _shard_violations(shards: Sequence[ShardEntry]) -> Iterator[str]:
         if not shard.endpoints:
             yield f"{at}.endpoints: must be one or more"
         for text in shard.endpoints:
-            if not _is_address(_undiscovered(text)):
-                yield f"{at}.endpoints: {text!r} must be HOST:PORT, unix:PATH, dns:NAME:PORT or kubernetes:SERVICE:PORT"
+            if not _is_source(text):
+                yield f"{at}.endpoints: {text!r} must be {_SOURCES}"
 
 
-def _undiscovered(text: str) -> str:
-    """Of what is to be discovered the name and port, which look like an address."""
-    scheme = next((scheme for scheme in _DISCOVERED if text.startswith(scheme)), "")
-    return text.removeprefix(scheme)
+_SOURCES = "HOST:PORT, unix:PATH, dns:NAME:PORT or kubernetes:SERVICE[.NAMESPACE]:PORT"
+
+
+def _is_source(text: str) -> bool:
+    scheme, _, name = text.partition(":")
+    match scheme:
+        case "dns":
+            return not name.startswith("unix:") and _is_address(name)
+        case "kubernetes":
+            named = _SERVICE.fullmatch(name)
+            return named is not None and _is_port(named["port"])
+    return _is_address(text)
+
+
+def _is_port(text: str) -> bool:
+    """A number, or what Kubernetes may call a port."""
+    return not text.isdecimal() or 0 < int(text) <= _LAST_PORT
 
 
 def _is_address(text: str) -> bool:
@@ -292,7 +286,18 @@ def _is_address(text: str) -> bool:
         address = addresses.parse(text)
     except addresses.AddressError:
         return False
-    return not isinstance(address, addresses.Tcp) or address.port > 0
+    return not isinstance(address, addresses.Tcp) or (address.port > 0 and _is_host(address.host))
+
+
+def _is_host(host: str) -> bool:
+    """A name or an address: what is neither would be looked up for ever."""
+    if ":" not in host:
+        return _HOST.fullmatch(host) is not None
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _pool(pool_id: str, entry: PoolEntry) -> Pool:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from retinue_server.runtime.discovery.dns import DnsDiscovery
+from retinue_server.runtime.discovery.kubernetes import KubernetesDiscovery
 from retinue_server.runtime.dispatch import Pattern, Service
 from retinue_server.scattergather import journal, metrics, service
 from retinue_server.scattergather.config import ScatterGatherSettings
@@ -15,10 +16,13 @@ from retinue_server.scattergather.core.root import Root
 from retinue_server.scattergather.core.scatter import ScatterError
 from retinue_server.scattergather.engines.grpc import GrpcLeaves
 from retinue_server.scattergather.engines.merging import MergeCalls
-from retinue_server.scattergather.poolfile import PoolFile
+from retinue_server.scattergather.poolwatch import PoolFile
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from retinue_server.runtime.config import Settings, Upstream
+    from retinue_server.scattergather.core.topology import Pool
 
 SETTINGS = ScatterGatherSettings
 NAME = "scattergather"
@@ -31,17 +35,18 @@ async def wire(settings: Settings, section: ScatterGatherSettings) -> Pattern:
     clock = LoopClock()
     leaves, merges = GrpcLeaves(), MergeCalls(ScatterError)
     dns = DnsDiscovery(section.dns_poll_seconds)
+    kubernetes = KubernetesDiscovery(section.kubernetes.kubeconfig, section.kubernetes.namespace, NAME)
     root = Root(
         os.urandom(6).hex(),
         leaves,
-        {"dns": dns},
+        {"dns": dns, "kubernetes": kubernetes},
         merges,
         clock,
         share=section.processes,
         ended=journal.slow,
     )
     path = section.pools or settings.data_dir.absolute() / NAME / "pools.yaml"
-    pools = PoolFile(path, must_exist=section.pools is not None, apply=root.apply)
+    pools = PoolFile(path, root.apply, must_exist=section.pools is not None, prepare=partial(_prepare, kubernetes))
     return Pattern(
         name=NAME,
         services=(
@@ -49,11 +54,17 @@ async def wire(settings: Settings, section: ScatterGatherSettings) -> Pattern:
             Service(service.TOPOLOGY, service.TopologyService(root, clock)),
             Service(service.LEAF, service.LeafService(root, section.leaf_pool)),
         ),
-        parts=(leaves, merges, dns, pools, root),
+        parts=(leaves, merges, dns, kubernetes, pools, root),
         quiesce=root.quiesce,
         metrics=partial(metrics.families, root, lambda: pools.ok),
         notices=lambda: [f"{len(root.pools)} pools from {path}"],
     )
+
+
+def _prepare(kubernetes: KubernetesDiscovery, pools: Sequence[Pool]) -> None:
+    """Loads the client of Kubernetes as soon as a pool has use for it."""
+    if any(source.startswith("kubernetes:") for pool in pools for shard in pool.shards for source in shard.sources):
+        kubernetes.prepare()
 
 
 def _relay(upstream: Upstream) -> Pattern:

@@ -1,14 +1,21 @@
 """Discovery by DNS: names are looked up again and again, by the system's resolver.
 
 gRPC's own resolver asks again only when a connection fails, so that what is added stays idle (grpc/grpc#12295).
+
+The system's resolver, and none of our own that would know of lifetimes (TTLs): what it finds is what `getent ahosts
+NAME` prints in the same container, after /etc/hosts, nsswitch.conf, search domains and ndots. Asking every few seconds
+is no more than a lifetime of 5 s, which CoreDNS gives its answers, would allow. What it costs is a thread for each
+look-up, and those are our own: while name servers are away a look-up takes half a minute, and neither the threads that
+all else shares nor the end of the process may wait for that.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import random
 import socket
+import threading
 from typing import TYPE_CHECKING
 
 from retinue_server.runtime import addresses
@@ -18,12 +25,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_AT_ONCE = 16
+"""Look-ups that are under way at a time."""
+_NOTHING = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+"""Answers, and no failures: there is no such name, or it has no addresses."""
+
 
 class DnsDiscovery:
     """A part; a name is NAME:PORT, and each of its addresses (A and AAAA) is an endpoint."""
 
     def __init__(self, poll_s: float) -> None:
         self._poll_s = poll_s
+        self._room = asyncio.Semaphore(_AT_ONCE)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def watch(
@@ -39,21 +52,23 @@ class DnsDiscovery:
         return unwatch
 
     async def _watch(self, name: str, found: Callable[[Sequence[str]], None], poll_s: float) -> None:
-        known: list[str] | None = None
+        known: Sequence[str] | None = None
         failing = False
         while True:
             try:
-                now = await _look_up(name)
-            except OSError as error:
+                async with self._room:
+                    now = await _look_up(name)
+            except Exception as error:  # noqa: BLE001 - whatever fails, what was found stands, and is asked for again
                 if not failing:
-                    log.warning("cannot look up %s: %s; what was found last stands", name, error.strerror or error)
+                    why = getattr(error, "strerror", None) or error
+                    log.warning("cannot look up %s: %s; what was found last stands", name, why)
                 failing = True
             else:
                 failing = False
                 if now != known:
                     known = now
                     found(now)
-            await asyncio.sleep(poll_s)
+            await asyncio.sleep(poll_s * random.uniform(0.9, 1.1))  # noqa: S311 - so that names don't go in step
 
     async def start(self) -> None:
         """Ready as it is."""
@@ -62,13 +77,45 @@ class DnsDiscovery:
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait(self._tasks)
+            await asyncio.wait(self._tasks)
 
 
-async def _look_up(name: str) -> list[str]:
+async def _look_up(name: str) -> Sequence[str]:
+    """HOST:PORT of all addresses, sorted; none if the name has none. Raises OSError, ValueError for no name."""
     address = addresses.parse(name)
-    assert isinstance(address, addresses.Tcp)
+    if not isinstance(address, addresses.Tcp):
+        raise ValueError("it is no NAME:PORT")  # noqa: TRY004 - it was read from a file
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    return sorted({str(addresses.Tcp(str(entry[4][0]), address.port)) for entry in found})
+    answer: asyncio.Future[set[str]] = loop.create_future()
+    threading.Thread(target=_ask, args=(address.host, loop, answer), name="dns", daemon=True).start()
+    return sorted(str(addresses.Tcp(host, address.port)) for host in await answer)
+
+
+def _ask(host: str, loop: asyncio.AbstractEventLoop, answer: asyncio.Future[set[str]]) -> None:
+    """On a thread of its own."""
+
+    def tell(found: set[str] | Exception) -> None:
+        if answer.cancelled():
+            return
+        if isinstance(found, Exception):
+            answer.set_exception(found)
+        else:
+            answer.set_result(found)
+
+    try:
+        found: set[str] | Exception = _addresses(host)
+    except Exception as error:  # noqa: BLE001 - it is for whoever asked
+        found = error
+    try:
+        loop.call_soon_threadsafe(tell, found)
+    except RuntimeError:
+        return  # the loop has ended, and nobody waits
+
+
+def _addresses(host: str) -> set[str]:
+    try:
+        return {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except socket.gaierror as error:
+        if error.errno in _NOTHING:
+            return set()
+        raise

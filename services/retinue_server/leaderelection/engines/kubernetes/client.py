@@ -8,12 +8,11 @@ import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2
-from lightkube import ApiError, AsyncClient, KubeConfig
-from lightkube.core.exceptions import ConfigError as KubeConfigError
+from lightkube import ApiError, AsyncClient
 from lightkube.generic_resource import create_namespaced_resource
 
 from retinue_server.leaderelection.engines.kubernetes.lease import Lease
-from retinue_server.runtime.addresses import StartError
+from retinue_server.runtime import kubernetes
 from retinue_server.runtime.errors import Reason, RetinueError, Unavailable
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class Leases:
     """The Leases of one namespace. Its methods raise Unavailable; StartError here if it is not known where they are."""
 
     def __init__(self, kubeconfig: Path | None, namespace: str) -> None:
-        config = _config(kubeconfig)
+        config = kubernetes.find(kubeconfig, "leaderelection.kubernetes.kubeconfig")
         self.namespace = namespace or config.namespace
         patience = httpx2.Timeout(PATIENCE_S)
         self._calls = AsyncClient(config, self.namespace, patience)
@@ -92,17 +91,6 @@ class Leases:
         """Closes the connections."""
         for client in (self._calls, self._watches):
             await client.close()
-
-
-def _config(kubeconfig: Path | None) -> Any:
-    try:
-        known = KubeConfig.from_file(kubeconfig) if kubeconfig else KubeConfig.from_service_account()
-        return known.get()
-    except (KubeConfigError, KeyError, OSError) as error:
-        raise StartError(
-            f"cannot find the API server: {error}; run in a pod with a service account,"
-            " or set leaderelection.kubernetes.kubeconfig"
-        ) from error
 
 
 def _lease(body: dict[str, Any]) -> Lease:
