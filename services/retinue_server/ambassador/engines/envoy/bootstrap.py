@@ -1,0 +1,70 @@
+"""What Envoy is started with: where it gets everything else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from retinue_server.ambassador.engines.envoy.bindings import Json, typed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_ADS: Json = {"ads": {}, "resource_api_version": "V3"}
+XDS_CLUSTER, OTLP_CLUSTER = "retinue-xds", "retinue-otlp"
+_HTTP2 = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+
+
+def bootstrap(node_id: str, xds: Path, admin: Path, otlp_endpoint: str = "") -> Json:
+    """Admin and xDS are sockets in the file system, so that no request of an app can be made to reach them."""
+    clusters = [_cluster(XDS_CLUSTER, {"pipe": {"path": str(xds)}})]
+    if otlp_endpoint:
+        clusters.append(_cluster(OTLP_CLUSTER, _tcp(otlp_endpoint), kind="STRICT_DNS"))
+    return {
+        "node": {"id": node_id, "cluster": "retinue"},
+        "admin": {"address": {"pipe": {"path": str(admin), "mode": 0o600}}},
+        "dynamic_resources": {"ads_config": _ads_config(), "cds_config": _ADS, "lds_config": _ADS},
+        "static_resources": {"clusters": clusters},
+    }
+
+
+def _ads_config() -> Json:
+    backoff = {"base_interval": "0.1s", "max_interval": "1s"}  # as it is, it would take seconds to find us again
+    service = {"envoy_grpc": {"cluster_name": XDS_CLUSTER, "retry_policy": {"retry_back_off": backoff}}}
+    return {
+        "api_type": "DELTA_GRPC",
+        "transport_api_version": "V3",
+        "grpc_services": [service],
+        "set_node_on_first_message_only": True,
+    }
+
+
+def _cluster(name: str, address: Json, kind: str = "STATIC") -> Json:
+    keepalive = {"interval": "5s", "timeout": "5s"}
+    http2 = {"explicit_http_config": {"http2_protocol_options": {"connection_keepalive": keepalive}}}
+    return {
+        "name": name,
+        "type": kind,
+        "connect_timeout": "1s",
+        "typed_extension_protocol_options": {_HTTP2: typed(_HTTP2, http2)},
+        "load_assignment": {
+            "cluster_name": name,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}],
+        },
+    }
+
+
+def _tcp(endpoint: str) -> Json:
+    parts = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}")
+    return {"socket_address": {"address": parts.hostname or "127.0.0.1", "port_value": parts.port or 4317}}
+
+
+def tracing(service_name: str) -> Json:
+    """Of a connection manager: spans for requests that the app has sampled, to the collector that ours go to."""
+    config = {"grpc_service": {"envoy_grpc": {"cluster_name": OTLP_CLUSTER}}, "service_name": service_name}
+    name = "envoy.config.trace.v3.OpenTelemetryConfig"
+    return {
+        "random_sampling": {"value": 0},
+        "spawn_upstream_span": True,
+        "provider": {"name": "envoy.tracers.opentelemetry", "typed_config": typed(name, config)},
+    }

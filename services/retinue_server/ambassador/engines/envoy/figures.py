@@ -1,0 +1,154 @@
+"""Envoy's figures -> ours."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+from retinue_server.ambassador.core.spec import HTTP_LIKE, Protocol
+from retinue_server.ambassador.engine import Counts, EndpointCounts, EndpointHealth
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from retinue_server.ambassador.core.spec import Spec
+    from retinue_server.ambassador.engines.envoy.admin import Admin
+
+FILTER = (
+    r"^(cluster\.[^.]+\.(upstream_rq_(total|timeout|retry|retry_overflow|pending_overflow|active|time|5xx"
+    r"|pending_failure_eject|rx_reset|tx_reset)|upstream_cx_(overflow|total|connect_fail|none_healthy|connect_ms|"
+    r"connect_timeout)|outlier_detection\.ejections_enforced_total)"
+    r"|http\.[^.]+\.(downstream_rq_(total|5xx|active)|downstream_cx_(active|rx_bytes_total|tx_bytes_total))"
+    r"|tcp\.[^.]+\.downstream_cx_(total|rx_bytes_total|tx_bytes_total|no_route)"
+    r"|redis\.[^.]+\.(downstream_rq_(total|active)|downstream_cx_(active|rx_bytes_total|tx_bytes_total))"
+    r"|listener\.[^.]+\.downstream_cx_(active|total)"
+    r"|rate_limit\.http_local_rate_limit\.rate_limited"
+    r"|local_rate_limit\.[^.]+\.rate_limited)$"
+)
+_HISTOGRAM = re.compile(r"cluster\.([^.]+)\.upstream_(rq_time|cx_connect_ms)")
+_UNHEALTHY = (
+    ("failed_active_health_check", "its health check fails"),
+    ("failed_outlier_check", "it is kept off after failures"),
+    ("failed_active_degraded_check", "it says that it is degraded"),
+    ("pending_dynamic_removal", "it is about to be removed"),
+    ("excluded_via_immediate_hc_fail", "it says that it is ill"),
+)
+
+
+def health(cluster: Mapping[str, Any]) -> list[EndpointHealth]:
+    """Of the endpoints of one cluster, as /clusters has it."""
+    return [_health(host) for host in cluster.get("host_statuses", ())]
+
+
+def _health(host: Mapping[str, Any]) -> EndpointHealth:
+    said = host.get("health_status", {})
+    why = next((text for flag, text in _UNHEALTHY if said.get(flag)), "")
+    return EndpointHealth(address(host["address"]), not why, why)
+
+
+def address(said: Mapping[str, Any]) -> str:
+    """As ours are written."""
+    if "pipe" in said:
+        return f"unix:{said['pipe']['path']}"
+    host, port = said["socket_address"]["address"], said["socket_address"]["port_value"]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Figures:
+    """All that is counted, as it was when it was asked last."""
+
+    def __init__(self, admin: Admin) -> None:
+        self._admin = admin
+        self._plain: dict[str, int] = {}
+        self._histograms: dict[str, Mapping[str, Any]] = {}
+        self._clusters: dict[str, Mapping[str, Any]] = {}
+        self._since_ms = 0
+
+    async def look(self) -> None:
+        """Asks; raises Unavailable."""
+        info = await self._admin.get("/server_info")
+        up_s = float(str(info.get("uptime_current_epoch", "0s")).removesuffix("s"))
+        since = int((time.time() - up_s) * 1000)
+        if abs(since - self._since_ms) > 2_000:  # noqa: PLR2004 - it is told in whole seconds
+            self._since_ms = since
+        stats = await self._admin.get(f"/stats?format=json&histogram_buckets=disjoint&filter={_quoted(FILTER)}")
+        self._plain = {one["name"]: one["value"] for one in stats["stats"] if "name" in one}
+        for one in stats["stats"]:
+            for found in one.get("histograms", ()):
+                self._histograms[found["name"]] = found
+        clusters = await self._admin.get("/clusters?format=json")
+        self._clusters = {one["name"]: one for one in clusters.get("cluster_statuses", ())}
+
+    def connections(self, upstream_id: str) -> int:
+        """From apps."""
+        return self._plain.get(f"listener.{upstream_id}.downstream_cx_active", 0)
+
+    def health(self, upstream_id: str) -> Sequence[EndpointHealth]:
+        """Of its endpoints."""
+        return health(self._clusters.get(upstream_id, {}))
+
+    def counts(self, spec: Spec) -> Counts:
+        """Of one upstream."""
+        name = spec.upstream_id
+        found = Counts(self._since_ms, endpoints=dict(self._endpoints(name)))
+        cluster = self._reader(f"cluster.{name}.")
+        front = self._reader(f"{_front(spec)}.{name}.")
+        found.active_connections = self.connections(name)
+        found.received_bytes, found.sent_bytes = (
+            front("downstream_cx_rx_bytes_total"),
+            front("downstream_cx_tx_bytes_total"),
+        )
+        found.ejections = cluster("outlier_detection.ejections_enforced_total")
+        found.overflows = cluster("upstream_rq_pending_overflow") + cluster("upstream_cx_overflow")
+        if spec.protocol is Protocol.TCP:
+            found.requests = front("downstream_cx_total")
+            found.errors = cluster("upstream_cx_connect_fail") + cluster("upstream_cx_none_healthy")
+            found.timeouts = cluster("upstream_cx_connect_timeout")
+            found.active_requests = found.active_connections
+        else:
+            found.requests, found.active_requests = front("downstream_rq_total"), front("downstream_rq_active")
+            found.errors = (
+                front("downstream_rq_5xx")
+                if spec.protocol in HTTP_LIKE
+                else sum(one.errors for one in found.endpoints.values())
+            )
+            found.retries, found.retries_denied = cluster("upstream_rq_retry"), cluster("upstream_rq_retry_overflow")
+            found.timeouts = cluster("upstream_rq_timeout")
+        found.rate_limited = self._plain.get(f"local_rate_limit.{name}.rate_limited", 0)
+        self._add_latency(found, name, "cx_connect_ms" if spec.protocol is Protocol.TCP else "rq_time")
+        return found
+
+    def _reader(self, prefix: str) -> Any:
+        return lambda key: int(self._plain.get(prefix + key, 0))
+
+    def _endpoints(self, name: str) -> Iterable[tuple[str, EndpointCounts]]:
+        for host in self._clusters.get(name, {}).get("host_statuses", ()):
+            stats = {one["name"]: int(one.get("value", 0)) for one in host.get("stats", ())}
+            known = _health(host)
+            requests = stats.get("rq_total", 0) or stats.get("cx_total", 0)
+            errors = stats.get("rq_error", 0) + stats.get("cx_connect_fail", 0)
+            yield known.address, EndpointCounts(requests, errors, stats.get("cx_active", 0), known.healthy)
+
+    def _add_latency(self, found: Counts, name: str, kind: str) -> None:
+        """Envoy's are milliseconds, and their bounds are the same for all."""
+        said = self._histograms.get(f"cluster.{name}.upstream_{kind}")
+        if said is None:
+            return
+        buckets = [one for one in said.get("totals", ()) if "lower_bound" in one]
+        found.bounds_s = tuple((one["lower_bound"] + one["width"]) / 1000 for one in buckets)
+        found.buckets = [*(one["count"] for one in buckets), 0]
+        found.sum_s = sum((one["lower_bound"] + one["width"] / 2) / 1000 * one["count"] for one in buckets)
+
+
+def _front(spec: Spec) -> str:
+    """What Envoy calls the figures of the side of the app."""
+    if spec.protocol in HTTP_LIKE:
+        return "http"
+    return "redis" if spec.protocol is Protocol.REDIS else "tcp"
+
+
+def _quoted(pattern: str) -> str:
+    from urllib.parse import quote  # noqa: PLC0415 - loads a lot, and is used seldom
+
+    return quote(pattern, safe="")

@@ -1,0 +1,336 @@
+"""The data plane envoy: assignments in, xDS out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import ssl
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from retinue_server.ambassador.core.spec import HTTP_LIKE, Balancer, Protocol
+from retinue_server.ambassador.engine import Assignment, Counts, EndpointHealth, PlaneKind, Refused, State
+from retinue_server.ambassador.engines.envoy import render
+from retinue_server.ambassador.engines.envoy.admin import Admin
+from retinue_server.ambassador.engines.envoy.bootstrap import bootstrap, tracing
+from retinue_server.ambassador.engines.envoy.child import Child, find
+from retinue_server.ambassador.engines.envoy.figures import Figures
+from retinue_server.ambassador.engines.envoy.xds import Key, Xds
+from retinue_server.runtime.errors import Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from retinue_server.ambassador.config import EnvoySettings
+    from retinue_server.ambassador.core.spec import Listen, Spec
+    from retinue_server.ambassador.engines.envoy.bindings import Json
+
+log = logging.getLogger(__name__)
+
+_LOOK_S, _LOOK_SOON_S = 5.0, 0.1
+"""How often Envoy's figures are read by themselves, and while something drains."""
+_FILES_S = 1.0
+"""How often certificates and passwords are looked at."""
+_LISTENING_S = 5.0
+_HTTP_POLICIES = [
+    "policy.timeouts.request_duration",
+    "policy.timeouts.per_try_duration",
+    "policy.retry",
+    "policy.hedge",
+    "policy.splits",
+    "policy.mirror",
+    "policy.fault",
+    "policy.circuit_breaker.max_pending_requests",
+    "policy.circuit_breaker.max_requests",
+]
+_ALL = [
+    "listen.unix_socket",
+    "tls",
+    "tls.subject_alt_names",
+    "policy.timeouts.idle_duration",
+    "policy.outlier_detection",
+    "policy.health_check",
+    "policy.rate_limit",
+    "policy.circuit_breaker.max_connections",
+]
+_BALANCERS = {
+    Protocol.TCP: (Balancer.ROUND_ROBIN, Balancer.LEAST_REQUEST, Balancer.RANDOM, Balancer.RING_HASH, Balancer.MAGLEV),
+    Protocol.REDIS: (Balancer.RING_HASH, Balancer.MAGLEV),
+}
+_CAPABILITIES: Mapping[Protocol, frozenset[str]] = {
+    protocol: frozenset(
+        (
+            protocol.name.lower(),
+            *_ALL,
+            *(_HTTP_POLICIES if protocol in HTTP_LIKE else ()),
+            *(("redis_auth", "policy.timeouts.request_duration") if protocol is Protocol.REDIS else ()),
+            *(
+                f"policy.load_balancing.balancer={one.name}"
+                for one in _BALANCERS.get(protocol, _BALANCERS[Protocol.TCP])
+            ),
+        )
+    )
+    for protocol in (Protocol.TCP, Protocol.HTTP, Protocol.GRPC, Protocol.REDIS)
+}
+
+
+class _Files(NamedTuple):
+    """What stands in files: contents of those that an upstream names."""
+
+    ca: bytes = b""
+    cert: bytes = b""
+    key: bytes = b""
+    password: str = ""
+
+
+def make(said: EnvoySettings, directory: Path) -> EnvoyPlane | None:
+    """None where there is no Envoy to be started."""
+    socket = said.socket or directory / "xds.sock"
+    if said.mode == "attach":
+        return EnvoyPlane(directory, socket, None)
+    program = find(said.path)
+    return EnvoyPlane(directory, socket, program, said.concurrency) if program else None
+
+
+class EnvoyPlane:
+    """See the port; on the event loop only."""
+
+    def __init__(self, directory: Path, socket: Path, program: Path | None, concurrency: int = 1) -> None:
+        self.kind = PlaneKind.ENVOY_CHILD if program else PlaneKind.ENVOY_ATTACHED
+        self._changed: Callable[[], None] = lambda: None
+        self._xds = Xds(socket, self._came_or_went)
+        admin = socket.with_name("admin.sock")
+        self._admin = Admin(admin)
+        self._figures = Figures(self._admin)
+        endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+        self._tracing = tracing("retinue-ambassador") if endpoint and program else None
+        self._program, self._directory = program, directory
+        self._bootstrap = bootstrap("retinue", socket, admin, endpoint if program else "")
+        self._child = Child(program, directory, self._bootstrap, concurrency, self._came_or_went) if program else None
+        self.state = State(live=False, reason="Envoy has not come yet")
+        self._served: dict[str, Assignment] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._draining: set[str] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._look = asyncio.Event()
+
+    def capabilities(self, protocol: Protocol) -> frozenset[str]:
+        return _CAPABILITIES.get(protocol, frozenset())
+
+    def listen(self, changed: Callable[[], None]) -> None:
+        self._changed = changed
+
+    def _came_or_went(self) -> None:
+        live = self._xds.connected
+        self.state = State(live, "" if live else "Envoy is away", self._xds.version)
+        self._changed()
+
+    # Serving
+
+    async def put(self, wanted: Assignment) -> None:
+        name = wanted.spec.upstream_id
+        async with self._locks.setdefault(name, asyncio.Lock()):
+            files = await asyncio.to_thread(_read, wanted.spec)
+            before = self._served.get(name)
+            try:
+                await self._put(wanted, files)
+            except Refused:
+                await self._put_back(name, before)
+                raise
+            self._served[name] = wanted
+            self._draining.discard(name)
+
+    async def _put(self, wanted: Assignment, files: _Files) -> None:
+        """Each part after those that it needs."""
+        spec, xds, name = wanted.spec, self._xds, wanted.spec.upstream_id
+        self._want_secrets(spec, files)
+        await self._put_cluster(wanted, files)
+        routes = Key(render.ROUTES, name)
+        has_listener = xds.has(Key(render.LISTENER, name))
+        if spec.protocol in HTTP_LIKE and not has_listener:
+            xds.want(routes, render.routes(spec))
+        await xds.put(Key(render.LISTENER, name), render.listener(spec, self._tracing))
+        if spec.protocol in HTTP_LIKE:
+            await xds.put(routes, render.routes(spec))
+        if not has_listener:
+            await _listening(spec.listen)
+
+    async def _put_cluster(self, wanted: Assignment, files: _Files) -> None:
+        """Envoy says that it has taken a cluster only when it has its endpoints; those of one that changes it wants anew."""
+        spec, xds, name = wanted.spec, self._xds, wanted.spec.upstream_id
+        cluster, endpoints = Key(render.CLUSTER, name), Key(render.ENDPOINTS, name)
+        said, known = render.cluster(spec, files.password), render.endpoints(spec, wanted.endpoints)
+        changes = xds.changes(cluster, said)
+        if not xds.has(cluster):
+            xds.want(endpoints, known)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(xds.put(cluster, said))
+                group.create_task(xds.put(endpoints, known, again=changes))
+        except* Refused as refusals:
+            raise refusals.exceptions[0] from None
+
+    def _want_secrets(self, spec: Spec, files: _Files) -> None:
+        name = spec.upstream_id
+        if spec.tls is not None:
+            self._xds.want(Key(render.SECRET, f"{name}/ca"), render.ca_secret(name, files.ca))
+        if spec.tls is not None and spec.tls.cert_file:
+            self._xds.want(Key(render.SECRET, f"{name}/cert"), render.cert_secret(name, files.cert, files.key))
+
+    async def _put_back(self, name: str, before: Assignment | None) -> None:
+        """What was served before is wanted again; of what never was, nothing."""
+        if before is None:
+            self._xds.drop(_keys(name))
+            return
+        with contextlib.suppress(Refused):
+            await self._put(before, await asyncio.to_thread(_read, before.spec))
+
+    async def drain(self, upstream_id: str) -> None:
+        self._draining.add(upstream_id)
+        self._xds.drop([Key(render.LISTENER, upstream_id)])
+        self._look.set()
+
+    async def remove(self, upstream_id: str) -> None:
+        """Its connections end with its cluster."""
+        self._xds.drop(_keys(upstream_id))
+        self._served.pop(upstream_id, None)
+        self._draining.discard(upstream_id)
+        self._locks.pop(upstream_id, None)
+
+    async def validate(self, wanted: Assignment) -> None:
+        from retinue_server.ambassador.engines.envoy import validation  # noqa: PLC0415 - asked for seldom
+
+        resources = self._resources(wanted, await asyncio.to_thread(_read, wanted.spec))
+        if self._program is not None:
+            await validation.validate(self._program, self._directory, resources)
+
+    def _resources(self, wanted: Assignment, files: _Files) -> Mapping[Key, Json]:
+        spec, name = wanted.spec, wanted.spec.upstream_id
+        found = {
+            Key(render.CLUSTER, name): render.cluster(spec, files.password),
+            Key(render.ENDPOINTS, name): render.endpoints(spec, wanted.endpoints),
+            Key(render.LISTENER, name): render.listener(spec),
+        }
+        if spec.protocol in HTTP_LIKE:
+            found[Key(render.ROUTES, name)] = render.routes(spec)
+        return found
+
+    # Looking
+
+    def connections(self, upstream_id: str) -> int:
+        return self._figures.connections(upstream_id)
+
+    def health(self, upstream_id: str) -> Sequence[EndpointHealth]:
+        return self._figures.health(upstream_id)
+
+    async def counts(self) -> Mapping[str, Counts]:
+        await self._figures.look()
+        return {name: self._figures.counts(served.spec) for name, served in self._served.items()}
+
+    async def _keep_looking(self) -> None:
+        """For health, and for the connections of what drains."""
+        while True:
+            seen = {name: tuple(self._figures.health(name)) for name in self._served}
+            if self._served and self._xds.connected:
+                with contextlib.suppress(Unavailable):
+                    await self._figures.look()
+            if any(tuple(self._figures.health(name)) != known for name, known in seen.items()):
+                self._changed()
+            self._look.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._look.wait(), _LOOK_SOON_S if self._draining else _LOOK_S)
+
+    async def _keep_files(self) -> None:
+        """Certificates and passwords that change go out."""
+        known: dict[str, str] = {}
+        while True:
+            for name, served in list(self._served.items()):
+                if served.spec.tls is None and served.spec.redis_auth is None:
+                    continue
+                try:
+                    files = await asyncio.to_thread(_read, served.spec)
+                except Refused as error:
+                    log.warning("upstream %s: %s; the former go on", name, error)
+                    continue
+                digest = hashlib.sha256(repr(files).encode()).hexdigest()
+                if known.get(name, digest) != digest:
+                    log.info("upstream %s: its files have changed", name)
+                    with contextlib.suppress(Refused):
+                        await self.put(served)
+                known[name] = digest
+            await asyncio.sleep(_FILES_S)
+
+    # Life
+
+    async def start(self) -> None:
+        if self._tasks:
+            return
+        await self._xds.start()
+        if self._child is not None:
+            await self._child.start()
+        self._tasks = [asyncio.create_task(self._keep_looking()), asyncio.create_task(self._keep_files())]
+
+    async def stop(self) -> None:
+        """A child takes no new connections, and ends; one that is attached goes on."""
+        tasks, self._tasks = self._tasks, []
+        if not tasks:
+            return
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        if self._child is not None:
+            with contextlib.suppress(Unavailable):
+                await self._admin.post("/drain_listeners?graceful")
+            await self._child.stop()
+        await self._xds.stop()
+
+
+def _keys(name: str) -> list[Key]:
+    """In the order in which they go: what needs another before it."""
+    return [
+        Key(render.LISTENER, name),
+        Key(render.ROUTES, name),
+        Key(render.CLUSTER, name),
+        Key(render.ENDPOINTS, name),
+        Key(render.SECRET, f"{name}/ca"),
+        Key(render.SECRET, f"{name}/cert"),
+    ]
+
+
+def _read(spec: Spec) -> _Files:
+    """Raises Refused for what can't be read."""
+    try:
+        ca = cert = key = b""
+        password = ""
+        if spec.tls is not None:
+            ca = Path(spec.tls.ca_file or ssl.get_default_verify_paths().cafile or _SYSTEM_CA).read_bytes()
+        if spec.tls is not None and spec.tls.cert_file:
+            cert, key = Path(spec.tls.cert_file).read_bytes(), Path(spec.tls.key_file).read_bytes()
+        if spec.redis_auth is not None:
+            password = Path(spec.redis_auth.password_file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"cannot read a file that it names: {error}") from None
+    return _Files(ca, cert, key, password)
+
+
+_SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
+
+
+async def _listening(listen: Listen) -> None:
+    """Returns when the listener accepts, which Envoy does not tell: looks whether the kernel has it."""
+    end = asyncio.get_running_loop().time() + _LISTENING_S
+    while not await asyncio.to_thread(_is_listening, listen):
+        if asyncio.get_running_loop().time() > end:
+            raise Refused("its listener does not accept: see Envoy's log")
+        await asyncio.sleep(0.005)
+
+
+def _is_listening(listen: Listen) -> bool:
+    if listen.path:
+        return any(line.endswith(listen.path) for line in Path("/proc/net/unix").read_text().splitlines())
+    wanted = f"0100007F:{listen.port:04X}"
+    rows = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return any(row[1] == wanted and row[3] == "0A" for row in rows)
