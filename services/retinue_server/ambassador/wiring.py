@@ -18,6 +18,7 @@ from retinue_server.ambassador.upstreamfile import UpstreamFile
 from retinue_server.runtime.config import ConfigError
 from retinue_server.runtime.discovery.kubernetes import KubernetesDiscovery
 from retinue_server.runtime.dispatch import Pattern, Service
+from retinue_server.runtime.lifecycle import DataDirLock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ async def wire(settings: Settings, section: AmbassadorSettings) -> Pattern:
     return Pattern(
         name=NAME,
         services=(Service(service.DESCRIPTOR, service.AmbassadorService(upstreams), service.ROLES),),
-        parts=(*planes, finding, upstreams, file, *environment),
+        parts=(DataDirLock(directory), *planes, finding, upstreams, file, *environment),
         health=upstreams,
         health_of=upstreams.health_of,
         quiesce=upstreams.quiesce,

@@ -159,7 +159,7 @@ class EnvoyPlane:
             await _listening(spec.listen)
 
     async def _put_cluster(self, wanted: Assignment, files: _Files) -> None:
-        """Envoy says that it has taken a cluster only when it has its endpoints; those of one that changes it wants anew."""
+        """Envoy takes a cluster only when it has its endpoints, and wants those of one that changes anew."""
         spec, xds, name = wanted.spec, self._xds, wanted.spec.upstream_id
         cluster, endpoints = Key(render.CLUSTER, name), Key(render.ENDPOINTS, name)
         said, known = render.cluster(spec, files.password), render.endpoints(spec, wanted.endpoints)

@@ -1,7 +1,7 @@
 """The incremental aggregated discovery service: tells one Envoy what is wanted, and hears what it takes.
 
 Each change is a response of one resource, so that a refusal concerns that resource alone. Versions are digests of
-content: an Envoy that comes back, to this process or to another, says what it has, and is told what differs. What it had
+content: an Envoy that comes back, to this process or to another, says what it has, and is told what differs. What was
 taken before goes to a new Envoy all at once, since it begins with what the first response has.
 """
 
