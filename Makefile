@@ -102,7 +102,7 @@ types: $(VENV)/.dev ## mypy --strict
 check: proto lint types check-generated test e2e ## All that CI runs
 
 lock: $(VENV)/.dev ## Compiles the pinned requirements anew, with hashes and without index addresses
-	@for f in services/requirements services/requirements-run tests/requirements clients/python/requirements-generate deploy/image/requirements-build; do \
+	@for f in services/requirements services/requirements-run tests/requirements clients/python/requirements-generate deploy/image/requirements-build services/retinue_server/ambassador/engines/envoy/requirements-descriptors; do \
 	  $(BIN)/uv pip compile --python-version 3.11 --universal -q --generate-hashes --no-header $$f.in -o $$f.txt; done
 
 clean: ## Removes what was set up and all local state

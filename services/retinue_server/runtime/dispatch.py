@@ -143,8 +143,8 @@ class Pattern(msgspec.Struct, frozen=True):
     parts: Sequence[Part] = ()
     health: Health | None = None
     health_of: Callable[[str], bool | None] = lambda _: None
-    """The state of something within the pattern, which grpc.health.v1 tells by its name (`upstream/cache`); None = there
-    is no such thing. Its changes are told by `health`."""
+    """The state of something within the pattern, which grpc.health.v1 tells by its name (`upstream/cache`); None = no
+    such thing. Its changes are told by `health`."""
     quiesce: Callable[[], Awaitable[None]] | None = None
     """Called first on SIGTERM: ends long polls and streams with grace, so that the drain is short."""
     metrics: Callable[[], Iterable[Family]] | None = None
