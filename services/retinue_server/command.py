@@ -196,7 +196,7 @@ def _choose_transport(environment: MutableMapping[str, str]) -> None:
 
     Must come before grpc is imported. Releases that are not known keep their default; so does who chose for himself.
     """
-    environment.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # children are programs of their own, never forks that go on
+    environment.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # children are programs of their own
     if _OLDEST_KNOWN <= _grpc_release() <= _NEWEST_KNOWN:
         environment.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener,-event_engine_client")
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from functools import partial
 from typing import TYPE_CHECKING
 
 from retinue_server import __version__
 from retinue_server.ambassador.core.spec import Balancer, Protocol
 from retinue_server.ambassador.engine import Assignment, Counts, EndpointHealth, PlaneKind, Refused, State
-from retinue_server.ambassador.engines.native import tls
+from retinue_server.ambassador.engines.native import memcached, tcp, tls
 from retinue_server.ambassador.engines.native.listening import Served
-from retinue_server.ambassador.engines.native.tcp import Front
 
 if TYPE_CHECKING:
     import ssl
@@ -38,6 +36,17 @@ _CAPABILITIES: Mapping[Protocol, frozenset[str]] = {
             ),
         }
     ),
+    Protocol.MEMCACHED: frozenset(
+        {
+            "memcached",
+            "listen.unix_socket",
+            "tls",
+            "policy.timeouts.request_duration",
+            "policy.timeouts.idle_duration",
+            "policy.outlier_detection",
+            "policy.load_balancing.balancer=KETAMA",
+        }
+    ),
 }
 
 
@@ -48,6 +57,26 @@ class _Upstream:
         self.served = Served(changed)
         self.context: ssl.SSLContext | None = None
         self.stamp: tls.Stamp = ()
+        self.cluster: memcached.Cluster | None = None
+        """Of memcached."""
+
+    def update(self, wanted: Assignment) -> None:
+        """What is served from now on."""
+        self.served.update(wanted)
+        if wanted.spec.protocol is Protocol.MEMCACHED:
+            self.cluster = self.cluster or memcached.Cluster(self.served, lambda: self.context)
+            self.cluster.update()
+
+    def front(self) -> asyncio.Protocol:
+        """For a connection from an app."""
+        return memcached.Front(self.cluster) if self.cluster else tcp.Front(self.served, lambda: self.context)
+
+    def close(self) -> None:
+        """Ends all of it."""
+        self.served.close()
+        self.served.cut()
+        if self.cluster is not None:
+            self.cluster.close()
 
 
 class NativePlane:
@@ -75,8 +104,8 @@ class NativePlane:
             upstream.stamp = await asyncio.to_thread(tls.stamp, wanted.spec.tls)
         else:
             upstream.context = None
-        upstream.served.update(wanted)
-        await upstream.served.listen(partial(_front, upstream))
+        upstream.update(wanted)
+        await upstream.served.listen(upstream.front)
         self._upstreams[name] = upstream
 
     def _tell(self) -> None:
@@ -88,8 +117,7 @@ class NativePlane:
 
     async def remove(self, upstream_id: str) -> None:
         if (upstream := self._upstreams.pop(upstream_id, None)) is not None:
-            upstream.served.close()
-            upstream.served.cut()
+            upstream.close()
 
     def connections(self, upstream_id: str) -> int:
         upstream = self._upstreams.get(upstream_id)
@@ -134,7 +162,3 @@ class NativePlane:
                     upstream.context, upstream.stamp = await asyncio.to_thread(tls.context, said), stamp
                 except Refused as error:
                     log.warning("upstream %s: %s; the former go on", name, error)
-
-
-def _front(upstream: _Upstream) -> asyncio.Protocol:
-    return Front(upstream.served, lambda: upstream.context)

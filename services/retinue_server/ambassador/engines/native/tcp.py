@@ -62,7 +62,7 @@ class Front(asyncio.Protocol):
         back = Back(self, served, backend)
         try:
             async with asyncio.timeout(served.assignment.spec.policy.timeouts.connect_s):
-                await _open(served, backend, back, self._context())
+                await connect(served, backend, back, self._context())
         except (OSError, TimeoutError) as error:
             backend.active -= 1
             served.count.timeouts += isinstance(error, TimeoutError)
@@ -201,8 +201,8 @@ def _most(served: Served) -> int:
     return served.assignment.spec.policy.circuit_breaker.max_connections
 
 
-async def _open(served: Served, backend: Backend, back: asyncio.Protocol, context: ssl.SSLContext | None) -> None:
-    """Connects; raises OSError, of TLS too."""
+async def connect(served: Served, backend: Backend, back: asyncio.Protocol, context: ssl.SSLContext | None) -> None:
+    """Connects a protocol to an endpoint; raises OSError, of TLS too."""
     tls, address = served.assignment.spec.tls, backend.address
     name = tls.server_name if tls and context else None
     if address.startswith("unix:"):
