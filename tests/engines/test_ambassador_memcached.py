@@ -1,0 +1,288 @@
+"""Claims about memcached behind the native data plane, held to real memcached servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+
+import msgspec
+import pytest
+from support.upstreams import assignment, memcached, spec
+
+from retinue_server.ambassador.core.spec import Endpoint, OutlierDetection, Protocol, Spec, Timeouts
+from retinue_server.ambassador.engines.native.ketama import Ring
+from retinue_server.ambassador.engines.native.plane import NativePlane
+
+
+@pytest.fixture(scope="module")
+def shards() -> Iterator[list[str]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(memcached()) for _ in range(3)]
+
+
+@pytest.fixture
+async def plane(shards: list[str]) -> AsyncIterator[NativePlane]:
+    for shard in shards:
+        await talk(shard, b"flush_all\r\n", b"OK\r\n")
+    made = NativePlane()
+    await made.start()
+    yield made
+    await made.stop()
+
+
+async def talk(address: str, data: bytes, until: bytes, pieces: int = 1) -> bytes:
+    """What is answered, up to what it ends with; sent in so many pieces."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        size = -(-len(data) // pieces)
+        for at in range(0, len(data), size):
+            writer.write(data[at : at + size])
+            await writer.drain()
+            await asyncio.sleep(0)
+        async with asyncio.timeout(30):
+            found = b""
+            while not found.endswith(until):
+                part = await reader.read(65536)
+                if not part:
+                    break
+                found += part
+            return found
+    finally:
+        writer.close()
+
+
+async def served(plane: NativePlane, *shards: str, **policy: object) -> tuple[Spec, str]:
+    wanted = spec(Protocol.MEMCACHED, **policy)
+    await plane.put(assignment(wanted, *(Endpoint(shard) for shard in shards)))
+    return wanted, f"127.0.0.1:{wanted.listen.port}"
+
+
+async def test_memccapable_finds_all_that_it_looks_for(plane: NativePlane, shards: list[str]) -> None:
+    if shutil.which("memccapable") is None:
+        pytest.skip("needs memccapable: apt-get install libmemcached-tools")
+    wanted, _ = await served(plane, *shards)
+    command = ["memccapable", "-h", "127.0.0.1", "-p", str(wanted.listen.port), "-a"]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("[pass]") == 27
+
+
+COMMANDS = b"".join(
+    command + b"\r\n"
+    for command in (
+        b"set a 5 0 3\r\nabc",
+        b"get a",
+        b"gets a b a",
+        b"add a 0 0 1\r\nx",
+        b"add b 0 0 0\r\n",
+        b"get a b nothing",
+        b"append a 0 0 2\r\nde",
+        b"prepend a 0 0 2 noreply\r\n--",
+        b"get a",
+        b"incr n 1",
+        b"set n 0 0 1\r\n9",
+        b"incr n 5",
+        b"decr n 100",
+        b"incr a 1",
+        b"touch a 100",
+        b"gat 100 a n",
+        b"delete a",
+        b"delete a noreply",
+        b"cas n 0 0 1 1\r\n7",
+        b"verbosity 1",
+        b"bogus",
+        b"get",
+        b"set a b c",
+        b"mg n v k f t",
+        b"mg none v",
+        b"mg none v q",
+        b"ms m 3 T0 F7\r\nxyz",
+        b"ms m 1 q\r\nz",
+        b"mg m v f O123 k",
+        b"md m q",
+        b"md m q",
+        b"md m",
+        b"ma n D5",
+        b"ma none q",
+        b"ma n N0 J13 v",
+        b"me n",
+        b"mn",
+    )
+)
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 100, 100_000])
+async def test_one_shard_answers_through_it_as_it_does_directly(
+    plane: NativePlane, shards: list[str], pieces: int
+) -> None:
+    _, address = await served(plane, shards[0])
+    direct = await talk(shards[0], COMMANDS, b"MN\r\n")
+    await talk(shards[0], b"flush_all\r\n", b"OK\r\n")
+    through = await talk(address, COMMANDS, b"MN\r\n", min(pieces, len(COMMANDS)))
+    assert _comparable(through) == _comparable(direct)
+
+
+def _comparable(said: bytes) -> list[bytes]:
+    """Without what differs from time to time: tokens of cas, and seconds of `me`."""
+    lines = []
+    for line in said.split(b"\r\n"):
+        words = line.split(b" ")
+        if line.startswith(b"VALUE") and len(words) == 5:
+            words = words[:4]
+        if line.startswith(b"ME "):
+            words = words[:2]
+        lines.append(b" ".join(words))
+    return lines
+
+
+async def test_keys_are_where_libmemcached_looks_for_them(plane: NativePlane, shards: list[str]) -> None:
+    """The clients of libmemcached store on the shards themselves; what they stored is found through us."""
+    if shutil.which("memccp") is None:
+        pytest.skip("needs memccat: apt-get install libmemcached-tools")
+    ring = Ring([(shard, 1, shard) for shard in shards])
+    told = {ring.of(f"key-{number}".encode()) for number in range(100)}
+    assert told == set(shards)
+    assert [(shard, ring.of(key.encode())) for key, shard in REFERENCE_OF(shards).items()] == [
+        (shard, shard) for shard in REFERENCE_OF(shards).values()
+    ]
+
+
+def REFERENCE_OF(shards: list[str]) -> dict[str, str]:  # noqa: N802 - what libmemcached says
+    """Asked of libmemcached itself, by its own weighted ketama."""
+    pylibmc = pytest.importorskip("pylibmc", reason="needs pylibmc: pip install pylibmc")
+    client = pylibmc.Client(
+        shards, behaviors={"ketama_weighted": True, "hash": "md5", "distribution": "consistent ketama weighted"}
+    )
+    keys = [f"k{number}" for number in range(200)]
+    for key in keys:
+        client.set(key, b"x")
+    found = {}
+    for shard in shards:
+        alone = pylibmc.Client([shard])
+        found |= {key: shard for key in keys if alone.get(key) is not None}
+    return found
+
+
+async def test_a_shard_that_is_added_takes_its_share_and_no_other_keys(plane: NativePlane, shards: list[str]) -> None:
+    wanted, address = await served(plane, *shards[:2])
+    for number in range(300):
+        assert await talk(address, f"set k{number} 0 0 1\r\nx\r\n".encode(), b"\r\n") == b"STORED\r\n"
+    before = await _where(shards)
+    endpoints = tuple(Endpoint(shard) for shard in shards)
+    await plane.put(msgspec.structs.replace(assignment(wanted), endpoints=endpoints, generation=2))
+    for number in range(300):
+        await talk(address, f"set k{number} 0 0 1\r\nx\r\n".encode(), b"\r\n")
+    moved = {key for key, at in (await _where(shards)).items() if shards[2] in at}
+    assert 40 < len(moved) < 180
+    after = await _where(shards)
+    assert all(before[key] <= after[key] for key in before), "what stayed is where it was"
+    counts = (await plane.counts())["it"]
+    assert counts.requests == 600
+    assert sum(one.requests for one in counts.endpoints.values()) == 600
+
+
+async def _where(shards: list[str]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for shard in shards:
+        for number in range(300):
+            if (await talk(shard, f"get k{number}\r\n".encode(), b"END\r\n")).startswith(b"VALUE"):
+                found.setdefault(f"k{number}", set()).add(shard)
+    return found
+
+
+async def test_many_keys_are_gathered_from_their_shards(plane: NativePlane, shards: list[str]) -> None:
+    _, address = await served(plane, *shards)
+    for number in range(30):
+        await talk(address, f"set k{number} 0 0 2\r\n{number:02}\r\n".encode(), b"\r\n")
+    said = await talk(address, b"get " + b" ".join(f"k{n}".encode() for n in range(30)) + b" none\r\n", b"END\r\n")
+    values = said.removesuffix(b"END\r\n").split(b"\r\n")
+    assert {(values[at], values[at + 1]) for at in range(0, 60, 2)} == {
+        (f"VALUE k{n} 0 2".encode(), f"{n:02}".encode()) for n in range(30)
+    }
+
+
+async def test_a_dead_shard_costs_its_own_keys_alone(plane: NativePlane, shards: list[str]) -> None:
+    with memcached() as dying:
+        _, address = await served(plane, shards[0], dying, timeouts=Timeouts(request_s=1.0, connect_s=1.0))
+        keys = [f"k{number}" for number in range(60)]
+        for key in keys:
+            await talk(address, f"set {key} 0 0 1\r\nx\r\n".encode(), b"\r\n")
+    said = [await talk(address, f"get {key}\r\n".encode(), b"\r\n") for key in keys]
+    failed = [one for one in said if one.startswith(b"SERVER_ERROR")]
+    assert 0 < len(failed) < len(keys)
+    assert all(dying.encode() in one for one in failed)
+    assert all(one.startswith(b"VALUE") for one in said if one not in failed)
+
+
+async def test_with_outlier_detection_the_keys_of_a_dead_shard_go_elsewhere(
+    plane: NativePlane, shards: list[str]
+) -> None:
+    outliers = OutlierDetection(1, 1.0, 60.0, 100)
+    with memcached() as dying:
+        _, address = await served(plane, shards[0], dying, outlier_detection=outliers)
+        await talk(address, b"version\r\n", b"\r\n")
+    keys = [f"k{number}" for number in range(60)]
+    async with asyncio.timeout(30):
+        while True:
+            said = [await talk(address, f"set {key} 0 0 1\r\nx\r\n".encode(), b"\r\n") for key in keys]
+            if all(one == b"STORED\r\n" for one in said):
+                break
+    assert [one.healthy for one in plane.health("it")] == [True, False]
+
+
+async def test_a_shard_that_hangs_is_not_waited_for(plane: NativePlane) -> None:
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(swallow, "127.0.0.1", 0)
+    hanging = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    _, address = await served(plane, hanging, timeouts=Timeouts(request_s=0.2))
+    said = await talk(address, b"get a\r\nget b\r\n", b"in time\r\n")
+    assert said.count(b"SERVER_ERROR") == 2
+    assert (await plane.counts())["it"].timeouts == 1
+    server.close()
+
+
+async def test_what_many_say_at_once_is_answered_to_each(plane: NativePlane, shards: list[str]) -> None:
+    _, address = await served(plane, *shards)
+    chance = random.Random(7)
+
+    async def one(name: int) -> None:
+        for turn in range(30):
+            value = bytes(chance.choice(b"abc\r\n ") for _ in range(chance.randrange(2000)))
+            key = f"c{name}-{turn}".encode()
+            data = b"set " + key + b" 0 0 " + str(len(value)).encode() + b"\r\n" + value + b"\r\n"
+            assert await talk(address, data, b"\r\n", 3) == b"STORED\r\n"
+            said = await talk(address, b"get " + key + b"\r\n", b"END\r\n")
+            assert said == b"VALUE " + key + b" 0 " + str(len(value)).encode() + b"\r\n" + value + b"\r\nEND\r\n"
+
+    await asyncio.gather(*(one(name) for name in range(20)))
+
+
+async def test_garbage_ends_no_more_than_its_own_connection(plane: NativePlane, shards: list[str]) -> None:
+    _, address = await served(plane, *shards)
+    for garbage in (
+        b"\r\n",
+        b"set a 0 0 -1\r\n",
+        b"set a 0 0 99999999999\r\nx",
+        b"ms a x\r\n",
+        b"\x80\x00\r\n",
+        b"x" * 3000 + b"\r\n",
+    ):
+        said = await talk(address, garbage, b"\r\n")
+        assert said.startswith((b"ERROR", b"CLIENT_ERROR", b"SERVER_ERROR"))
+    assert await talk(address, b"set a 0 0 1\r\nx\r\n", b"\r\n") == b"STORED\r\n"
+
+
+async def test_figures_are_those_of_all_shards(plane: NativePlane, shards: list[str]) -> None:
+    _, address = await served(plane, *shards)
+    for number in range(50):
+        await talk(address, f"set k{number} 0 0 1\r\nx\r\n".encode(), b"\r\n")
+    said = await talk(address, b"stats\r\n", b"END\r\n")
+    assert b"STAT curr_items 50\r\n" in said
