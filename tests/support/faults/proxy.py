@@ -34,6 +34,8 @@ class Mode(Enum):
     """The other way round: the server works on, and its answers are kept back."""
     HALF_OPEN = "half-open"
     """Nothing passes, and nobody is told: as when a cable is pulled."""
+    REFUSE = "refuse"
+    """New connections are reset; those that are open go on."""
 
 
 class Proxy:
@@ -99,6 +101,9 @@ class Proxy:
         return len(self._links)
 
     def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._mode is Mode.REFUSE:
+            writer.transport.abort()
+            return
         link = self._loop.create_task(self._link(reader, writer))
         self._links.add(link)
         link.add_done_callback(self._links.discard)

@@ -53,6 +53,8 @@ class App:
         self.latency_s = 0.0
         self.drops = self.ends = self.bookmarks = 0
         """Watches that began before the latest are over, or have one to get."""
+        self.nonsense: bytes | None = None
+        """What it answers to everything, if anything."""
         self.requests: list[str] = []
         """`list` and `watch`, as they came."""
         self._token = token
@@ -64,6 +66,10 @@ class App:
             if not part.get("more_body"):
                 break
         await asyncio.sleep(self.latency_s)
+        if self.nonsense is not None:
+            await _head(send, 200)
+            await send({"type": "http.response.body", "body": self.nonsense})
+            return
         params = dict(parse_qsl(scope["query_string"].decode()))
         try:
             wanted = self._route(scope, params)
@@ -231,6 +237,14 @@ class Emulator(Api):
         self._app.latency_s = seconds
         yield
         self._app.latency_s = 0.0
+
+    @contextlib.contextmanager
+    def talking(self, nonsense: bytes) -> Iterator[None]:
+        """Answers as something that is no API server and sits in front of it."""
+        self._app.nonsense = nonsense
+        self.drop_watches()
+        yield
+        self._app.nonsense = None
 
     def refuse_writes(self, times: int) -> None:
         """So many of the next PUTs find that somebody else was faster."""

@@ -201,7 +201,7 @@ class Store:
         return self._store(of, "ADDED", thing)
 
     def put(self, of: Resource, namespace: str, thing: Thing) -> tuple[int, Thing]:
-        """As made from the latest; one that does not exist is created."""
+        """As made from the latest; a Lease that does not exist is created."""
         meta = thing.metadata
         before = self._things.get((of.plural, namespace, meta.name))
         uid = before.metadata.uid if before else ""
@@ -209,6 +209,8 @@ class Store:
             what = f"Precondition failed: UID in precondition: {meta.uid}, UID in object meta: {uid}"
             raise _conflict(of, meta.name, what)
         if before is None:
+            if of.type is EndpointSlice:
+                self.get(of, namespace, meta.name)
             meta.resource_version = ""
             return 201, self.create(of, namespace, thing)
         self._check(of, before, meta)
@@ -235,8 +237,7 @@ class Store:
     def delete(self, of: Resource, namespace: str, name: str) -> Thing:
         thing = self.get(of, namespace, name)
         del self._things[of.plural, namespace, name]
-        gone = msgspec.structs.replace(thing, metadata=msgspec.structs.replace(thing.metadata))
-        return self._note("DELETED", gone, thing)
+        return self._note("DELETED", _at(self.version, thing), thing)
 
     def _store(self, of: Resource, kind: str, thing: Thing) -> Thing:
         key = of.plural, thing.metadata.namespace, thing.metadata.name
@@ -266,16 +267,21 @@ class Store:
         if version < self.forgotten:
             raise Refusal(410, "Expired", f"too old resource version: {version} ({self.forgotten})")
         for event in self._events:
-            if event.version > version and (kind := _seen(event, wanted)):
-                yield event.version, kind, event.thing
+            if event.version > version and (seen := _seen(event, wanted)):
+                yield (event.version, *seen)
 
 
-def _seen(event: Event, wanted: Selection) -> str:
-    """What kind of change it is for those who see some things alone; empty = none."""
+def _seen(event: Event, wanted: Selection) -> tuple[str, Thing] | None:
+    """What change it is for those who see some things alone: what is no longer selected goes as it was before."""
     was = event.before is not None and wanted.has(event.before)
-    if event.kind == "DELETED" or not wanted.has(event.thing):
-        return "DELETED" if was else ""
-    return "MODIFIED" if was else "ADDED"
+    if event.kind != "DELETED" and wanted.has(event.thing):
+        return ("MODIFIED" if was else "ADDED"), event.thing
+    return ("DELETED", _at(event.version, event.before)) if was and event.before is not None else None
+
+
+def _at(version: int, thing: Thing) -> Thing:
+    meta = msgspec.structs.replace(thing.metadata, resource_version=str(version))
+    return msgspec.structs.replace(thing, metadata=meta)
 
 
 def _refused(of: Resource, code: int, reason: str, message: str, name: str, *, kind: str = "") -> Refusal:
@@ -296,6 +302,8 @@ def read(of: Resource, body: bytes, namespace: str, name: str | None) -> Thing:
         raise Refusal(400, "BadRequest", message) from error
     meta = thing.metadata
     meta.labels, meta.annotations = meta.labels or None, meta.annotations or None
+    if isinstance(thing, EndpointSlice):
+        thing.endpoints, thing.ports = thing.endpoints or None, thing.ports or None
     if name not in (None, meta.name):
         message = f"the name of the object ({meta.name}) does not match the name on the URL ({name})"
         raise Refusal(400, "BadRequest", message)
