@@ -53,6 +53,8 @@ class App:
         self.latency_s = 0.0
         self.drops = self.ends = self.bookmarks = 0
         """Watches that began before the latest are over, or have one to get."""
+        self.marked = 0
+        """Bookmarks that were sent."""
         self.nonsense: bytes | None = None
         """What it answers to everything, if anything."""
         self.requests: list[str] = []
@@ -74,7 +76,6 @@ class App:
         try:
             wanted = self._route(scope, params)
             if params.get("watch") == "true":
-                self.requests.append("watch")
                 await self._watch(wanted, params, receive, send)
                 return
             code, said = self._answer(scope["method"], wanted, body)
@@ -138,6 +139,7 @@ class App:
             for thing in self.store.list(wanted):
                 yield {"type": "ADDED", "object": thing}
         begun, marked = (self.drops, self.ends), self.bookmarks
+        self.requests.append("watch")  # only now does it notice when it is to end
         end = time.monotonic() + float(params.get("timeoutSeconds", "1800"))
         while time.monotonic() < end and (self.drops, self.ends) == begun and not gone.done():
             changed = asyncio.ensure_future(self.store.changed.wait())
@@ -147,6 +149,7 @@ class App:
             if marked != self.bookmarks and "allowWatchBookmarks" in params:
                 marked, version = self.bookmarks, self.store.version
                 yield _bookmark(wanted.resource, version)
+                self.marked += 1
             either: set[asyncio.Future[Any]] = {changed, gone}
             await asyncio.wait(either, timeout=end - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
@@ -243,8 +246,10 @@ class Emulator(Api):
         """Answers as something that is no API server and sits in front of it."""
         self._app.nonsense = nonsense
         self.drop_watches()
-        yield
-        self._app.nonsense = None
+        try:
+            yield
+        finally:
+            self._app.nonsense = None
 
     def refuse_writes(self, times: int) -> None:
         """So many of the next PUTs find that somebody else was faster."""
@@ -256,14 +261,22 @@ class Emulator(Api):
         return list(self._app.requests)
 
     def bookmark_watches(self) -> None:
-        """All watches that want them get a bookmark."""
+        """All watches that want them get a bookmark; returns when one did."""
+        before, end = self._app.marked, time.monotonic() + _START
         self._app.bookmarks += 1
         self._call(self._app.store.wake)
+        while self._app.marked == before:
+            assert time.monotonic() < end
+            time.sleep(0.01)
 
     def drop_watches(self) -> None:
         """All watches break off amid what they say."""
         self._app.drops += 1
         self._call(self._app.store.wake)
+
+    def forget_what_was(self) -> None:
+        """No watch can begin before what is now; those that run go on."""
+        self._app.store.forgotten = self._app.store.version
 
     def end_watches(self, *, forget: bool = False) -> None:
         """All watches end as by their timeout; with `forget` none can go on from where it was."""

@@ -11,11 +11,9 @@ LABEL = "kubernetes.io/service-name"
 Body = dict[str, Any]
 
 
-def endpoint(address: str, *, pod: str = "", **conditions: bool | None) -> Body:
+def endpoint(address: str, **conditions: bool) -> Body:
     """One endpoint; ready, unless its conditions say otherwise."""
-    told = {name: value for name, value in ({"ready": True} | conditions).items() if value is not None}
-    reference = {"targetRef": {"kind": "Pod", "name": pod, "uid": pod}} if pod else {}
-    return {"addresses": [address], "conditions": told, **reference}
+    return {"addresses": [address], "conditions": {"ready": True} | conditions}
 
 
 def body(name: str, service: str, endpoints: Sequence[Body], ports: Sequence[Body], family: str = "IPv4") -> Body:
