@@ -8,12 +8,11 @@ import msgspec
 from google.protobuf.struct_pb2 import ListValue, Struct, Value
 
 from retinue_server.runtime.errors import Violation
+from retinue_server.scattergather.core.merges import MAX_DEPTH
 
 if TYPE_CHECKING:
     from collections.abc import MutableSequence
 
-_MAX_DEPTH = 90
-"""Protobuf reads 100 levels; a list or an object takes one for itself and one for its value."""
 _encode = msgspec.json.Encoder().encode
 _EXACT = 1 << 53
 """Up to here a double has every whole number, which is then written without a fraction."""
@@ -51,7 +50,7 @@ def _number(number: float) -> float:
 
 def message(plain: Any, depth: int = 0) -> Value:
     """The message of a JSON value; raises ValueError for one too deep for a message."""
-    if depth > _MAX_DEPTH // 2:
+    if depth > MAX_DEPTH:
         raise ValueError("it is nested too deeply")
     match plain:
         case None:

@@ -181,7 +181,7 @@ def read(path: Path) -> Sequence[Pool]:
         values = yaml.safe_load(path.read_text()) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise PoolFileError(f"cannot read the pool file {path}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the latter two for scalars and depth
         raise PoolFileError(f"cannot read the pool file {path}: it is no YAML: {error}") from None
     wrong: list[str] = []
     found = list(_pools(values, wrong))
@@ -277,14 +277,15 @@ def _shard_violations(shards: Sequence[ShardEntry]) -> Iterator[str]:
         if not shard.endpoints:
             yield f"{at}.endpoints: must be one or more"
         for text in shard.endpoints:
-            if not _is_address(_undiscovered(text)):
+            if not _is_source(text):
                 yield f"{at}.endpoints: {text!r} must be HOST:PORT, unix:PATH, dns:NAME:PORT or kubernetes:SERVICE:PORT"
 
 
-def _undiscovered(text: str) -> str:
-    """Of what is to be discovered the name and port, which look like an address."""
+def _is_source(text: str) -> bool:
+    """An address; or, of what is to be discovered, the name and port, which look like one."""
     scheme = next((scheme for scheme in _DISCOVERED if text.startswith(scheme)), "")
-    return text.removeprefix(scheme)
+    name = text.removeprefix(scheme)
+    return _is_address(name) and not (scheme and name.startswith("unix:"))
 
 
 def _is_address(text: str) -> bool:

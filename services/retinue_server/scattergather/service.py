@@ -167,8 +167,8 @@ class ScatterGatherService:
             one
             for one in reversed(self._root.recent)
             if (before is None or one.number < before)
-            and request.pool_id in ("", one.scatter.ask.pool_id)
-            and request.scatter_id in ("", one.scatter.scatter_id)
+            and request.pool_id in ("", one.pool_id)
+            and request.scatter_id in ("", one.scatter_id)
         ]
         return api.ListRecentScattersResponse(
             scatters=[translate.recent(one) for one in found[:size]],
@@ -260,19 +260,23 @@ class LeafService:
                     task = asyncio.create_task(self._answer(request, call, turn))
                     queries[request.query_id] = task
                     task.add_done_callback(partial(_forget, queries, request.query_id))
+            if queries:  # nothing more is asked; what was is answered
+                await asyncio.wait(list(queries.values()))
         finally:
             for task in list(queries.values()):
                 task.cancel()
 
     async def _answer(self, request: leaf.QueryStreamRequest, call: Call, turn: asyncio.Lock) -> None:
         one = _OneOfMany(call, request.timeout_micros / 1_000_000)
-        response = leaf.QueryStreamResponse(query_id=request.query_id)
+        query_id = request.query_id
         try:
-            response.response.CopyFrom(await self.Query(request.query, one))
-        except RetinueError as error:
-            response.code, response.message = int(error.code), error.message
-        async with turn:  # a stream takes one message at a time
-            await call.write(response)
+            answer = await self.Query(request.query, one)
+            async with turn:  # a stream takes one message at a time
+                await call.write(leaf.QueryStreamResponse(query_id=query_id, response=answer))
+        except RetinueError as error:  # also of an answer that is too large
+            failed = leaf.QueryStreamResponse(query_id=query_id, code=int(error.code), message=error.message)
+            async with turn:
+                await call.write(failed)
 
 
 def _forget(queries: dict[int, asyncio.Task[None]], query_id: int, _: object) -> None:

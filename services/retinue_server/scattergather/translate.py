@@ -253,21 +253,20 @@ def plan(made: Plan, now: float) -> api.ExplainScatterResponse:
 
 def recent(known: Recent) -> api.RecentScatter:
     """A past request."""
-    scatter = known.scatter
-    chosen = _remembered(scatter.attempts)
+    chosen = _remembered(known.attempts)
     found = api.RecentScatter(
-        scatter_id=scatter.scatter_id,
-        pool_id=scatter.ask.pool_id,
-        start_time=wire.to_timestamp(scatter.wall_ms),
+        scatter_id=known.scatter_id,
+        pool_id=known.pool_id,
+        start_time=wire.to_timestamp(known.wall_ms),
         code=known.code,
-        trace_id=scatter.ask.trace_id,
-        parent_scatter_id=scatter.ask.parent_scatter_id,
-        attempts=[_attempt(attempt, scatter.begun_at) for attempt in chosen],
-        omitted_attempts=len(scatter.attempts) - len(chosen),
+        trace_id=known.trace_id,
+        parent_scatter_id=known.parent_scatter_id,
+        attempts=[_attempt(attempt, known.begun_at) for attempt in chosen],
+        omitted_attempts=len(known.attempts) - len(chosen),
     )
-    if scatter.gathered is not None:
-        found.coverage.CopyFrom(coverage(scatter.gathered.coverage))
-        found.stats.CopyFrom(stats(scatter.gathered.stats))
+    if known.gathered is not None:
+        found.coverage.CopyFrom(coverage(known.gathered.coverage))
+        found.stats.CopyFrom(stats(known.gathered.stats))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import re
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from retinue_server.scattergather.core.topology import Merging
+
+
+MAX_DEPTH = 45
+"""Of JSON: protobuf reads 100 levels, and a list or an object takes one for itself and one for its value."""
+_LONG = re.compile(rb"[0-9]{309}")
+"""What is shorter fits in a double."""
 
 
 class Merge(Protocol):
@@ -46,6 +53,7 @@ class CollectJson(Collect):
 
     def add(self, index: int, payload: bytes) -> None:
         _any(payload)
+        _check_fits(payload)
         super().add(index, payload)
 
 
@@ -99,6 +107,7 @@ class Count:
         self._count += int(number)
 
     def result(self) -> int:
+        _finite(self._count)
         return self._count
 
 
@@ -155,8 +164,9 @@ class TopK:
     def add(self, index: int, payload: bytes) -> None:
         raws = _decoded(_raws, payload, "an array of objects with score and id")
         hits = [_decoded(_hit, raw, "an array of objects with a number `score` and an `id`") for raw in raws]
-        for hit in hits:
+        for hit, raw in zip(hits, raws, strict=True):
             _finite(hit.score)
+            _check_fits(bytes(raw), within=1)
         heap = self._hits
         for rank, (hit, raw) in enumerate(zip(hits, raws, strict=True)):
             entry = (hit.score, -index, -rank, raw)  # place and rank are no other's: raw is never compared
@@ -191,6 +201,8 @@ class Histogram:
         self._sums.append(bars.sum)
 
     def result(self) -> dict[str, Any]:
+        for count in self._counts:
+            _finite(count)
         return {"bounds": self._bounds or [], "counts": self._counts or [0], "sum": _total(self._sums)}
 
 
@@ -201,6 +213,8 @@ def _check_bars(bars: _Bars, bounds: list[float] | None) -> None:
         raise Malformed("bounds must be finite and rise")
     if len(bars.counts) != len(bars.bounds) + 1 or any(count < 0 for count in bars.counts):
         raise Malformed("counts must be one more than bounds, 0 or more each")
+    for count in bars.counts:
+        _finite(count)
     if bounds is not None and bars.bounds != bounds:
         raise Malformed("bounds must be the same in every shard")
 
@@ -235,6 +249,22 @@ def _decoded(decode: Callable[[Any], Any], payload: Any, wanted: str) -> Any:
 
 def _any(payload: bytes) -> Any:
     return _decoded(_value, payload, "any value")
+
+
+def _check_fits(payload: bytes, within: int = 0) -> None:
+    """Raises Malformed for JSON that no message holds; it is looked at closely only where its bytes give reason to."""
+    if payload.count(b"[") + payload.count(b"{") + within > MAX_DEPTH or _LONG.search(payload):
+        _check_value(_any(payload), within)
+
+
+def _check_value(plain: Any, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise Malformed("it is nested too deeply")
+    if isinstance(plain, int):
+        _finite(plain)
+    elif isinstance(plain, (list, dict)):
+        for inner in plain.values() if isinstance(plain, dict) else plain:
+            _check_value(inner, depth + 1)
 
 
 def _finite(number: float) -> float:

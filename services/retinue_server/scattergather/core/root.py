@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from retinue_server.scattergather.core.clock import Clock
     from retinue_server.scattergather.core.merges import Merge
     from retinue_server.scattergather.core.requests import Ask, Gathered
-    from retinue_server.scattergather.core.scatter import Observer
+    from retinue_server.scattergather.core.scatter import Attempt, Observer
     from retinue_server.scattergather.core.topology import Pool, Shard
     from retinue_server.scattergather.engine import Discovery, Leaves, Line, UserMerge, UserMerges
 
@@ -61,11 +61,18 @@ class Plan(NamedTuple):
 
 
 class Recent(NamedTuple):
-    """A past request."""
+    """A past request: what it was, without what it asked and was told, which may be much."""
 
     number: int
-    scatter: Scatter
+    scatter_id: str
+    pool_id: str
+    wall_ms: int
     code: int
+    trace_id: str
+    parent_scatter_id: str
+    gathered: Gathered | None
+    begun_at: float
+    attempts: Sequence[Attempt]
 
 
 class Root:
@@ -219,7 +226,8 @@ class Root:
         merging, topology = ask.topology.pool.merging, ask.topology
         if merging.kind is not MergeKind.SERVICE:
             return merges.make(merging), None
-        timeout = topology.pool.timeout_s if ask.timeout_s is None else ask.timeout_s
+        pool = topology.pool
+        timeout = pool.timeout_s if ask.timeout_s is None else min(ask.timeout_s, pool.timeout_s)
         service = self._services.begin(
             merging.address, ask.pool_id, ask.payload, timeout_s=timeout, stream=merging.commutative
         )
@@ -255,10 +263,10 @@ class Root:
         if code is Code.OK:
             _measure(live, scatter, self._clock.now())
         self._noted += 1
-        self.recent.append(Recent(self._noted, scatter, code))
+        self.recent.append(_remembered(self._noted, scatter, code))
         self._recent_attempts += len(scatter.attempts)
         while len(self.recent) > _REMEMBERED or (self._recent_attempts > _REMEMBERED_ATTEMPTS and len(self.recent) > 1):
-            self._recent_attempts -= len(self.recent.popleft().scatter.attempts)
+            self._recent_attempts -= len(self.recent.popleft().attempts)
         self._ended(scatter)
 
 
@@ -273,6 +281,22 @@ class _Forward:
 
     def result(self) -> Sequence[tuple[int, bytes]]:
         return ()
+
+
+def _remembered(number: int, scatter: Scatter, code: Code) -> Recent:
+    ask = scatter.ask
+    return Recent(
+        number,
+        scatter.scatter_id,
+        ask.pool_id,
+        scatter.wall_ms,
+        code,
+        ask.trace_id,
+        ask.parent_scatter_id,
+        scatter.gathered,
+        scatter.begun_at,
+        scatter.attempts,
+    )
 
 
 def _merged(merge: Merge, gathered: Gathered) -> Any:

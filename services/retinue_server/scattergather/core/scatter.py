@@ -185,6 +185,9 @@ class Scatter:
         self._timers.append(clock.at(self._leaf_deadline, self._time_out))
         if policy.soft_deadline_s is not None:
             self._timers.append(clock.at(self.begun_at + policy.soft_deadline_s, self._end_of_patience))
+        if self._leaf_deadline <= self.begun_at:
+            self._time_out()  # nobody could answer any more
+            return
         self._send()
 
     def _divide(self) -> None:
@@ -265,6 +268,7 @@ class Scatter:
         attempt.reply_bytes = len(data)
         if self._gathered_bytes + len(data) > self._pool.limits.max_gathered_bytes:
             attempt.end = End.FAILED
+            attempt.code = part.code = int(Code.RESOURCE_EXHAUSTED)
             self._fail(Code.RESOURCE_EXHAUSTED, Reason.GATHER_TOO_LARGE, self._over_budget())
             return
         try:
@@ -302,6 +306,7 @@ class Scatter:
         part = attempt.part
         if code in rules.REFUSALS:
             shard = part.members[0].shard.shard_id
+            part.code, part.message = code, _cut(message)
             self._fail(Code(code), Reason.LEAF_REFUSED, message or f"shard {shard} refused the request", shard_id=shard)
             return
         attempt.replica.observe(max(now - attempt.started_at, self._leaf_deadline - self.begun_at), now)
@@ -346,7 +351,7 @@ class Scatter:
 
     def _settle_failure(self, part: Part, code: int, message: str) -> None:
         part.done, part.code = True, int(code)
-        part.message = message.encode()[:_MESSAGE_BYTES].decode(errors="ignore")
+        part.message = _cut(message)
         self._pending -= 1
         self._live.open_calls -= 1
         self._lost += part.weight
@@ -391,25 +396,27 @@ class Scatter:
             self._finish()
 
     def _decide_first(self) -> None:
-        if self._answered_shards:
+        if self._answered_shards and not (self._policy.strict and self._degraded):
             self._finish()
-        elif not self._pending:
+        elif self._answered_shards or not self._pending:
             self._fall_short()
 
     def _is_enough(self) -> bool:
         policy = self._policy
         if policy.strict and (self._degraded or self._answered < self._expected):
             return False
-        return self._answered >= policy.min_coverage * self._expected and self._answered_shards >= policy.min_shards
+        return self._covers(self._answered) and self._answered_shards >= policy.min_shards
 
     def _can_be_enough(self) -> bool:
         policy = self._policy
         if policy.strict and (self._degraded or self._lost):
             return False
         best = self._expected - self._lost
-        return (
-            best >= policy.min_coverage * self._expected and len(self.members) - self._lost_shards >= policy.min_shards
-        )
+        return self._covers(best) and len(self.members) - self._lost_shards >= policy.min_shards
+
+    def _covers(self, leaves: int) -> bool:
+        """Divided, not multiplied: 55 of 100 are 0.55 exactly, and less than 0.55 * 100."""
+        return leaves / self._expected >= self._policy.min_coverage
 
     def _end_of_patience(self) -> None:
         self._soft_over = True
@@ -485,8 +492,9 @@ class Scatter:
             attempt.end, attempt.ended_at = End.LOST, now
             attempt.code = int(Code.CANCELLED)
             attempt.replica.in_flight -= 1
-            if part.coverage is not None:  # another was faster: it takes at least as long as it took until now
-                attempt.replica.observe(now - attempt.started_at, now)
+            waited = now - attempt.started_at  # it takes at least so long
+            if part.coverage is not None or waited > attempt.replica.latency_s(now):
+                attempt.replica.observe(waited, now)
             cancel, attempt.cancel = attempt.cancel, None
             if cancel is not None:
                 cancel()
@@ -531,6 +539,10 @@ def outcome(part: Part, index: int = 0) -> Outcome:
     """What became of a shard of a part."""
     shard = part.members[index].shard
     return Outcome(shard.shard_id, part.code, part.message, part.attempts, part.coverage)
+
+
+def _cut(message: str) -> str:
+    return message.encode()[:_MESSAGE_BYTES].decode(errors="ignore")
 
 
 def _coverage(weight: int, said: Coverage | None) -> Coverage:

@@ -42,9 +42,10 @@ class DnsDiscovery:
         while True:
             try:
                 now = await _look_up(name)
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # the latter for what can be no name
                 if not failing:
-                    log.warning("cannot look up %s: %s; what was found last stands", name, error.strerror or error)
+                    why = getattr(error, "strerror", None) or error
+                    log.warning("cannot look up %s: %s; what was found last stands", name, why)
                 failing = True
             else:
                 failing = False

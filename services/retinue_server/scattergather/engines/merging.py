@@ -64,7 +64,8 @@ class _AtOnce:
     def __init__(
         self, stub: Any, request: pb.MergeRequest, timeout_s: float, failed: Callable[[aio.AioRpcError], RetinueError]
     ) -> None:
-        self._stub, self._request, self._timeout_s, self._failed = stub, request, timeout_s, failed
+        self._stub, self._request, self._failed = stub, request, failed
+        self._deadline = asyncio.get_running_loop().time() + timeout_s
 
     def add(self, shard_id: str, payload: bytes) -> None:
         self._request.replies.add(shard_id=shard_id, payload=payload)
@@ -72,7 +73,8 @@ class _AtOnce:
     async def finish(self, expected: int, answered: int, *, complete: bool) -> bytes:
         self._request.coverage.CopyFrom(Coverage(expected=expected, answered=answered, complete=complete))
         try:
-            reply: pb.MergeResponse = await self._stub.Merge(self._request, timeout=self._timeout_s)
+            left = max(self._deadline - asyncio.get_running_loop().time(), 0.001)
+            reply: pb.MergeResponse = await self._stub.Merge(self._request, timeout=left)
         except aio.AioRpcError as error:
             raise self._failed(error) from error
         return reply.payload
