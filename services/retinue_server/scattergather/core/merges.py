@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from retinue_server.scattergather.core.topology import Merging
 
 
-MAX_DEPTH = 45
-"""Of JSON: protobuf reads 100 levels, and a list or an object takes one for itself and one for its value."""
+MAX_DEPTH = 30
+"""Of JSON that callers get as google.protobuf.Value: protobuf reads 100 levels of messages, an object takes three."""
 _LONG = re.compile(rb"[0-9]{309}")
 """What is shorter fits in a double."""
 
@@ -49,7 +49,7 @@ class Collect:
 
 
 class CollectJson(Collect):
-    """As Collect, with replies that must be JSON."""
+    """As Collect, with replies that must be JSON which a message can hold."""
 
     def add(self, index: int, payload: bytes) -> None:
         _any(payload)
@@ -104,10 +104,10 @@ class Count:
         number = _decoded(_number, payload, "a whole number, 0 or more")
         if number is None or number < 0 or number != int(_finite(number)):
             raise Malformed("must be a whole number, 0 or more")
+        _finite(self._count + int(number))
         self._count += int(number)
 
     def result(self) -> int:
-        _finite(self._count)
         return self._count
 
 
@@ -196,13 +196,13 @@ class Histogram:
     def add(self, index: int, payload: bytes) -> None:  # noqa: ARG002 - Merge has it
         bars = _decoded(_bars, payload, "an object with bounds, counts and sum")
         _check_bars(bars, self._bounds)
-        self._counts = [a + b for a, b in zip(self._counts or [0] * len(bars.counts), bars.counts, strict=True)]
+        counts = [a + b for a, b in zip(self._counts or [0] * len(bars.counts), bars.counts, strict=True)]
+        _finite(max(counts))
+        self._counts = counts
         self._bounds = bars.bounds
         self._sums.append(bars.sum)
 
     def result(self) -> dict[str, Any]:
-        for count in self._counts:
-            _finite(count)
         return {"bounds": self._bounds or [], "counts": self._counts or [0], "sum": _total(self._sums)}
 
 
@@ -213,8 +213,6 @@ def _check_bars(bars: _Bars, bounds: list[float] | None) -> None:
         raise Malformed("bounds must be finite and rise")
     if len(bars.counts) != len(bars.bounds) + 1 or any(count < 0 for count in bars.counts):
         raise Malformed("counts must be one more than bounds, 0 or more each")
-    for count in bars.counts:
-        _finite(count)
     if bounds is not None and bars.bounds != bounds:
         raise Malformed("bounds must be the same in every shard")
 
@@ -251,22 +249,6 @@ def _any(payload: bytes) -> Any:
     return _decoded(_value, payload, "any value")
 
 
-def _check_fits(payload: bytes, within: int = 0) -> None:
-    """Raises Malformed for JSON that no message holds; it is looked at closely only where its bytes give reason to."""
-    if payload.count(b"[") + payload.count(b"{") + within > MAX_DEPTH or _LONG.search(payload):
-        _check_value(_any(payload), within)
-
-
-def _check_value(plain: Any, depth: int) -> None:
-    if depth > MAX_DEPTH:
-        raise Malformed("it is nested too deeply")
-    if isinstance(plain, int):
-        _finite(plain)
-    elif isinstance(plain, (list, dict)):
-        for inner in plain.values() if isinstance(plain, dict) else plain:
-            _check_value(inner, depth + 1)
-
-
 def _finite(number: float) -> float:
     try:
         whole = float(number)
@@ -285,6 +267,22 @@ def _total(numbers: list[float]) -> float:
         return math.fsum(numbers)
     except OverflowError:
         raise Malformed("the sum must fit in a double") from None
+
+
+def _check_fits(payload: bytes, within: int = 0) -> None:
+    """Raises Malformed for JSON that no message holds; it is looked at closely only where its bytes give reason to."""
+    if payload.count(b"[") + payload.count(b"{") + within > MAX_DEPTH or _LONG.search(payload):
+        _check_value(_any(payload), within)
+
+
+def _check_value(plain: Any, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise Malformed(f"must be JSON that is nested at most {MAX_DEPTH} deep")
+    if isinstance(plain, int):
+        _finite(plain)
+    elif isinstance(plain, (list, dict)):
+        for inner in plain.values() if isinstance(plain, dict) else plain:
+            _check_value(inner, depth + 1)
 
 
 _encode = msgspec.json.Encoder().encode
