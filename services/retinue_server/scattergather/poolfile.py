@@ -43,6 +43,9 @@ _LOOK_S = 1.0
 _METHOD = re.compile(r"/[A-Za-z_][\w.]*/[A-Za-z_]\w*")
 _KEY = re.compile(r"[0-9a-z_.-]+")
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`")
+_OWN_PREFIXES = ("grpc-", "retinue-")
+_OWN_KEYS = frozenset({"traceparent", "content-type", "user-agent", "te", "host", "connection", "content-length"})
+"""What each call has of its own; the trace goes along in any case."""
 _DISCOVERED = ("dns:", "kubernetes:")
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
@@ -242,10 +245,12 @@ def _violations(entry: PoolEntry) -> Iterator[str]:
     if entry.limits.max_reply_bytes > entry.limits.max_gathered_bytes:
         yield "limits.max_reply_bytes: must be at most max_gathered_bytes"
     for key in entry.forward_metadata:
-        if not _KEY.fullmatch(key) or key.startswith(("grpc-", "retinue-")) or key.endswith("-bin"):
+        if not _KEY.fullmatch(key) or key.startswith(_OWN_PREFIXES) or key.endswith("-bin") or key in _OWN_KEYS:
             yield f"forward_metadata: {key!r} is no key of text metadata in lower case that may be forwarded"
     if entry.tls is not None and bool(entry.tls.cert_file) != bool(entry.tls.key_file):
         yield "tls: cert_file and key_file need each other"
+    if entry.batch and any(shard.pool for shard in entry.shards):
+        yield "batch: is not for shards that are roots (`pool`): each is one answer"
     yield from _shard_violations(entry.shards)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from typing import TYPE_CHECKING
 
 from retinue_server.runtime.dispatch import Pattern, Service
@@ -51,7 +50,7 @@ async def wire(settings: Settings, section: ScatterGatherSettings) -> Pattern:
         ),
         parts=(leaves, merges, dns, pools, root),
         quiesce=root.quiesce,
-        metrics=partial(metrics.families, root, lambda: pools.ok),
+        metrics=lambda: metrics.families(root, lambda: pools.ok, clock.now()),
         notices=lambda: [f"{len(root.pools)} pools from {path}"],
     )
 
