@@ -117,7 +117,7 @@ class LeafQuestion:
         if not reply.HasField("coverage"):
             return Reply(reply.payload)
         said = reply.coverage
-        if said.expected < 0 or not 0 <= said.answered <= max(said.expected, 0):
+        if said.expected < 0 or said.answered < 0 or 0 < said.expected < said.answered:
             raise Malformed("its coverage contradicts itself")
         return Reply(reply.payload, Coverage(said.expected, said.answered, said.complete))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_left, insort
 from collections import deque
 from typing import TYPE_CHECKING
@@ -21,12 +22,19 @@ REFUSALS = frozenset({Code.INVALID_ARGUMENT, Code.UNAUTHENTICATED, Code.PERMISSI
 """No replica would say otherwise: the request ends with them."""
 RETRYABLE = frozenset({Code.UNAVAILABLE, Code.INTERNAL, Code.UNKNOWN, Code.DATA_LOSS, Code.ABORTED})
 """Another replica might do better. Not after a time-out, nor where a leaf has too much to do already."""
+_ROUNDING = 1e-12
+"""0.55 of 20 leaves are 11, although the product of the doubles is a little more."""
 _WORST_FIRST = (Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE)
 
 
 def leaf_timeout_s(remaining_s: float) -> float:
     """What leaves have of what is left: a twentieth, 5 ms at least, is kept for merging."""
     return remaining_s - max(RESERVE_S, remaining_s * RESERVE_SHARE)
+
+
+def needed(min_coverage: float, expected: int) -> int:
+    """How many of the expected leaves must have answered: none only where nothing is asked for."""
+    return max(1, math.ceil(min_coverage * expected * (1 - _ROUNDING))) if min_coverage > 0 else 0
 
 
 def combined(codes: Iterable[int]) -> Code:

@@ -17,7 +17,7 @@ from retinue_server.scattergather.core.requests import Coverage, Gathered, Malfo
 from retinue_server.scattergather.core.topology import MergeKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from retinue_server.scattergather.core.clock import Clock, Timer
     from retinue_server.scattergather.core.merges import Merge
@@ -143,18 +143,21 @@ class Scatter:
         self._live, self._merge, self._clock, self._observer = live, merge, clock, observer
         self._pool = ask.topology.pool
         self._policy = ask.policy
+        self._is_first = self._pool.merging.kind is MergeKind.FIRST
         self.begun_at = clock.now()
         self.wall_ms = clock.wall_ms()
         timeout = self._pool.timeout_s if ask.timeout_s is None else min(ask.timeout_s, self._pool.timeout_s)
         self.timeout_s = timeout
         self._leaf_deadline = self.begun_at + rules.leaf_timeout_s(timeout)
         self._expected = sum(member.shard.weight for member in members)
+        self._needed = rules.needed(self._policy.min_coverage, self._expected)
         self._answered = self._lost = self._answered_shards = self._lost_shards = 0
         self._degraded = False
         self._parts: list[Part] = []
         self._pending = 0
         self._unsent: deque[tuple[Part, Replica | None]] = deque()
-        self._hedge_delay = None if self._policy.no_hedge else live.hedge_delay_s(self.begun_at)
+        hedges = self._pool.idempotent and not self._policy.no_hedge
+        self._hedge_delay = live.hedge_delay_s(self.begun_at) if hedges else None
         self._hedges: deque[tuple[float, Attempt]] = deque()
         self._hedge_timer: Timer | None = None
         self._timers: list[Timer] = []
@@ -171,16 +174,16 @@ class Scatter:
     # From the beginning
 
     def begin(self) -> None:
-        """Asks the first shards; the others follow in turns."""
+        """Asks the first shards; the others follow in turns. Nobody is asked when the time is over already."""
         live, clock, policy = self._live, self._clock, self._policy
         self._divide()
         self._pending = len(self._parts)
-        self._unsent.extend(
-            (part, part.replicas[0] if self._pool.batch and part.replicas else None) for part in self._parts
-        )
         live.running += 1
         live.open_calls += self._pending
         live.unsent += self._pending
+        if self._leaf_deadline <= self.begun_at:
+            self._time_out()
+            return
         live.budget.earn(self._pending)
         self._timers.append(clock.at(self._leaf_deadline, self._time_out))
         if policy.soft_deadline_s is not None:
@@ -188,13 +191,23 @@ class Scatter:
         self._send()
 
     def _divide(self) -> None:
-        if not self._pool.batch:
-            self._parts = [Part((member,), member.replicas, self.begun_at) for member in self.members]
-            return
-        groups: dict[Replica | None, list[Member]] = {}
+        """Into what is asked together, and of batches already whom."""
+        if self._pool.batch:
+            self._unsent.extend(self._batches())
+        else:
+            self._unsent.extend((Part((member,), member.replicas, self.begun_at), None) for member in self.members)
+        self._parts = [part for part, _ in self._unsent]
+
+    def _batches(self) -> Iterator[tuple[Part, Replica | None]]:
+        groups: dict[Replica, list[Member]] = {}
         for member in self.members:
-            groups.setdefault(self._choose(member.replicas, ()), []).append(member)
-        self._parts = [Part(tuple(group), _common(group, first), self.begun_at) for first, group in groups.items()]
+            replica = self._choose(member.replicas, ())
+            if replica is None:
+                yield Part((member,), member.replicas, self.begun_at), None
+            else:
+                groups.setdefault(replica, []).append(member)
+        for replica, group in groups.items():
+            yield Part(tuple(group), _common(group, replica), self.begun_at), replica
 
     def _send(self) -> None:
         for _ in range(_SLICE):
@@ -264,11 +277,14 @@ class Scatter:
         part, took = attempt.part, now - attempt.started_at
         attempt.reply_bytes = len(data)
         if self._gathered_bytes + len(data) > self._pool.limits.max_gathered_bytes:
-            attempt.end = End.FAILED
+            attempt.end, attempt.code = End.FAILED, int(Code.RESOURCE_EXHAUSTED)
+            part.code, part.message = attempt.code, "its reply is more than what is left of the byte budget"
             self._fail(Code.RESOURCE_EXHAUSTED, Reason.GATHER_TOO_LARGE, self._over_budget())
             return
         try:
             reply = self.ask.question.read(data)
+            covered = _coverage(part.weight, reply.coverage)
+            self._check_first(covered)
             self._merge.add(part.members[0].place, reply.payload)
         except Malformed as error:
             self._failed(attempt, Code.DATA_LOSS, f"a malformed reply: {error}", now)
@@ -277,15 +293,19 @@ class Scatter:
         self._live.latencies.add(took)
         self._gathered_bytes += len(data)
         attempt.end = End.WON
-        self._settle_answer(part, attempt, reply)
+        self._settle_answer(part, attempt, reply, covered)
+
+    def _check_first(self, covered: Coverage) -> None:
+        """One reply stands for all shards only if it is good enough: another's may be."""
+        if self._is_first and (not covered.answered or (self._policy.strict and not covered.complete)):
+            raise Malformed("it is the answer of a part only")
 
     def _over_budget(self) -> str:
         limit = self._pool.limits.max_gathered_bytes
         return f"cannot gather the replies: they are more than {limit} bytes; ask for less, or raise max_gathered_bytes"
 
-    def _settle_answer(self, part: Part, attempt: Attempt, reply: Reply) -> None:
-        part.done, part.code = True, 0
-        part.coverage = covered = _coverage(part.weight, reply.coverage)
+    def _settle_answer(self, part: Part, attempt: Attempt, reply: Reply, covered: Coverage) -> None:
+        part.done, part.code, part.coverage = True, 0, covered
         self._give_up(part)
         self._pending -= 1
         self._live.open_calls -= 1
@@ -298,45 +318,43 @@ class Scatter:
         self._decide()
 
     def _failed(self, attempt: Attempt, code: int, message: str, now: float) -> None:
-        attempt.end, attempt.code = End.FAILED, code
+        code = Code.UNKNOWN if code == Code.CANCELLED else code  # here nobody cancelled it
+        attempt.end, attempt.code = End.FAILED, int(code)
         part = attempt.part
         if code in rules.REFUSALS:
             shard = part.members[0].shard.shard_id
+            part.code, part.message = int(code), _cut(message)
             self._fail(Code(code), Reason.LEAF_REFUSED, message or f"shard {shard} refused the request", shard_id=shard)
             return
         attempt.replica.observe(max(now - attempt.started_at, self._leaf_deadline - self.begun_at), now)
         if part.open:  # a hedge, or what was hedged, may still answer
             return
-        if not self._retry(part, code):
-            self._settle_failure(part, code, message)
+        parts = self._split(part) if len(part.members) > 1 and self._may_retry(part, code) else [part]
+        for one in parts:
+            if not self._over and not self._retry(one, code):
+                self._settle_failure(one, code, message)
+
+    def _may_retry(self, part: Part, code: int) -> bool:
+        return code in rules.RETRYABLE and self._pool.idempotent and part.retries < self._pool.max_retries
 
     def _retry(self, part: Part, code: int) -> bool:
-        if code not in rules.RETRYABLE or not self._pool.idempotent or part.retries >= self._pool.max_retries:
-            return False
-        if len(part.members) > 1:
-            return self._split(part)
-        replica = self._choose(part.replicas, part.tried)
+        replica = self._choose(part.replicas, part.tried) if self._may_retry(part, code) else None
         if replica is None or not self._may_add():
             return False
         part.retries += 1
         self._call(part, Kind.RETRY, replica)
         return True
 
-    def _split(self, batch: Part) -> bool:
-        """A batch that failed is asked shard by shard, elsewhere."""
+    def _split(self, batch: Part) -> Sequence[Part]:
+        """The shards of a batch that failed, each by itself; those in front that nobody else has."""
         parts = [Part((member,), member.replicas, self.begun_at) for member in batch.members]
-        chosen = [self._choose(part.replicas, batch.tried) for part in parts]
-        if None in chosen or not all(self._may_add() for _ in parts):
-            return False
+        for part in parts:
+            part.retries, part.attempts, part.tried = batch.retries, batch.attempts, list(batch.tried)
         self._parts.remove(batch)
         self._parts += parts
         self._pending += len(parts) - 1
         self._live.open_calls += len(parts) - 1
-        for part, replica in zip(parts, chosen, strict=True):
-            part.retries, part.attempts, part.tried = 1, batch.attempts, list(batch.tried)
-            assert replica is not None
-            self._call(part, Kind.RETRY, replica)
-        return True
+        return sorted(parts, key=lambda part: not set(part.tried).issuperset(part.replicas))
 
     def _may_add(self) -> bool:
         if self._live.budget.spend():
@@ -346,7 +364,7 @@ class Scatter:
 
     def _settle_failure(self, part: Part, code: int, message: str) -> None:
         part.done, part.code = True, int(code)
-        part.message = message.encode()[:_MESSAGE_BYTES].decode(errors="ignore")
+        part.message = _cut(message)
         self._pending -= 1
         self._live.open_calls -= 1
         self._lost += part.weight
@@ -381,35 +399,34 @@ class Scatter:
     def _decide(self) -> None:
         if self._over:
             return
-        if self._pool.merging.kind is MergeKind.FIRST:
-            self._decide_first()
-        elif not self._pending:
+        if not self._pending:
             self._finish() if self._is_enough() else self._fall_short()
         elif not self._can_be_enough():
             self._fall_short()
-        elif self._is_enough() and (self._soft_over or 0 < self._policy.first_k <= self._answered_shards):
+        elif self._is_enough() and self._wants_no_more():
             self._finish()
 
-    def _decide_first(self) -> None:
-        if self._answered_shards:
-            self._finish()
-        elif not self._pending:
-            self._fall_short()
+    def _wants_no_more(self) -> bool:
+        """Whether what is enough is not waited beyond."""
+        first_k = 1 if self._is_first else self._policy.first_k
+        return self._soft_over or 0 < first_k <= self._answered_shards
 
     def _is_enough(self) -> bool:
         policy = self._policy
+        if self._is_first and self._answered_shards:
+            return True
         if policy.strict and (self._degraded or self._answered < self._expected):
             return False
-        return self._answered >= policy.min_coverage * self._expected and self._answered_shards >= policy.min_shards
+        return self._answered >= self._needed and self._answered_shards >= policy.min_shards
 
     def _can_be_enough(self) -> bool:
         policy = self._policy
+        if self._is_first:
+            return True
         if policy.strict and (self._degraded or self._lost):
             return False
-        best = self._expected - self._lost
-        return (
-            best >= policy.min_coverage * self._expected and len(self.members) - self._lost_shards >= policy.min_shards
-        )
+        left = len(self.members) - self._lost_shards
+        return self._expected - self._lost >= self._needed and left >= policy.min_shards
 
     def _end_of_patience(self) -> None:
         self._soft_over = True
@@ -419,18 +436,21 @@ class Scatter:
         """The leaves' time is over; whatever they do, they are not waited for."""
         if self._over:
             return
-        now = self._clock.now()
         for part in self._parts:
-            if part.done:
-                continue
-            part.code, part.message = int(Code.DEADLINE_EXCEEDED), "no reply in time"
-            for attempt in part.open:
-                attempt.replica.observe(now - attempt.started_at, now)
-        first = self._pool.merging.kind is MergeKind.FIRST
-        if self._is_enough() and not first:
-            self._finish()
-        else:
-            self._fall_short()
+            if not part.done:
+                self._expire(part)
+        self._finish() if self._is_enough() else self._fall_short()
+
+    def _expire(self, part: Part) -> None:
+        now = self._clock.now()
+        part.code = int(Code.DEADLINE_EXCEEDED)
+        part.message = "no reply in time" if part.attempts else "no time was left to ask it"
+        for attempt in part.open:
+            attempt.replica.observe(now - attempt.started_at, now)
+            self._cancel(attempt, End.FAILED, part.code, now)
+        part.open.clear()
+        if self._observer is not None:
+            self._observer.failed(part)
 
     def _fall_short(self) -> None:
         codes = [part.code for part in self._parts if part.code not in (Code.OK, Code.CANCELLED)]
@@ -482,19 +502,22 @@ class Scatter:
             return
         now = self._clock.now()
         for attempt in part.open:
-            attempt.end, attempt.ended_at = End.LOST, now
-            attempt.code = int(Code.CANCELLED)
-            attempt.replica.in_flight -= 1
-            if part.coverage is not None:  # another was faster: it takes at least as long as it took until now
-                attempt.replica.observe(now - attempt.started_at, now)
-            cancel, attempt.cancel = attempt.cancel, None
-            if cancel is not None:
-                cancel()
+            waited = now - attempt.started_at  # it takes at least so long
+            if part.coverage is not None or waited > attempt.replica.latency_s(now):
+                attempt.replica.observe(waited, now)
+            self._cancel(attempt, End.LOST, int(Code.CANCELLED), now)
         part.open.clear()
+
+    def _cancel(self, attempt: Attempt, end: End, code: int, now: float) -> None:
+        attempt.end, attempt.code, attempt.ended_at = end, code, now
+        attempt.replica.in_flight -= 1
+        cancel, attempt.cancel = attempt.cancel, None
+        if cancel is not None:
+            cancel()
 
     def _gather(self) -> Gathered:
         complete = not self._degraded and self._answered == self._expected
-        if self._pool.merging.kind is MergeKind.FIRST and self._answered_shards:
+        if self._is_first and self._answered_shards:
             whole = not self._degraded
             coverage = Coverage(self._answered, self._answered, whole)
         else:
@@ -528,9 +551,15 @@ class Scatter:
 
 
 def outcome(part: Part, index: int = 0) -> Outcome:
-    """What became of a shard of a part."""
-    shard = part.members[index].shard
-    return Outcome(shard.shard_id, part.code, part.message, part.attempts, part.coverage)
+    """What became of a shard of a part; of a batch that answered in part, the coverage is the whole batch's."""
+    shard, covered = part.members[index].shard, part.coverage
+    if covered is not None and covered.complete:
+        covered = Coverage(shard.weight, shard.weight, complete=True)
+    return Outcome(shard.shard_id, part.code, part.message, part.attempts, covered)
+
+
+def _cut(message: str) -> str:
+    return message.encode()[:_MESSAGE_BYTES].decode(errors="ignore")
 
 
 def _coverage(weight: int, said: Coverage | None) -> Coverage:
@@ -551,9 +580,7 @@ def _by_gravity(part: Part) -> tuple[bool, int]:
     return part.code in (Code.OK, Code.CANCELLED), part.members[0].place
 
 
-def _common(group: Sequence[Member], first: Replica | None) -> tuple[Replica, ...]:
+def _common(group: Sequence[Member], first: Replica) -> tuple[Replica, ...]:
     """Who serves all of them; the chosen one in front."""
-    if first is None:
-        return ()
     others = set(group[0].replicas).intersection(*(member.replicas for member in group[1:])) - {first}
     return (first, *sorted(others, key=lambda replica: replica.address))

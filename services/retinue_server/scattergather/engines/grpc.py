@@ -59,8 +59,8 @@ def open_channel(address: str, said: Tls | None, max_reply_bytes: int) -> aio.Ch
 class GrpcLine:
     """A channel to one endpoint, kept connected."""
 
-    def __init__(self, target: Target, changed: Callable[[], None]) -> None:
-        self.target, self._changed = target, changed
+    def __init__(self, target: Target, changed: Callable[[], None], closed: Callable[[GrpcLine], None]) -> None:
+        self.target, self._changed, self._closed = target, changed, closed
         self.connected = False
         self._channel: aio.Channel | None = None
         self._method: Any = None
@@ -94,6 +94,7 @@ class GrpcLine:
     def close(self) -> None:
         self._leave(0)
         self._channel = None
+        self._closed(self)
 
     def _leave(self, grace_s: float) -> None:
         if self._watching is not None:
@@ -140,7 +141,7 @@ class GrpcLeaves:
         self._stamps: dict[str, tuple[int, int]] = {}
 
     def open(self, target: Target, changed: Callable[[], None]) -> Line:
-        line = GrpcLine(target, changed)
+        line = GrpcLine(target, changed, self._lines.discard)
         self._lines.add(line)
         return line
 
