@@ -49,7 +49,7 @@ def transcript(pattern: str) -> str:
     return (CLIENTS / "transcripts" / f"{pattern}.txt").read_text()
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", [*PATTERNS, "scattergather"])
 def test_the_python_example_prints_the_transcript(server: RunningServer, pattern: str) -> None:
     example = CLIENTS / "examples" / f"{pattern}.py"
     assert run(sys.executable, example, "python", cwd=CLIENTS, server=server) == transcript(pattern)
