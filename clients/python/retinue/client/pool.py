@@ -31,7 +31,7 @@ from retinue.scattergather.v1 import topology_service_pb2 as topology_api
 from retinue.scattergather.v1 import topology_service_pb2_grpc as topology_rpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 
     from google.protobuf.message import Message
 
@@ -81,6 +81,11 @@ class _Output:
     _output: api.CollectedReply | api.ScatterResponse
 
     @property
+    def is_json(self) -> bool:
+        """Whether it came as JSON."""
+        return self._output.WhichOneof("output") == "json"
+
+    @property
     def payload(self) -> bytes:
         """The bytes; of JSON its text."""
         if self._output.WhichOneof("output") == "payload":
@@ -90,7 +95,7 @@ class _Output:
     @property
     def json(self) -> Any:
         """The JSON value; of bytes what they are as JSON. Raises ValueError if they are none."""
-        if self._output.WhichOneof("output") == "json":
+        if self.is_json:
             return plain(self._output.json)
         return json_text.loads(self._output.payload)
 
@@ -281,7 +286,7 @@ class Pool:
         timeout: float | None = None,  # noqa: ASYNC109 - gRPC sends it along
         metadata: Mapping[str, str] | None = None,
         **question: Any,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         """Asks as scatter() does, and gives a ShardReply or ShardFailure as each comes, and the Answer at last.
 
         Leaving it early cancels what is under way: use `contextlib.aclosing` to do so at once. Raises as scatter().
