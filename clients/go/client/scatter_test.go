@@ -7,7 +7,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
 
 	"google.golang.org/grpc/codes"
@@ -22,7 +21,6 @@ import (
 type grove struct {
 	*testing.T
 	pool   *client.Pool
-	asked  atomic.Int64
 	waits  chan bool
 	causes chan error
 }
@@ -87,7 +85,6 @@ func (g *grove) serve(path string) {
 }
 
 func (g *grove) answer(ctx context.Context, query *pb.QueryRequest) (*pb.QueryResponse, error) {
-	g.asked.Add(1)
 	switch string(query.Payload) {
 	case "fail " + query.ShardId:
 		return nil, status.Error(codes.DataLoss, "the page is torn")

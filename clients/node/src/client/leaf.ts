@@ -29,11 +29,16 @@ export class Leaf {
   readonly #server: http2.Http2Server;
   readonly #sessions = new Set<http2.Http2Session>();
   readonly #stopping = new AbortController();
+  #stopped: Promise<void> | undefined;
 
   constructor(options: LeafOptions) {
     this.#options = options;
     const { routes, tls } = options;
-    const handle = connectNodeAdapter({ routes: (router) => (this.routes(router), routes?.(router)) });
+    const answer = connectNodeAdapter({ routes: (router) => (this.routes(router), routes?.(router)) });
+    const handle = (request: http2.Http2ServerRequest, response: http2.Http2ServerResponse) => {
+      request.headers[":authority"] = "localhost"; // the adapter throws for what is no host, as some say on a socket
+      answer(request, response);
+    };
     this.#server = tls ? http2.createSecureServer(tls, handle) : http2.createServer(handle);
     this.#server.on("session", (session) => this.#keep(session));
   }
@@ -48,8 +53,12 @@ export class Leaf {
     return address.replace(/\d+$/, String((this.#server.address() as AddressInfo).port));
   }
 
-  /** Takes no more queries, and ends when those under way have: after the grace they are cut. */
-  async stop(): Promise<void> {
+  /** Takes no more queries, and ends when those under way have: after the grace they are cut. Safe to repeat. */
+  stop(): Promise<void> {
+    return (this.#stopped ??= this.#stop());
+  }
+
+  async #stop(): Promise<void> {
     const closed = once(this.#server, "close");
     this.#server.close();
     this.#stopping.abort();

@@ -101,11 +101,19 @@ export class Pool {
    * does. Who leaves the loop cancels the rest.
    */
   async *events(question: Question, options?: CallOptions): AsyncGenerator<ScatterStreamResponse["event"]> {
+    const call = new AbortController(); // a client's stream goes on when its loop is left
+    const abort = () => call.abort(options?.signal?.reason);
+    options?.signal?.addEventListener("abort", abort);
+    if (options?.signal?.aborted) abort();
     try {
-      const stream = this.#options.client.scatterStream({ request: this.#request(question) }, options);
+      const request = this.#request(question);
+      const stream = this.#options.client.scatterStream({ request }, { ...options, signal: call.signal });
       for await (const { event } of stream) yield event;
     } catch (error) {
       throw RetinueError.from(error);
+    } finally {
+      options?.signal?.removeEventListener("abort", abort);
+      abort();
     }
   }
 
