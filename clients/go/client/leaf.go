@@ -26,9 +26,11 @@ type Leaf struct {
 	//
 	// It should return soon after its context is done: nobody waits for the answer any more. A coverage in the response says
 	// that it stands for a part. An error made by status.Error keeps its code: INVALID_ARGUMENT, UNAUTHENTICATED and
-	// PERMISSION_DENIED end the whole request, RESOURCE_EXHAUSTED spares this replica; after UNAVAILABLE, or an error without
-	// a code, another replica may be asked.
+	// PERMISSION_DENIED end the whole request, RESOURCE_EXHAUSTED spares this replica; after UNAVAILABLE another one may be
+	// asked. Errors without a code are INTERNAL, and another one may be asked, too.
 	Answer func(ctx context.Context, query *scattergatherv1.QueryRequest) (*scattergatherv1.QueryResponse, error)
+	// Register adds what else Serve serves, such as a MergeService.
+	Register func(grpc.ServiceRegistrar)
 	// Grace is how long queries may go on after Serve was told to stop, by default 5 s.
 	Grace time.Duration
 
@@ -43,6 +45,9 @@ func (l *Leaf) Serve(ctx context.Context, listener net.Listener, options ...grpc
 	server, checks := grpc.NewServer(options...), health.NewServer()
 	scattergatherv1.RegisterLeafServiceServer(server, l)
 	grpc_health_v1.RegisterHealthServer(server, checks)
+	if l.Register != nil {
+		l.Register(server)
+	}
 	reflection.Register(server)
 	context.AfterFunc(ctx, func() {
 		checks.Shutdown()
@@ -62,7 +67,19 @@ func (l *Leaf) grace() time.Duration {
 
 // Query is for roots.
 func (l *Leaf) Query(ctx context.Context, query *scattergatherv1.QueryRequest) (*scattergatherv1.QueryResponse, error) {
-	return l.Answer(ctx, query)
+	response, err := l.Answer(ctx, query)
+	return response, failed(err).Err()
+}
+
+// failed is what is said of an error of Answer.
+func failed(err error) *status.Status {
+	if known, ok := status.FromError(err); ok {
+		return known
+	}
+	if ended := status.FromContextError(err); ended.Code() != codes.Unknown {
+		return ended
+	}
+	return status.New(codes.Internal, err.Error())
 }
 
 type queryStream = grpc.BidiStreamingServer[scattergatherv1.QueryStreamRequest, scattergatherv1.QueryStreamResponse]
@@ -171,13 +188,11 @@ func (q *queries) finish() {
 }
 
 func (q *queries) send(id uint64, response *scattergatherv1.QueryResponse, err error) {
-	message := &scattergatherv1.QueryStreamResponse{QueryId: id, Response: response}
-	if err != nil {
-		failed, ok := status.FromError(err)
-		if !ok {
-			failed = status.FromContextError(err) // UNKNOWN if it is none
-		}
-		message.Response, message.Code, message.Message = nil, int32(failed.Code()), failed.Message()
+	message := &scattergatherv1.QueryStreamResponse{QueryId: id}
+	if said := failed(err); said.Code() == codes.OK {
+		message.Response = response
+	} else {
+		message.Code, message.Message = int32(said.Code()), said.Message()
 	}
 	q.sending.Lock()
 	defer q.sending.Unlock()

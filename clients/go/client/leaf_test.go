@@ -148,7 +148,7 @@ func TestALeafAnswersQueriesOfAStreamAsTheyAreReady(t *testing.T) {
 func TestAnErrorKeepsItsCodeByACallAndOnAStream(t *testing.T) {
 	g := grow(t)
 	said := g.talk()
-	for payload, code := range map[string]codes.Code{"refuse": codes.PermissionDenied, "break": codes.Unknown} {
+	for payload, code := range map[string]codes.Code{"refuse": codes.PermissionDenied, "break": codes.Internal} {
 		_, err := g.root.Query(t.Context(), &pb.QueryRequest{Payload: []byte(payload)})
 		said.ask(uint64(code), payload, 0)
 		answer := said.next()

@@ -7,6 +7,8 @@ import (
 	"io"
 	"iter"
 
+	"google.golang.org/grpc"
+
 	scattergatherv1 "retinue/scattergather/v1"
 )
 
@@ -16,20 +18,22 @@ type Pool struct {
 	Client scattergatherv1.ScatterGatherServiceClient
 	// ID is the pool's name. Required.
 	ID string
-	// Policy says what is good enough an answer, which then may be partial; nil = only all shards are.
-	Policy *scattergatherv1.ScatterPolicy
 }
 
-// Question is what to ask whom.
+// Question is what to ask whom. Payload, JSON and Inputs exclude each other.
 type Question struct {
 	// Payload is what each leaf gets.
 	Payload []byte
-	// Each gives shards inputs of their own instead, by name; they select the shards, if nothing else does.
-	Each map[string][]byte
-	// RouteKeys selects the shards to which these keys belong. Excludes Shards; both empty = all shards.
-	RouteKeys []string
-	// Shards selects these. Excludes RouteKeys.
+	// JSON is a value whose text, as json.Marshal writes it, each leaf gets instead.
+	JSON any
+	// Inputs gives shards inputs of their own instead, by name; they select the shards, if nothing else does.
+	Inputs map[string][]byte
+	// Shards selects shards by name. Excludes Keys; both empty = all shards.
 	Shards []string
+	// Keys selects the shards to which these keys belong.
+	Keys []string
+	// Policy says what is good enough an answer, which then may be partial; nil = only all shards are.
+	Policy *scattergatherv1.ScatterPolicy
 }
 
 // Answer is what the pool's merge made of the replies. GetPayload, GetJson and GetCollected give it, Failures and Stats how it
@@ -53,20 +57,24 @@ func (a *Answer) Decode(into any) error {
 // Scatter asks the pool. Its errors are those of the call: FromError(err).Missing tells of the shards that are missing. ctx's
 // deadline counts, if it is sooner than the pool's; when ctx is done the leaves are cancelled.
 func (p *Pool) Scatter(ctx context.Context, question Question) (*Answer, error) {
-	response, err := p.Client.Scatter(ctx, p.request(question))
+	request, err := p.request(question)
+	if err != nil {
+		return nil, err
+	}
+	response, err := p.Client.Scatter(ctx, request)
 	if err != nil {
 		return nil, err
 	}
 	return &Answer{response}, nil
 }
 
-// Events asks the pool and tells of each shard, when it is known what became of it, and at last of the answer. An error, as of
-// Scatter, is the last event, too. Who leaves the loop cancels the rest.
-func (p *Pool) Events(ctx context.Context, question Question) iter.Seq2[*scattergatherv1.ScatterStreamResponse, error] {
+// Stream asks the pool and tells of each shard, when it is known what became of it, and at last of the answer. An error, as of
+// Scatter, is the last that comes, too. Who leaves the loop cancels the rest.
+func (p *Pool) Stream(ctx context.Context, question Question) iter.Seq2[*scattergatherv1.ScatterStreamResponse, error] {
 	return func(yield func(*scattergatherv1.ScatterStreamResponse, error) bool) {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
-		stream, err := p.Client.ScatterStream(ctx, &scattergatherv1.ScatterStreamRequest{Request: p.request(question)})
+		stream, err := p.stream(ctx, question)
 		for err == nil {
 			var event *scattergatherv1.ScatterStreamResponse
 			if event, err = stream.Recv(); err == nil && !yield(event, nil) {
@@ -79,20 +87,36 @@ func (p *Pool) Events(ctx context.Context, question Question) iter.Seq2[*scatter
 	}
 }
 
-func (p *Pool) request(question Question) *scattergatherv1.ScatterRequest {
-	request := &scattergatherv1.ScatterRequest{
-		PoolId: p.ID, RouteKeys: question.RouteKeys, ShardIds: question.Shards, Policy: p.Policy,
-		Input: &scattergatherv1.ScatterRequest_Payload{Payload: question.Payload},
+type events = grpc.ServerStreamingClient[scattergatherv1.ScatterStreamResponse]
+
+func (p *Pool) stream(ctx context.Context, question Question) (events, error) {
+	request, err := p.request(question)
+	if err != nil {
+		return nil, err
 	}
-	if question.Each != nil {
-		request.Input = &scattergatherv1.ScatterRequest_ShardInputs{ShardInputs: shardInputs(question.Each)}
-	}
-	return request
+	return p.Client.ScatterStream(ctx, &scattergatherv1.ScatterStreamRequest{Request: request})
 }
 
-func shardInputs(each map[string][]byte) *scattergatherv1.ShardInputs {
+func (p *Pool) request(question Question) (*scattergatherv1.ScatterRequest, error) {
+	request := &scattergatherv1.ScatterRequest{
+		PoolId: p.ID, RouteKeys: question.Keys, ShardIds: question.Shards, Policy: question.Policy,
+	}
+	switch {
+	case question.Inputs != nil:
+		request.Input = &scattergatherv1.ScatterRequest_ShardInputs{ShardInputs: shardInputs(question.Inputs)}
+	case question.JSON != nil:
+		text, err := json.Marshal(question.JSON)
+		request.Input = &scattergatherv1.ScatterRequest_Payload{Payload: text}
+		return request, err
+	default:
+		request.Input = &scattergatherv1.ScatterRequest_Payload{Payload: question.Payload}
+	}
+	return request, nil
+}
+
+func shardInputs(inputs map[string][]byte) *scattergatherv1.ShardInputs {
 	all := &scattergatherv1.ShardInputs{}
-	for shard, payload := range each {
+	for shard, payload := range inputs {
 		one := &scattergatherv1.ShardInput{ShardId: shard, Input: &scattergatherv1.ShardInput_Payload{Payload: payload}}
 		all.Inputs = append(all.Inputs, one)
 	}

@@ -3,6 +3,7 @@ package client_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"net"
 	"os"
 	"slices"
@@ -139,11 +140,20 @@ func TestAnAnswerOfAllShardsIsComplete(t *testing.T) {
 
 func TestAQuestionSelectsShards(t *testing.T) {
 	g := plant(t)
-	each := map[string][]byte{"a": []byte("x"), "c": []byte("y")}
-	g.expectIDs("what each was asked", g.ids(client.Question{Each: each}), "a x", "c y")
+	inputs := map[string][]byte{"a": []byte("x"), "c": []byte("y")}
+	g.expectIDs("what each was asked", g.ids(client.Question{Inputs: inputs}), "a x", "c y")
 	g.expectIDs("what one was asked", g.ids(client.Question{Payload: []byte("x"), Shards: []string{"b"}}), "b x")
-	routed := g.ids(client.Question{Payload: []byte("x"), RouteKeys: []string{"a key"}})
+	routed := g.ids(client.Question{Payload: []byte("x"), Keys: []string{"a key"}})
 	expect(t, "how many have a key", len(routed), 1)
+}
+
+func TestAQuestionMayBeAValue(t *testing.T) {
+	g := plant(t)
+	question := client.Question{JSON: map[string]any{"word": "x"}, Shards: []string{"b"}}
+	g.expectIDs("what it was asked", g.ids(question), `b {"word":"x"}`)
+	_, err := g.pool.Scatter(t.Context(), client.Question{JSON: func() {}})
+	var wrong *json.UnsupportedTypeError
+	expect(t, "that no JSON is an error", errors.As(err, &wrong), true)
 }
 
 func TestAScatterThatFailsTellsWhatIsMissing(t *testing.T) {
@@ -163,8 +173,8 @@ func TestAScatterThatFailsTellsWhatIsMissing(t *testing.T) {
 func TestAnAnswerIsPartialWhereThePolicySaysSo(t *testing.T) {
 	g := plant(t)
 	half := 0.5
-	g.pool.Policy = &pb.ScatterPolicy{MinCoverage: &half}
-	answer, err := g.pool.Scatter(t.Context(), client.Question{Payload: []byte("fail c")})
+	policy := &pb.ScatterPolicy{MinCoverage: &half}
+	answer, err := g.pool.Scatter(t.Context(), client.Question{Payload: []byte("fail c"), Policy: policy})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -174,10 +184,10 @@ func TestAnAnswerIsPartialWhereThePolicySaysSo(t *testing.T) {
 	g.expectIDs("the answer", g.decoded(answer), "a fail c", "b fail c")
 }
 
-func TestEventsTellOfEachShardAndThenOfTheAnswer(t *testing.T) {
+func TestAStreamTellsOfEachShardAndThenOfTheAnswer(t *testing.T) {
 	g := plant(t)
 	var told []string
-	for event, err := range g.pool.Events(t.Context(), client.Question{Payload: []byte("x")}) {
+	for event, err := range g.pool.Stream(t.Context(), client.Question{Payload: []byte("x")}) {
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -193,10 +203,10 @@ func TestEventsTellOfEachShardAndThenOfTheAnswer(t *testing.T) {
 	g.expectIDs("what is told", told, "a", "b", "c", "answer")
 }
 
-func TestAnErrorIsTheLastEvent(t *testing.T) {
+func TestAnErrorIsTheLastOfAStream(t *testing.T) {
 	g := plant(t)
 	var told []error
-	for _, err := range g.pool.Events(t.Context(), client.Question{Payload: []byte("fail c")}) {
+	for _, err := range g.pool.Stream(t.Context(), client.Question{Payload: []byte("fail c")}) {
 		told = append(told, err)
 	}
 	expect(t, "its reason", client.FromError(told[len(told)-1]).Reason, "COVERAGE_NOT_MET")
@@ -204,7 +214,7 @@ func TestAnErrorIsTheLastEvent(t *testing.T) {
 
 func TestWhoLeavesTheLoopCancelsTheLeaves(t *testing.T) {
 	g := plant(t)
-	for _, err := range g.pool.Events(t.Context(), client.Question{Payload: []byte("wait c")}) {
+	for _, err := range g.pool.Stream(t.Context(), client.Question{Payload: []byte("wait c")}) {
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -48,10 +48,11 @@ class Grown {
     this.leaf = new Leaf({ answer: this.#answer, graceMs: 20_000 });
   }
 
-  readonly #answer: LeafAnswer = async ({ shardId, payload }, signal) => {
+  readonly #answer: LeafAnswer = async ({ shardId, payload }, { signal, remainingMs }) => {
     const asked = decode(payload);
     if (asked === "refuse") throw new ConnectError("not for you", Code.PermissionDenied);
     if (asked === "break") throw new Error("broken");
+    if (asked === "time") return { payload: encode(String(remainingMs)) };
     if (asked === "wait") await this.#wait(shardId, signal);
     return { payload: encode(`${shardId} says ${asked}`), coverage: { expected: 2n, answered: 1n } };
   };
@@ -156,7 +157,7 @@ claim("a leaf answers the queries of a stream as they are ready", async (grown) 
 
 claim("an error keeps its code by a call and on a stream", async (grown) => {
   const said = grown.talk();
-  for (const [payload, code] of [["refuse", Code.PermissionDenied] as const, ["break", Code.Unknown] as const]) {
+  for (const [payload, code] of [["refuse", Code.PermissionDenied] as const, ["break", Code.Internal] as const]) {
     const error = await refused(grown.root.query({ payload: encode(payload) }));
     said.ask(BigInt(code), payload);
     const answer = await said.next();
@@ -175,6 +176,18 @@ claim("a cancelled query is stopped and nothing is said of it", async (grown) =>
   said.say({ queryId: 7n, cancel: true }); // nobody's: a late one
   said.ask(2n, "hello");
   assert.deepEqual((await said.rest()).map(({ queryId }) => queryId), [2n]);
+});
+
+claim("a query has what is left of its root's time", async (grown) => {
+  const said = grown.talk();
+  const byCall = await grown.root.query({ payload: encode("time") }, { timeoutMs: 20_000 });
+  said.ask(1n, "time", 20_000_000n);
+  said.ask(2n, "time");
+  for (const { payload } of [byCall, (await said.next()).response!]) {
+    const left = Number(decode(payload));
+    assert.ok(left > 0 && left <= 20_000, String(left));
+  }
+  assert.equal(decode((await said.next()).response?.payload), "undefined");
 });
 
 claim("a query whose time is over is stopped", async (grown) => {
@@ -217,7 +230,7 @@ claim("a leaf that was never served can be stopped", async () => {
 
 claim("a leaf cuts what goes on after its grace", async () => {
   const begun = new Heard<string>();
-  const answer: LeafAnswer = async ({ shardId }, signal) => (begun.tell(shardId), await once(signal, "abort"), {});
+  const answer: LeafAnswer = async ({ shardId }, { signal }) => (begun.tell(shardId), await once(signal, "abort"), {});
   const leaf = new Leaf({ answer, graceMs: 50 });
   const baseUrl = `http://${await leaf.listen("127.0.0.1:0")}`;
   const call = refused(createClient(LeafService, createGrpcTransport({ baseUrl })).query({ shardId: "s1" }));

@@ -16,7 +16,7 @@ const leaves: Leaf[] = [];
 let waits = () => {};
 let told = (_: unknown) => {};
 
-const answer: LeafAnswer = async ({ shardId, payload }, signal) => {
+const answer: LeafAnswer = async ({ shardId, payload }, { signal }) => {
   const asked = new TextDecoder().decode(payload);
   if (asked === `fail ${shardId}`) throw new ConnectError("the page is torn", Code.DataLoss);
   if (asked === `wait ${shardId}`) {
@@ -77,13 +77,13 @@ test("an answer of all shards is complete", brief, async () => {
 });
 
 test("a question selects shards", brief, async () => {
-  assert.deepEqual(await asked({ each: { a: encode("x"), c: encode("y") } }), ["a x", "c y"]);
-  assert.deepEqual(await asked({ payload: encode("x"), shardIds: ["b"] }), ["b x"]);
-  assert.equal((await asked({ payload: encode("x"), routeKeys: ["a key"] })).length, 1);
+  assert.deepEqual(await asked({ inputs: { a: encode("x"), c: 7 } }), ["a x", "c 7"]);
+  assert.deepEqual(await asked({ payload: encode("x"), shards: ["b"] }), ["b x"]);
+  assert.equal((await asked({ payload: encode("x"), keys: ["a key"] })).length, 1);
 });
 
 test("a question may be a JSON value", brief, async () => {
-  assert.deepEqual(await asked({ json: { word: "x" }, shardIds: ["b"] }), ['b {"word":"x"}']);
+  assert.deepEqual(await asked({ json: { word: "x" }, shards: ["b"] }), ['b {"word":"x"}']);
 });
 
 test("a scatter that fails tells what is missing", brief, async () => {
@@ -97,17 +97,16 @@ test("a scatter that fails tells what is missing", brief, async () => {
 });
 
 test("an answer is partial where the policy says so", brief, async () => {
-  const lenient = new Pool({ client, poolId: "node", policy: { minCoverage: 0.5 } });
-  const answer = await lenient.scatter({ payload: encode("fail c") });
+  const answer = await pool.scatter({ payload: encode("fail c"), policy: { minCoverage: 0.5 } });
   assert.equal(answer.complete, false);
   assert.equal(answer.coverage?.answered, 2n);
   assert.deepEqual(answer.failures.map(({ shardId }) => shardId), ["c"]);
   assert.deepEqual(ids(answer.json), ["a fail c", "b fail c"]);
 });
 
-test("events tell of each shard and then of the answer", brief, async () => {
+test("a stream tells of each shard and then of the answer", brief, async () => {
   const seen: (string | undefined)[] = [];
-  for await (const event of pool.events({ payload: encode("x") })) {
+  for await (const event of pool.stream({ payload: encode("x") })) {
     if (event.case === "reply") seen.push(event.value.outcome?.shardId);
     if (event.case !== "answer") continue;
     assert.deepEqual(ids(new Answer(event.value).json), ["a x", "b x", "c x"]);
@@ -117,9 +116,9 @@ test("events tell of each shard and then of the answer", brief, async () => {
   assert.deepEqual(seen, ["answer"]);
 });
 
-test("an error is the last that events tell", brief, async () => {
+test("an error is the last of a stream", brief, async () => {
   const drain = async () => {
-    for await (const event of pool.events({ payload: encode("fail c") })) assert.notEqual(event.case, "answer");
+    for await (const event of pool.stream({ payload: encode("fail c") })) assert.notEqual(event.case, "answer");
   };
   assert.equal((await refused(drain())).reason, "COVERAGE_NOT_MET");
 });
@@ -127,7 +126,7 @@ test("an error is the last that events tell", brief, async () => {
 test("who leaves the loop cancels the leaves", brief, async () => {
   const waiting = new Promise<void>((resolve) => (waits = resolve));
   const reason = new Promise<unknown>((resolve) => (told = resolve));
-  for await (const _ of pool.events({ payload: encode("wait c") })) {
+  for await (const _ of pool.stream({ payload: encode("wait c") })) {
     await waiting;
     break;
   }
@@ -143,6 +142,6 @@ test("who aborts the call cancels the leaves", brief, async () => {
   assert.equal((await refused(pool.scatter({ payload: encode("wait c") }, call))).code, Code.Canceled);
   assert.equal(ConnectError.from(await reason).code, Code.Canceled);
   assert.equal(await lastCode(), Code.Canceled);
-  const events = pool.events({ payload: encode("x") }, call)[Symbol.asyncIterator]();
+  const events = pool.stream({ payload: encode("x") }, call)[Symbol.asyncIterator]();
   assert.equal((await refused(events.next())).code, Code.Canceled);
 });

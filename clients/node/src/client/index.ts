@@ -9,7 +9,7 @@ export type { ElectionEvent, ElectionOptions, Term } from "./election.js";
 export { RetinueError, type Field } from "./errors.js";
 export { Leaf, type LeafOptions } from "./leaf.js";
 export { bytes, json, jsonOf, text } from "./payload.js";
-export type { LeafAnswer } from "./queries.js";
+export type { LeafAnswer, LeafContext } from "./queries.js";
 export { Answer, Pool, type PoolOptions, type Question } from "./scatter.js";
 export { Failure, LeaseLost, Release, Stopping, TaskCancelled, Worker } from "./worker.js";
 export type { Handler, Result, WorkerOptions } from "./worker.js";

@@ -5,7 +5,7 @@ import type { MessageInitShape } from "@bufbuild/protobuf";
 import type { ConnectRouter, HandlerContext } from "@connectrpc/connect";
 import { connectNodeAdapter } from "@connectrpc/connect-node";
 import { socketPath } from "./connection.js";
-import { failed, Queries, stops, type LeafAnswer } from "./queries.js";
+import { failed, Queries, stops, type LeafAnswer, type LeafContext } from "./queries.js";
 import {
   LeafService,
   type QueryStreamRequest,
@@ -71,9 +71,9 @@ export class Leaf {
   /** For a server that others make: connectNodeAdapter({ routes: leaf.routes }). It is not to be stopped then. */
   readonly routes = (router: ConnectRouter): void => {
     router.service(LeafService, {
-      query: async (query, { signal }) => {
+      query: async (query, context) => {
         try {
-          return await this.#options.answer(query, signal);
+          return await this.#options.answer(query, new Called(context));
         } catch (error) {
           throw failed(error);
         }
@@ -84,9 +84,9 @@ export class Leaf {
 
   async *#answers(
     requests: AsyncIterable<QueryStreamRequest>,
-    { signal }: HandlerContext,
+    { signal, requestHeader }: HandlerContext,
   ): AsyncGenerator<MessageInitShape<typeof QueryStreamResponseSchema>> {
-    const queries = new Queries(this.#options.answer);
+    const queries = new Queries(this.#options.answer, requestHeader);
     const finish = () => void queries.finish();
     const cancel = () => queries.cancel();
     signal.addEventListener("abort", cancel);
@@ -105,6 +105,24 @@ export class Leaf {
 
   #cut(): void {
     for (const session of this.#sessions) session.destroy();
+  }
+}
+
+/** The context of a query that is a call of its own. */
+class Called implements LeafContext {
+  readonly signal: AbortSignal;
+  readonly metadata: Headers;
+  readonly #context: HandlerContext;
+
+  constructor(context: HandlerContext) {
+    this.#context = context;
+    this.signal = context.signal;
+    this.metadata = context.requestHeader;
+  }
+
+  get remainingMs(): number | undefined {
+    const left = this.#context.timeoutMs();
+    return left && Math.max(left, 0);
   }
 }
 

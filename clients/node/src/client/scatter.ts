@@ -17,22 +17,22 @@ export interface PoolOptions {
   client: Client<typeof ScatterGatherService>;
   /** The pool's name. */
   poolId: string;
-  /** What is good enough an answer, which then may be partial; by default only all shards are. */
-  policy?: MessageInitShape<typeof ScatterPolicySchema>;
 }
 
-/** What to ask whom. */
+/** What to ask whom. `payload`, `json` and `inputs` exclude each other. */
 export interface Question {
   /** What each leaf gets. */
   payload?: Uint8Array;
-  /** Each leaf gets the text of this value instead. */
+  /** A value whose text each leaf gets instead. */
   json?: JsonValue;
-  /** Shards get inputs of their own instead, by name; they select the shards, if nothing else does. */
-  each?: Record<string, Uint8Array>;
-  /** Selects the shards to which these keys belong. Excludes `shardIds`; both empty = all shards. */
-  routeKeys?: string[];
-  /** Selects these shards. Excludes `routeKeys`. */
-  shardIds?: string[];
+  /** Shards get inputs of their own instead, by name: bytes, or the text of a value. They select the shards, if nothing else does. */
+  inputs?: Record<string, Uint8Array | JsonValue>;
+  /** Selects shards by name. Excludes `keys`; both empty = all shards. */
+  shards?: string[];
+  /** Selects the shards to which these keys belong. */
+  keys?: string[];
+  /** What is good enough an answer, which then may be partial; by default only all shards are. */
+  policy?: MessageInitShape<typeof ScatterPolicySchema>;
 }
 
 /** What the pool's merge made of the replies. */
@@ -100,7 +100,7 @@ export class Pool {
    * Asks the pool and tells of each shard, when it is known what became of it, and at last of the answer. Throws as `scatter`
    * does. Who leaves the loop cancels the rest.
    */
-  async *events(question: Question, options?: CallOptions): AsyncGenerator<ScatterStreamResponse["event"]> {
+  async *stream(question: Question, options?: CallOptions): AsyncGenerator<ScatterStreamResponse["event"]> {
     const call = new AbortController(); // a client's stream goes on when its loop is left
     const abort = () => call.abort(options?.signal?.reason);
     options?.signal?.addEventListener("abort", abort);
@@ -118,20 +118,23 @@ export class Pool {
   }
 
   #request(question: Question): MessageInitShape<typeof ScatterRequestSchema> {
-    const { poolId, policy } = this.#options;
-    const { routeKeys, shardIds } = question;
-    return { poolId, policy, routeKeys, shardIds, input: input(question) };
+    const { poolId } = this.#options;
+    const { keys: routeKeys, shards: shardIds, policy } = question;
+    return { poolId, routeKeys, shardIds, policy, input: input(question) };
   }
 }
 
-function input({ payload, json, each }: Question): MessageInitShape<typeof ScatterRequestSchema>["input"] {
-  if (each) {
-    const inputs = Object.entries(each).map(([shardId, value]) => ({
+function input({ payload, json, inputs }: Question): MessageInitShape<typeof ScatterRequestSchema>["input"] {
+  if (inputs) {
+    const each = Object.entries(inputs).map(([shardId, content]) => ({
       shardId,
-      input: { case: "payload" as const, value },
+      input: { case: "payload" as const, value: encode(content) },
     }));
-    return { case: "shardInputs", value: { inputs } };
+    return { case: "shardInputs", value: { inputs: each } };
   }
-  const text = json === undefined ? undefined : new TextEncoder().encode(JSON.stringify(json));
-  return { case: "payload", value: text ?? payload ?? new Uint8Array() };
+  return { case: "payload", value: json === undefined ? (payload ?? new Uint8Array()) : encode(json) };
+}
+
+function encode(content: Uint8Array | JsonValue): Uint8Array {
+  return content instanceof Uint8Array ? content : new TextEncoder().encode(JSON.stringify(content));
 }
