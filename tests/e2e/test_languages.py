@@ -17,7 +17,7 @@ import pytest
 from e2e.languages import CLIENTS, need, run, running_server
 from servers import RunningServer
 
-PATTERNS = ("workqueue", "leaderelection")
+PATTERNS = ("workqueue", "leaderelection", "scattergather")
 GO, NODE = CLIENTS / "go", CLIENTS / "node"
 
 pytestmark = pytest.mark.timeout(300)  # the first build downloads and compiles what the clients stand on
@@ -49,7 +49,7 @@ def transcript(pattern: str) -> str:
     return (CLIENTS / "transcripts" / f"{pattern}.txt").read_text()
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, "scattergather"])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_python_example_prints_the_transcript(server: RunningServer, pattern: str) -> None:
     example = CLIENTS / "examples" / f"{pattern}.py"
     assert run(sys.executable, example, "python", cwd=CLIENTS, server=server) == transcript(pattern)
@@ -72,7 +72,7 @@ def test_the_go_client_keeps_its_promises(server: RunningServer) -> None:
     assert run("go", "test", "-count=1", "./client", cwd=GO, server=server).startswith("ok")
 
 
-@pytest.mark.parametrize("name", ["worker", "deadline", "election"])
+@pytest.mark.parametrize("name", ["worker", "deadline", "election", "leaf", "scatter"])
 def test_the_typescript_client_keeps_its_promises(server: RunningServer, node_programs: Path, name: str) -> None:
     assert "\n# fail 0\n" in node_tests(node_programs, name, server)
 

@@ -8,9 +8,8 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
 import type { MessageInitShape } from "@bufbuild/protobuf";
-import { Code, ConnectError } from "@connectrpc/connect";
 import { createGrpcTransport } from "@connectrpc/connect-node";
-import { createClient, Leaf, type Client, type LeafAnswer } from "retinue/client";
+import { Code, ConnectError, createClient, Leaf, type Client, type LeafAnswer } from "retinue/client";
 import {
   LeafService,
   type QueryStreamRequestSchema,

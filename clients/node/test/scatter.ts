@@ -3,8 +3,8 @@
 import assert from "node:assert/strict";
 import { once } from "node:events";
 import { after, test } from "node:test";
-import { Code, ConnectError } from "@connectrpc/connect";
-import { Answer, connect, createClient, Leaf, Pool, RetinueError, type LeafAnswer, type Question } from "retinue/client";
+import { Answer, Code, connect, ConnectError, createClient, Leaf, Pool, RetinueError } from "retinue/client";
+import type { LeafAnswer, Question } from "retinue/client";
 import { ScatterGatherService } from "retinue/scattergather/v1/scattergather_service_pb";
 import { TopologyService } from "retinue/scattergather/v1/topology_service_pb";
 

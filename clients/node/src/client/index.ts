@@ -2,7 +2,7 @@
  * What the generated stubs leave to every program: where the server is, its errors, the loop of a worker, leadership, and both sides of a
  * scatter.
  */
-export { createClient, type Client } from "@connectrpc/connect";
+export { Code, ConnectError, createClient, type Client, type ConnectRouter } from "@connectrpc/connect";
 export { DEFAULT_ADDRESS, address, connect } from "./connection.js";
 export { Election, TermLost } from "./election.js";
 export type { ElectionEvent, ElectionOptions, Term } from "./election.js";
