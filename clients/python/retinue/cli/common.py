@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -27,7 +28,10 @@ Row = dict[str, Any]
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
-_INTEGERS = frozenset({"lease_epoch", "size_bytes", "max_tasks", "max_payload_bytes", "max_blob_bytes"})
+_INTEGERS = frozenset(
+    {"lease_epoch", "size_bytes", "max_tasks", "max_payload_bytes", "max_blob_bytes"}
+    | {"expected", "answered", "topology_version", "gathered_bytes", "reply_bytes"}
+)
 
 
 class DurationType(click.ParamType[float]):
@@ -175,6 +179,12 @@ _COLOURS = {
     "leased": "cyan",
     "leads": "green",
     "steps_down": "yellow",
+    "connected": "green",
+    "complete": "green",
+    "answered": "green",
+    "partial": "yellow",
+    "nobody": "red",
+    "failed": "red",
 }
 
 
@@ -198,6 +208,8 @@ def _with_integers(row: Row) -> Row:
     for key, value in row.items():
         if isinstance(value, dict):
             _with_integers(value)
+        elif isinstance(value, list):
+            _ = [_with_integers(item) for item in value if isinstance(item, dict)]
         elif key in _INTEGERS and isinstance(value, str):
             row[key] = int(value)
     return row
@@ -215,6 +227,15 @@ def since(moment: datetime) -> str:
     """How long ago, roughly."""
     seconds = max((datetime.now(UTC) - moment).total_seconds(), 0)
     return duration_text(seconds)
+
+
+def spent(seconds: float) -> str:
+    """A short time, to three digits: 850µs, 12.3ms, 1.25s."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            number = seconds / size
+            return f"{number:.{max(2 - int(math.log10(number)), 0)}f}{unit}"
+    return f"{seconds * 1e6:.0f}µs"
 
 
 def duration_text(seconds: float) -> str:
