@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,6 +17,7 @@ import grpc
 import grpc.aio
 import pytest
 from google.protobuf.struct_pb2 import Struct
+from servers import environment
 
 from retinue.client import LeafServer, Merging, Partial, Query, Refusal, trace
 from retinue.scattergather.v1 import leaf_service_pb2 as leaf_pb
@@ -212,6 +215,37 @@ async def test_what_a_leaf_calls_is_in_the_trace_of_the_question() -> None:
     assert inside[1] == TRACE.split("-")[1]
     assert inside[2] != TRACE.split("-")[2], "a span of its own"
     assert json.loads(without.payload).split("-")[1] != inside[1]
+
+
+WITH_OPENTELEMETRY = """
+import asyncio
+import grpc.aio
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from retinue.client import LeafServer
+from retinue.scattergather.v1 import leaf_service_pb2 as pb, leaf_service_pb2_grpc as rpc
+
+async def main():
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    async with LeafServer(lambda query: b"") as server, grpc.aio.insecure_channel(server.address) as channel:
+        request = pb.QueryRequest(shard_id="s", attempt=2)
+        await rpc.LeafServiceStub(channel).Query(request, metadata=(("traceparent", "TRACE"),))
+    [span] = exporter.get_finished_spans()
+    print(span.name, span.kind.name, f"{span.parent.span_id:016x}", *map(span.attributes.get, ("shard_id", "attempt")))
+
+asyncio.run(main())
+"""
+
+
+def test_with_opentelemetry_an_answer_is_a_span_beneath_the_roots_call() -> None:
+    command = [sys.executable, "-c", WITH_OPENTELEMETRY.replace("TRACE", TRACE)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert done.stdout == "retinue.scattergather.v1.LeafService/Query SERVER b7ad6b7169203331 s 2\n", done.stderr
 
 
 # Many questions on one stream
