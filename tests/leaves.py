@@ -1,8 +1,8 @@
 """Leaves as a process, for tests: `python leaves.py DIR SHARD...` serves each SHARD at the socket DIR/SHARD.sock.
 
 What a leaf does stands in the question, by the shard: {"a": {"fail": "UNAVAILABLE"}, "b": {"hang": true}}; `part` is
-how much of it answers, [1, 2]; `sleep` is in seconds; with `first` it does so only when it is asked first. Otherwise it
-says its name, and of `report` what it was told.
+how much of it answers, [1, 2]; `sleep` is in seconds; with `first` it does so only when it is asked first. Nobody
+answers before those hang that are to. Otherwise it says its name, and of `report` what it was told.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Leaf:
         self.name = name
         self.asked = self.told = 0
         """How often, and how often it was told that nobody waits any more."""
+        self.hangs = asyncio.Event()
 
     async def __call__(self, query: Query) -> Any:
         content = query.json if query.payload else {}
@@ -42,6 +43,9 @@ class Leaf:
             do = {}
         if "fail" in do:
             raise Refusal(grpc.StatusCode[do["fail"]], f"{self.name} was told to fail")
+        for shard in content.keys() & LEAVES.keys() - {query.shard_id}:
+            if content[shard].get("hang"):
+                await LEAVES[shard].hangs.wait()
         await asyncio.sleep(do.get("sleep", 0))
         if do.get("hang"):
             await self.hang()
@@ -49,14 +53,19 @@ class Leaf:
         return Partial(hits, *do["part"]) if "part" in do else hits
 
     async def hang(self) -> None:
+        self.hangs.set()
         try:
             await asyncio.Event().wait()
         finally:
+            self.hangs.clear()
             self.told += 1
 
     def report(self, query: Query) -> list[dict[str, Any]]:
         known = {"asked": self.asked, "told": self.told, "traceparent": trace.current(), "metadata": query.metadata}
         return [{"id": self.name, "score": 0, "attempt": query.attempt} | known]
+
+
+LEAVES: dict[str, Leaf] = {}
 
 
 def fuse(merging: Merging) -> dict[str, Any]:
@@ -67,7 +76,8 @@ def fuse(merging: Merging) -> dict[str, Any]:
 async def serve(where: Path, names: Iterable[str]) -> None:
     async with AsyncExitStack() as stack:
         for name in names:
-            await stack.enter_async_context(LeafServer(Leaf(name), merge=fuse, listen=f"unix:{where}/{name}.sock"))
+            LEAVES[name] = Leaf(name)
+            await stack.enter_async_context(LeafServer(LEAVES[name], merge=fuse, listen=f"unix:{where}/{name}.sock"))
         sys.stdout.write("ready\n")
         sys.stdout.flush()
         await asyncio.Event().wait()
