@@ -30,10 +30,13 @@ SEA = {"word": "sea"}
 
 
 class Shelf:
-    """A leaf: it finds the books of its shelf that have the word `word`, most often first; the shelf `hangs` hangs."""
+    """A leaf: it finds the books of its shelf that have the word `word`, most often first.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    The shelf `hangs` hangs, and the others answer when it does.
+    """
+
+    def __init__(self, name: str, hung: asyncio.Event) -> None:
+        self.name, self.hung = name, hung
         self.server: LeafServer | None = None
         self.remaining = TIMEOUT
         self.told = asyncio.Event()
@@ -44,13 +47,14 @@ class Shelf:
         if not word:
             raise Refusal(StatusCode.INVALID_ARGUMENT, "a word is needed")
         self.remaining = query.remaining or TIMEOUT
-        if query.json.get("hangs") == self.name:
-            await self.hang()
+        if "hangs" in query.json:
+            await (self.hang() if query.json["hangs"] == self.name else self.hung.wait())
         counts = {title: text.split().count(word) for title, text in SHELVES[self.name].items()}
         found = [{"id": title, "score": count, "shelf": self.name} for title, count in counts.items() if count]
         return sorted(found, key=lambda hit: -hit["score"])
 
     async def hang(self) -> None:
+        self.hung.set()
         try:
             await asyncio.Event().wait()
         finally:
@@ -74,7 +78,8 @@ def fuse(merging: Merging) -> bytes:
 async def main(pool_id: str) -> None:
     async with Pool(pool_id, timeout=TIMEOUT) as pool, Pool(f"{pool_id}-merged", timeout=TIMEOUT) as merged:
         addresses = await expected(pool)
-        shelves = {name: Shelf(name) for name in addresses}
+        hung = asyncio.Event()
+        shelves = {name: Shelf(name, hung) for name in addresses}
         try:
             await nobody(pool)
             for shelf in shelves.values():

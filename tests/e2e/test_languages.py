@@ -4,7 +4,8 @@ Scatter/gather asks leaves that the example serves itself. Where they listen is 
 has for each language L (the example's argument) the pools L and L-merged over the same shards a, b, c, one endpoint
 each, a Unix socket; L merges by top_k with k = 3, L-merged by a MergeService at the address of a. The example reads the
 addresses from GetTopology and serves the leaf of each shard there, and the merge beside the leaf of a, so that nothing
-needs a port that was free a moment ago. `clients/examples/scattergather.yaml` is the same for people, on TCP.
+needs a port that was free a moment ago. `clients/examples/scattergather.yaml` is the same for people, on TCP. Where c
+hangs, a and b answer when it does: or the answer could be there before c has begun, which then is told nothing.
 """
 
 from __future__ import annotations

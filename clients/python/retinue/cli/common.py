@@ -16,13 +16,13 @@ import click
 
 from retinue.client import address as addresses
 from retinue.client.channel import Connection
-from retinue.client.queue import Queue
-from retinue.workqueue.v1 import task_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from google.protobuf.message import Message
+
+    from retinue.client.queue import Queue
 
 Row = dict[str, Any]
 
@@ -75,16 +75,6 @@ class PairType(click.ParamType[tuple[str, str]]):
 
 
 DURATION, INSTANT, PAIR = DurationType(), InstantType(), PairType()
-STATES = [name.removeprefix("TASK_STATE_").lower() for name in pb.TaskState.keys()[1:]]
-STATE = click.Choice(STATES, case_sensitive=False)
-
-
-def state_number(name: str) -> pb.TaskState.ValueType:
-    return pb.TaskState.Value(f"TASK_STATE_{name.upper()}")
-
-
-def state_name(number: pb.TaskState.ValueType) -> str:
-    return pb.TaskState.Name(number).removeprefix("TASK_STATE_").lower()
 
 
 @dataclass(frozen=True)
@@ -96,6 +86,8 @@ class Server:
     output: str | None
 
     def queue(self, queue_id: str = "") -> Queue:
+        from retinue.client.queue import Queue  # noqa: PLC0415 - other patterns need none of it
+
         return Queue(queue_id, address=self.address, timeout=self.timeout, patient=False)
 
     def for_apps(self, pattern: str = "workqueue") -> Connection:
@@ -213,14 +205,6 @@ def _with_integers(row: Row) -> Row:
         elif key in _INTEGERS and isinstance(value, str):
             row[key] = int(value)
     return row
-
-
-def task_row(task: pb.Task) -> Row:
-    """A task as a row: what it was told and what became of it, side by side."""
-    row = plain(task)
-    spec = row.pop("spec", {})
-    row["state"] = state_name(task.state)
-    return {**row, **{key: value for key, value in spec.items() if key not in row}}
 
 
 def since(moment: datetime) -> str:

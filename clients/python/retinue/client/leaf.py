@@ -25,7 +25,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 
 log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 DEFAULT_GRACE = 10.0
 _OPTIONS: tuple[tuple[str, int], ...] = (
@@ -176,16 +178,16 @@ Handler: TypeAlias = "Callable[[Query], Awaitable[Any]] | Callable[[Query], Any]
 MergeHandler: TypeAlias = "Callable[[Merging], Awaitable[Any]] | Callable[[Merging], Any]"
 
 
-class _Calls:
-    """Calls a handler, on the loop or on a thread."""
+class _Calls(Generic[Answer]):
+    """Calls a handler, on the loop or on a thread, and makes a message of what it returns."""
 
-    def __init__(self, handler: Callable[[Any], Any], threads: int | None) -> None:
-        self._handler = handler
+    def __init__(self, handler: Callable[[Any], Any], encode: Callable[[Any], Answer], threads: int | None) -> None:
+        self._handler, self._encode = handler, encode
         self.on_loop = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__)
         self._threads = None if self.on_loop else ThreadPoolExecutor(threads, "retinue-leaf")
 
-    async def __call__(self, asked: _Asked, method: str, traceparent: str, **attributes: str | int) -> Any:
-        """What it returns; raises Refusal."""
+    async def __call__(self, asked: _Asked, method: str, traceparent: str, **attributes: str | int) -> Answer:
+        """The answer; raises Refusal."""
         with trace.answering(method, traceparent, **attributes):
             try:
                 return await self._run(asked)
@@ -196,15 +198,18 @@ class _Calls:
                 name = type(error).__name__
                 raise Refusal(grpc.StatusCode.INTERNAL, f"the handler failed with {name}: see its log") from error
 
-    async def _run(self, asked: _Asked) -> Any:
+    async def _run(self, asked: _Asked) -> Answer:
         if self._threads is None:
-            return await self._handler(asked)
-        context = contextvars.copy_context()
+            return self._encode(await self._handler(asked))
+        run = contextvars.copy_context().run
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, self._handler, asked)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, run, self._answer, asked)
         except asyncio.CancelledError:
             asked.stopping.set()
             raise
+
+    def _answer(self, asked: _Asked) -> Answer:
+        return self._encode(self._handler(asked))
 
     def close(self) -> None:
         """What has not begun will not."""
@@ -220,7 +225,7 @@ class LeafService(leaf_rpc.LeafServiceServicer):
     """
 
     def __init__(self, handler: Handler, *, threads: int | None = None) -> None:
-        self._calls = _Calls(handler, threads)
+        self._calls = _Calls(handler, _response, threads)
         self._streams: set[_Stream] = set()
 
     async def Query(self, request: leaf_pb.QueryRequest, context: Any) -> leaf_pb.QueryResponse:  # noqa: N802 - the same
@@ -252,12 +257,7 @@ class LeafService(leaf_rpc.LeafServiceServicer):
         query = Query(request, seconds, metadata)
         parent = metadata.get("traceparent", "")
         method = "retinue.scattergather.v1.LeafService/Query"
-        content = await self._calls(query, method, parent, shard_id=query.shard_id, attempt=query.attempt)
-        if not isinstance(content, Partial):
-            return leaf_pb.QueryResponse(payload=as_bytes(content))
-        whole = content.answered >= content.expected
-        part = coverage_pb.Coverage(expected=content.expected, answered=content.answered, complete=whole)
-        return leaf_pb.QueryResponse(payload=as_bytes(content.content), coverage=part)
+        return await self._calls(query, method, parent, shard_id=query.shard_id, attempt=query.attempt)
 
     def stop(self) -> None:
         """Takes no more from streams; what is open on them is answered."""
@@ -267,6 +267,14 @@ class LeafService(leaf_rpc.LeafServiceServicer):
     def close(self) -> None:
         """Begins nothing more."""
         self._calls.close()
+
+
+def _response(content: Any) -> leaf_pb.QueryResponse:
+    if not isinstance(content, Partial):
+        return leaf_pb.QueryResponse(payload=as_bytes(content))
+    whole = content.answered >= content.expected
+    part = coverage_pb.Coverage(expected=content.expected, answered=content.answered, complete=whole)
+    return leaf_pb.QueryResponse(payload=as_bytes(content.content), coverage=part)
 
 
 class _Stream:
@@ -334,7 +342,7 @@ class MergeService(merge_rpc.MergeServiceServicer):
     """A handler as a servicer: `add_MergeServiceServicer_to_server(MergeService(fuse), server)`."""
 
     def __init__(self, handler: MergeHandler, *, threads: int | None = None) -> None:
-        self._calls = _Calls(handler, threads)
+        self._calls = _Calls(handler, as_bytes, threads)
 
     async def Merge(self, request: merge_pb.MergeRequest, context: Any) -> merge_pb.MergeResponse:  # noqa: N802 - the contract's name
         """All replies at once."""
@@ -357,7 +365,7 @@ class MergeService(merge_rpc.MergeServiceServicer):
     async def _merge(self, merging: Merging, method: str, context: Any) -> bytes:
         parent = _text(context.invocation_metadata()).get("traceparent", "")
         try:
-            return as_bytes(await self._calls(merging, f"retinue.scattergather.v1.MergeService/{method}", parent))
+            return await self._calls(merging, f"retinue.scattergather.v1.MergeService/{method}", parent)
         except Refusal as refusal:
             await context.abort(refusal.code, refusal.message)
             raise

@@ -87,8 +87,8 @@ class _Output:
 
     @property
     def payload(self) -> bytes:
-        """The bytes; of JSON its text."""
-        if self._output.WhichOneof("output") == "payload":
+        """The bytes; of JSON, and of what was collected, the text of `json`."""
+        if self._output.WhichOneof("output") in ("payload", None):
             return self._output.payload
         return json_text.dumps(self.json, ensure_ascii=False).encode()
 
@@ -342,7 +342,7 @@ class Pool:
         request = topology_api.GetTopologyRequest(pool_id=self.pool_id)
         return (await self.connection.call(self._topology.GetTopology, request, timeout=self.timeout)).pool
 
-    async def watch(self) -> AsyncIterator[topology_pb.Pool]:
+    async def watch(self) -> AsyncGenerator[topology_pb.Pool]:
         """The same now and after each change; slow readers get the latest. Goes on over lost connections."""
         begun, waits = False, backoff()
         request = topology_api.WatchTopologyRequest(pool_id=self.pool_id)
