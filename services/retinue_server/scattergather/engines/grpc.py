@@ -48,7 +48,7 @@ def credentials(said: Tls | None) -> grpc.ChannelCredentials | None:
 def open_channel(address: str, said: Tls | None, max_reply_bytes: int) -> aio.Channel:
     """A channel that connects when it is used."""
     options: list[tuple[str, Any]] = [*_OPTIONS, ("grpc.max_receive_message_length", max_reply_bytes)]
-    if address.startswith("unix:"):  # by itself it says the path, which is no host: Rust's servers refuse it, Node's fail
+    if address.startswith("unix:"):  # else it is the path, which is no host: Rust's servers refuse it, Node's fail
         options.append(("grpc.default_authority", "localhost"))
     shown = credentials(said)
     if shown is None:
