@@ -77,6 +77,14 @@ def _go_elections() -> None:
     _run(["nice", "go", "build", "-trimpath", "-o", f"{where}/", "./etcd", "./clientgo"], HERE / "go" / "elections")
 
 
+def _go_scatter() -> None:
+    if shutil.which("go") is None:
+        raise Failure("go is not here")
+    where = HOME / "go-scatter"
+    where.mkdir(parents=True, exist_ok=True)
+    _run(["nice", "go", "build", "-trimpath", "-o", f"{where}/", "./leaf", "./load"], HERE / "go" / "scatter")
+
+
 _KINDS: dict[str, tuple[str, Callable[[], None]]] = {
     "python": ("peers.txt", _python),
     "node": ("node/package-lock.json", _node),
