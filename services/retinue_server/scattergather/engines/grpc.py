@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ class GrpcLine:
         self._channel: aio.Channel | None = None
         self._method: Any = None
         self._watching: asyncio.Task[None] | None = None
+        self._soon = asyncio.get_running_loop().call_soon
         self._tasks: set[asyncio.Task[None]] = set()
         self.reopen()
 
@@ -85,11 +87,8 @@ class GrpcLine:
             asyncio.get_running_loop().call_soon(done, int(Code.UNAVAILABLE), "there is no connection", None)
             return _nothing
         call = self._method(data, timeout=timeout_s, metadata=metadata)
-        task = asyncio.create_task(_wait(call, done))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        cancel: Callable[[], object] = call.cancel
-        return cancel  # type: ignore[return-value] # whether it was in time is of no interest
+        call.add_done_callback(partial(self._soon, _tell, done))
+        return call.cancel
 
     def close(self) -> None:
         self._leave(0)
@@ -117,15 +116,16 @@ class GrpcLine:
             self._changed()
 
 
-async def _wait(call: Any, done: Done) -> None:
+def _tell(done: Done, call: Any) -> None:
+    """What has ended is awaited without a task, which would cost as much as all else that we do for a call."""
     try:
-        reply = await call
+        next(call.__await__())
+    except StopIteration as ended:
+        done(0, "", ended.value)
     except aio.AioRpcError as error:
         done(error.code().value[0], error.details() or "", None)
     except asyncio.CancelledError:
         return  # by `cancel`: nobody listens any more
-    else:
-        done(0, "", reply)
 
 
 def _nothing() -> None:
