@@ -1,6 +1,7 @@
 // Command leaf serves LeafService on so many ports and echoes payloads. A payload that is a JSON object says how long to
-// take: `work_ms` always (exponentially distributed), and for a share `slow` of all calls `slow_ms` more. Every line on stdin is
-// answered with how many queries have come, and how many of them nobody waited for to the end.
+// take: `work_ms` (exponentially distributed), one query of a port after the other if `serial`, and for a share `slow` of all
+// queries `slow_ms` more. Every line on stdin is answered with how many queries have come, and how many of them nobody waited
+// for to the end.
 package main
 
 import (
@@ -26,45 +27,56 @@ type behaviour struct {
 	WorkMs float64 `json:"work_ms"`
 	Slow   float64 `json:"slow"`
 	SlowMs float64 `json:"slow_ms"`
+	Serial bool    `json:"serial"`
 }
 
-func (b behaviour) duration() time.Duration {
-	ms := b.WorkMs * rand.ExpFloat64()
-	if b.Slow > 0 && rand.Float64() < b.Slow {
-		ms += b.SlowMs
-	}
-	return time.Duration(ms * float64(time.Millisecond))
-}
+var queries, cancelled atomic.Int64
 
+// leaf is one port.
 type leaf struct {
 	leafpb.UnimplementedLeafServiceServer
-	queries, cancelled atomic.Int64
+	free chan struct{} // has one thing in it while nobody is served serially
 }
 
 func (l *leaf) Query(ctx context.Context, request *leafpb.QueryRequest) (*leafpb.QueryResponse, error) {
-	l.queries.Add(1)
+	queries.Add(1)
 	if payload := request.Payload; len(payload) > 0 && payload[0] == '{' {
-		if err := l.work(ctx, payload); err != nil {
-			return nil, err
+		if err := l.behave(ctx, payload); err != nil {
+			cancelled.Add(1)
+			return nil, status.FromContextError(err).Err()
 		}
 	}
 	return &leafpb.QueryResponse{Payload: request.Payload}, nil
 }
 
-// work takes its time, unless nobody waits any more.
-func (l *leaf) work(ctx context.Context, payload []byte) error {
+// behave takes its time, unless nobody waits any more.
+func (l *leaf) behave(ctx context.Context, payload []byte) error {
 	var b behaviour
-	if err := json.Unmarshal(payload, &b); err != nil {
-		return err
+	lines.Check(json.Unmarshal(payload, &b))
+	if b.Slow > 0 && rand.Float64() < b.Slow {
+		if err := sleep(ctx, b.SlowMs); err != nil {
+			return err
+		}
 	}
-	timer := time.NewTimer(b.duration())
+	if b.Serial {
+		select {
+		case <-l.free:
+			defer func() { l.free <- struct{}{} }()
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return sleep(ctx, b.WorkMs*rand.ExpFloat64())
+}
+
+func sleep(ctx context.Context, ms float64) error {
+	timer := time.NewTimer(time.Duration(ms * float64(time.Millisecond)))
 	defer timer.Stop()
 	select {
 	case <-timer.C:
 		return nil
 	case <-ctx.Done():
-		l.cancelled.Add(1)
-		return status.FromContextError(ctx.Err()).Err()
+		return ctx.Err()
 	}
 }
 
@@ -134,21 +146,27 @@ func (s *stream) answer(ctx context.Context, request *leafpb.QueryStreamRequest)
 	_ = s.grpc.Send(response) // a stream that has ended says so where it is read
 }
 
+// serve begins to serve on a port, and says which.
+func serve() string {
+	one := &leaf{free: make(chan struct{}, 1)}
+	one.free <- struct{}{}
+	server := grpc.NewServer(grpc.MaxConcurrentStreams(1 << 20))
+	leafpb.RegisterLeafServiceServer(server, one)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	lines.Check(err)
+	go func() { lines.Check(server.Serve(listener)) }()
+	return listener.Addr().String()
+}
+
 func main() {
 	ports := flag.Int("ports", 1, "how many endpoints")
 	flag.Parse()
-	served := &leaf{}
-	server := grpc.NewServer(grpc.MaxConcurrentStreams(1 << 20))
-	leafpb.RegisterLeafServiceServer(server, served)
 	var addresses []string
 	for range *ports {
-		listener, err := net.Listen("tcp", "127.0.0.1:0")
-		lines.Check(err)
-		addresses = append(addresses, listener.Addr().String())
-		go func() { lines.Check(server.Serve(listener)) }()
+		addresses = append(addresses, serve())
 	}
 	lines.Say(map[string]any{"addresses": addresses})
 	lines.Serve(func(struct{}) any {
-		return map[string]int64{"queries": served.queries.Load(), "cancelled": served.cancelled.Load()}
+		return map[string]int64{"queries": queries.Load(), "cancelled": cancelled.Load()}
 	})
 }
