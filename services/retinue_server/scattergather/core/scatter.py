@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from enum import IntEnum
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from retinue_server.runtime.errors import Code, Reason, RetinueError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _SLICE = 16
 """Calls that are begun before others get their turn: about a millisecond."""
 MAX_FAILURES = 16
+_ONE = Coverage(1, 1, complete=True)
 _MESSAGE_BYTES = 256
 
 
@@ -89,10 +91,13 @@ class Part:
         "replicas",
         "retries",
         "tried",
+        "weight",
     )
 
     def __init__(self, members: Sequence[Member], replicas: Sequence[Replica], begun_at: float) -> None:
         self.members, self.replicas, self.begun_at = members, replicas, begun_at
+        self.weight = sum([member.shard.weight for member in members])
+        """Leaves beneath it."""
         self.tried: list[Replica] = []
         self.open: list[Attempt] = []
         self.attempts = 0
@@ -102,11 +107,6 @@ class Part:
         self.code = int(Code.CANCELLED)
         self.message = ""
         self.coverage: Coverage | None = None
-
-    @property
-    def weight(self) -> int:
-        """Leaves beneath it."""
-        return sum(member.shard.weight for member in self.members)
 
 
 class Observer(Protocol):
@@ -158,12 +158,15 @@ class Scatter:
         self._unsent: deque[tuple[Part, Replica | None]] = deque()
         hedges = self._pool.idempotent and not self._policy.no_hedge
         self._hedge_delay = live.hedge_delay_s(self.begun_at) if hedges else None
-        self._hedges: deque[tuple[float, Attempt]] = deque()
+        self._hedges: deque[Attempt] = deque()
+        """Those that may yet get company, in the order of their beginning."""
         self._hedge_timer: Timer | None = None
         self._timers: list[Timer] = []
         self._soft_over = False
         self._gathered_bytes = 0
         self.attempts: list[Attempt] = []
+        self.won: list[Attempt] = []
+        """In the order in which they were answered."""
         self.error: RetinueError | None = None
         self.gathered: Gathered | None = None
         self.code = Code.OK
@@ -221,8 +224,7 @@ class Scatter:
 
     def _try(self, part: Part, kind: Kind, replica: Replica | None = None) -> None:
         """Asks a replica, or finds that there is none."""
-        if replica is None:
-            replica = self._choose(part.replicas, part.tried)
+        replica = replica or self._choose(part.replicas, part.tried)
         if replica is not None:
             self._call(part, kind, replica)
             return
@@ -231,9 +233,8 @@ class Scatter:
         self._settle_failure(part, Code.RESOURCE_EXHAUSTED if full else Code.UNAVAILABLE, found)
 
     def _choose(self, replicas: Sequence[Replica], tried: Sequence[Replica]) -> Replica | None:
-        live = self._live
         limit = self._pool.limits.max_calls_per_endpoint
-        return choose(replicas, tried, self._clock.now(), live.draw, limit)
+        return choose(replicas, tried, self._clock.now(), self._live.draw, limit)
 
     def _call(self, part: Part, kind: Kind, replica: Replica) -> None:
         now = self._clock.now()
@@ -248,14 +249,10 @@ class Scatter:
         metadata = question.metadata(shards, part.attempts)
         if self._observer is not None:
             metadata = (*metadata, *self._observer.asked(attempt))
-
-        def done(code: int, message: str, reply: bytes | None) -> None:
-            self._done(attempt, code, message, reply)
-
-        data = question.data(shards, part.attempts)
-        attempt.cancel = replica.line.call(data, max(self._leaf_deadline - now, 0.001), metadata, done)
+        data, left = question.data(shards, part.attempts), max(self._leaf_deadline - now, 0.001)
+        attempt.cancel = replica.line.call(data, left, metadata, partial(self._done, attempt))
         if self._hedge_delay is not None and kind is not Kind.HEDGE:
-            self._hedges.append((now + self._hedge_delay, attempt))
+            self._hedges.append(attempt)
             if self._hedge_timer is None:
                 self._hedge_timer = self._clock.at(now + self._hedge_delay, self._hedge)
 
@@ -293,6 +290,7 @@ class Scatter:
         self._live.latencies.add(took)
         self._gathered_bytes += len(data)
         attempt.end = End.WON
+        self.won.append(attempt)
         self._settle_answer(part, attempt, reply, covered)
 
     def _check_first(self, covered: Coverage) -> None:
@@ -306,7 +304,8 @@ class Scatter:
 
     def _settle_answer(self, part: Part, attempt: Attempt, reply: Reply, covered: Coverage) -> None:
         part.done, part.code, part.coverage = True, 0, covered
-        self._give_up(part)
+        if part.open:
+            self._give_up(part)
         self._pending -= 1
         self._live.open_calls -= 1
         self._answered += covered.answered
@@ -377,13 +376,14 @@ class Scatter:
 
     def _hedge(self) -> None:
         self._hedge_timer = None
-        now = self._clock.now()
-        while self._hedges and self._hedges[0][0] <= now:
-            self._hedge_one(self._hedges.popleft()[1])
-        while self._hedges and self._hedges[0][1].end is not None:
-            self._hedges.popleft()
-        if self._hedges and not self._over:
-            self._hedge_timer = self._clock.at(self._hedges[0][0], self._hedge)
+        assert self._hedge_delay is not None
+        hedges, due = self._hedges, self._clock.now() - self._hedge_delay
+        while hedges and hedges[0].started_at <= due:
+            self._hedge_one(hedges.popleft())
+        while hedges and hedges[0].end is not None:
+            hedges.popleft()
+        if hedges and not self._over:
+            self._hedge_timer = self._clock.at(hedges[0].started_at + self._hedge_delay, self._hedge)
 
     def _hedge_one(self, slow: Attempt) -> None:
         part = slow.part
@@ -401,9 +401,9 @@ class Scatter:
             return
         if not self._pending:
             self._finish() if self._is_enough() else self._fall_short()
-        elif not self._can_be_enough():
+        elif (self._lost or self._degraded) and not self._can_be_enough():
             self._fall_short()
-        elif self._is_enough() and self._wants_no_more():
+        elif self._wants_no_more() and self._is_enough():
             self._finish()
 
     def _wants_no_more(self) -> bool:
@@ -489,7 +489,8 @@ class Scatter:
         self._unsent.clear()
         self._hedges.clear()
         for part in self._parts:
-            self._give_up(part)
+            if part.open:
+                self._give_up(part)
         self.gathered = self._gather()
         if self._observer is not None:
             self._observer.ended(self)
@@ -498,8 +499,6 @@ class Scatter:
 
     def _give_up(self, part: Part) -> None:
         """Cancels what is still under way for it."""
-        if not part.open:
-            return
         now = self._clock.now()
         for attempt in part.open:
             waited = now - attempt.started_at  # it takes at least so long
@@ -534,15 +533,14 @@ class Scatter:
         )
 
     def _stats(self) -> Stats:
-        kinds = [attempt.kind for attempt in self.attempts]
-        won = [attempt for attempt in self.attempts if attempt.end is End.WON]
-        slowest = max(won, key=lambda attempt: attempt.ended_at, default=None)
+        more = [attempt.kind for attempt in self.attempts if attempt.kind is not Kind.PRIMARY]
+        slowest = self.won[-1] if self.won else None
         return Stats(
             shards=len(self.members),
-            attempts=len(kinds),
-            hedges=kinds.count(Kind.HEDGE),
-            hedges_won=sum(attempt.kind is Kind.HEDGE for attempt in won),
-            retries=kinds.count(Kind.RETRY),
+            attempts=len(self.attempts),
+            hedges=more.count(Kind.HEDGE),
+            hedges_won=sum([attempt.kind is Kind.HEDGE for attempt in self.won]) if more else 0,
+            retries=more.count(Kind.RETRY),
             gathered_bytes=self._gathered_bytes,
             elapsed_s=self._clock.now() - self.begun_at,
             slowest_s=slowest.ended_at - self.begun_at if slowest else 0.0,
@@ -565,7 +563,7 @@ def _cut(message: str) -> str:
 def _coverage(weight: int, said: Coverage | None) -> Coverage:
     """Of a leaf that says more than it has been asked for, no more than that counts."""
     if said is None:
-        return Coverage(weight, weight, complete=True)
+        return _ONE if weight == 1 else Coverage(weight, weight, complete=True)
     expected = said.expected or weight
     answered = min(max(said.answered, 0), expected)
     share = weight * answered // expected if said.expected != weight else answered
