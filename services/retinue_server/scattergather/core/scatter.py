@@ -11,6 +11,8 @@ from enum import IntEnum
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
+
 from retinue_server.runtime.errors import Code, Reason, RetinueError
 from retinue_server.scattergather.core import rules
 from retinue_server.scattergather.core.replicas import Replica, choose
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
     from retinue_server.scattergather.core.requests import Ask
     from retinue_server.scattergather.engine import Metadata
 
-_SLICE = 16
-"""Calls that are begun before others get their turn: about a millisecond."""
+_SLICE = 64
+"""Calls that are begun before others get their turn: some milliseconds."""
 MAX_FAILURES = 16
 _ONE = Coverage(1, 1, complete=True)
 _MESSAGE_BYTES = 256
@@ -59,54 +61,39 @@ class ScatterError(RetinueError):
         self.code = code  # type: ignore[misc] # the one error whose code depends on what happened
 
 
-class Attempt:
+class Attempt(msgspec.Struct, eq=False):
     """A call to a leaf."""
 
-    __slots__ = ("cancel", "code", "end", "ended_at", "kind", "part", "replica", "reply_bytes", "started_at", "trace")
+    part: Part
+    kind: Kind
+    replica: Replica
+    started_at: float
+    ended_at: float
+    end: End | None = None
+    code: int = 0
+    reply_bytes: int = 0
+    cancel: Callable[[], None] | None = None
+    trace: object = None
+    """The observer's."""
 
-    def __init__(self, part: Part, kind: Kind, replica: Replica, now: float) -> None:
-        self.part, self.kind, self.replica, self.started_at = part, kind, replica, now
-        self.end: End | None = None
-        self.code = 0
-        self.ended_at = now
-        self.reply_bytes = 0
-        self.cancel: Callable[[], None] | None = None
-        self.trace: object = None
-        """The observer's."""
 
-
-class Part:
+class Part(msgspec.Struct, eq=False):
     """What is asked together: a shard, or those of a batch."""
 
-    __slots__ = (
-        "attempts",
-        "begun_at",
-        "code",
-        "coverage",
-        "done",
-        "hedged",
-        "members",
-        "message",
-        "open",
-        "replicas",
-        "retries",
-        "tried",
-        "weight",
-    )
-
-    def __init__(self, members: Sequence[Member], replicas: Sequence[Replica], begun_at: float) -> None:
-        self.members, self.replicas, self.begun_at = members, replicas, begun_at
-        self.weight = sum([member.shard.weight for member in members])
-        """Leaves beneath it."""
-        self.tried: list[Replica] = []
-        self.open: list[Attempt] = []
-        self.attempts = 0
-        self.retries = 0
-        self.hedged = False
-        self.done = False
-        self.code = int(Code.CANCELLED)
-        self.message = ""
-        self.coverage: Coverage | None = None
+    members: Sequence[Member]
+    replicas: Sequence[Replica]
+    weight: int
+    """Leaves beneath it."""
+    begun_at: float
+    tried: list[Replica] = []
+    open: list[Attempt] = []
+    attempts: int = 0
+    retries: int = 0
+    hedged: bool = False
+    done: bool = False
+    code: int = int(Code.CANCELLED)
+    message: str = ""
+    coverage: Coverage | None = None
 
 
 class Observer(Protocol):
@@ -198,19 +185,23 @@ class Scatter:
         if self._pool.batch:
             self._unsent.extend(self._batches())
         else:
-            self._unsent.extend((Part((member,), member.replicas, self.begun_at), None) for member in self.members)
+            self._unsent.extend([(self._part(member), None) for member in self.members])
         self._parts = [part for part, _ in self._unsent]
+
+    def _part(self, member: Member) -> Part:
+        return Part((member,), member.replicas, member.shard.weight, self.begun_at)
 
     def _batches(self) -> Iterator[tuple[Part, Replica | None]]:
         groups: dict[Replica, list[Member]] = {}
         for member in self.members:
             replica = self._choose(member.replicas, ())
             if replica is None:
-                yield Part((member,), member.replicas, self.begun_at), None
+                yield self._part(member), None
             else:
                 groups.setdefault(replica, []).append(member)
         for replica, group in groups.items():
-            yield Part(tuple(group), _common(group, replica), self.begun_at), replica
+            weight = sum(member.shard.weight for member in group)
+            yield Part(tuple(group), _common(group, replica), weight, self.begun_at), replica
 
     def _send(self) -> None:
         for _ in range(_SLICE):
@@ -238,7 +229,7 @@ class Scatter:
 
     def _call(self, part: Part, kind: Kind, replica: Replica) -> None:
         now = self._clock.now()
-        attempt = Attempt(part, kind, replica, now)
+        attempt = Attempt(part, kind, replica, now, now)
         part.attempts += 1
         part.tried.append(replica)
         part.open.append(attempt)
@@ -281,7 +272,8 @@ class Scatter:
         try:
             reply = self.ask.question.read(data)
             covered = _coverage(part.weight, reply.coverage)
-            self._check_first(covered)
+            if self._is_first:
+                self._check_first(covered)
             self._merge.add(part.members[0].place, reply.payload)
         except Malformed as error:
             self._failed(attempt, Code.DATA_LOSS, f"a malformed reply: {error}", now)
@@ -295,7 +287,7 @@ class Scatter:
 
     def _check_first(self, covered: Coverage) -> None:
         """One reply stands for all shards only if it is good enough: another's may be."""
-        if self._is_first and (not covered.answered or (self._policy.strict and not covered.complete)):
+        if not covered.answered or (self._policy.strict and not covered.complete):
             raise Malformed("it is the answer of a part only")
 
     def _over_budget(self) -> str:
@@ -346,7 +338,7 @@ class Scatter:
 
     def _split(self, batch: Part) -> Sequence[Part]:
         """The shards of a batch that failed, each by itself; those in front that nobody else has."""
-        parts = [Part((member,), member.replicas, self.begun_at) for member in batch.members]
+        parts = [self._part(member) for member in batch.members]
         for part in parts:
             part.retries, part.attempts, part.tried = batch.retries, batch.attempts, list(batch.tried)
         self._parts.remove(batch)
