@@ -35,7 +35,7 @@ async def main(addresses: list[str]) -> None:
         return b"".join([await call for call in calls])
 
     server = aio.server(options=[("grpc.http2.bdp_probe", 0)])
-    handlers: Any = {METHOD: grpc.unary_unary_rpc_method_handler(scatter)}  # type: ignore[arg-type] # a coroutine
+    handlers: Any = {METHOD: grpc.unary_unary_rpc_method_handler(scatter)}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -46,6 +46,4 @@ async def main(addresses: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1:]), loop_factory=uvloop.new_event_loop) if sys.version_info >= (3, 12) else uvloop.run(
-        main(sys.argv[1:])
-    )
+    uvloop.run(main(sys.argv[1:]))

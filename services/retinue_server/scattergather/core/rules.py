@@ -77,8 +77,7 @@ class LatencyWindow:
             self._counts[self._order.popleft()] -= 1
         self._order.append(bucket)
         self._counts[bucket] += 1
-        if bucket > self._highest:
-            self._highest = bucket
+        self._highest = max(self._highest, bucket)
 
     def quantile(self, q: float) -> float:
         """The middle of its bucket; 0 of an empty window."""

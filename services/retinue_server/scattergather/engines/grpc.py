@@ -88,7 +88,8 @@ class GrpcLine:
         call = self._method(data, timeout=timeout_s, metadata=metadata)
         waiting = call.__await__()
         next(waiting).add_done_callback(partial(_tell, done, waiting))
-        return call.cancel
+        cancel: Callable[[], None] = call.cancel
+        return cancel
 
     def close(self) -> None:
         self._leave(0)
