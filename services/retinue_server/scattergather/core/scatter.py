@@ -369,13 +369,13 @@ class Scatter:
     def _hedge(self) -> None:
         self._hedge_timer = None
         assert self._hedge_delay is not None
-        hedges, due = self._hedges, self._clock.now() - self._hedge_delay
-        while hedges and hedges[0].started_at <= due:
+        hedges, delay, now = self._hedges, self._hedge_delay, self._clock.now()
+        while hedges and hedges[0].started_at + delay <= now:
             self._hedge_one(hedges.popleft())
         while hedges and hedges[0].end is not None:
             hedges.popleft()
         if hedges and not self._over:
-            self._hedge_timer = self._clock.at(hedges[0].started_at + self._hedge_delay, self._hedge)
+            self._hedge_timer = self._clock.at(hedges[0].started_at + delay, self._hedge)
 
     def _hedge_one(self, slow: Attempt) -> None:
         part = slow.part
