@@ -7,20 +7,26 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
+import grpc
 import yaml
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from bench.brokers import free_port, fresh, retinue_environment
+from bench.figures import percentile
 from bench.install import ensure
 from bench.processes import HOME, ROOT, SERVER_CORE, Adapter, Failure, clean_environment, pinned, threads_cpu_seconds
 from retinue.scattergather.v1 import leaf_service_pb2 as leaf_pb
 from retinue.scattergather.v1 import scattergather_service_pb2 as api
+from retinue.scattergather.v1.scattergather_service_pb2_grpc import ScatterGatherServiceStub
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +38,7 @@ POOL = "bench"
 PAYLOAD = bytes(100)
 TIMEOUT_S = 10.0
 _PATIENCE = 60.0
+_PROBE_S = 0.02
 _PROGRAMS = HOME / "go-scatter"
 
 
@@ -50,6 +57,12 @@ class Leaves:
     def cpu(self) -> float:
         return threads_cpu_seconds(self.process.pid)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.close()
+
 
 class Load:
     """A load generator."""
@@ -64,8 +77,14 @@ class Load:
         roots = [root] if isinstance(root, Root) else root
         request = base64.b64encode(command.pop("request", roots[0].request())).decode()
         asked = {"addresses": [one.address for one in roots], "method": METHOD, "timeout": TIMEOUT_S + 5}
-        found: Mapping[str, Figures] = self.process.ask(_PATIENCE * 5, **asked, request=request, **command)
+        found: Mapping[str, Figures] = self.process.ask(_PATIENCE * 5, **asked | command, request=request)
         return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.close()
 
 
 @dataclass
@@ -84,6 +103,14 @@ class Root:
     def cpu(self) -> float:
         return threads_cpu_seconds(self.process.pid)
 
+    def hedge_delay_ms(self) -> float:
+        """After which a call gets company now; 0 if none does."""
+        with grpc.insecure_channel(self.address) as channel:
+            asked = api.ExplainScatterRequest(request=api.ScatterRequest(pool_id=POOL))
+            plan = ScatterGatherServiceStub(channel).ExplainScatter(asked, timeout=_PATIENCE)
+        found: float = plan.hedge_delay_duration.ToMicroseconds() / 1000
+        return found
+
     def metric(self, name: str, **labels: str) -> float:
         """The sum of the samples that have these labels."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=_PATIENCE) as answer:
@@ -94,6 +121,35 @@ class Root:
             for line in lines
             if line.startswith(f"retinue_scattergather_{name}") and all(text in line for text in wanted)
         )
+
+
+class Probe:
+    """Asks for a root's health again and again, from a thread of its own."""
+
+    def __init__(self, root: Root) -> None:
+        self._address, self._over = root.address, threading.Event()
+        self._took: list[float] = []
+        self._thread = threading.Thread(target=self._ask)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        with grpc.insecure_channel(self._address) as channel:
+            stub = HealthStub(channel)
+            stub.Check(HealthCheckRequest(), timeout=_PATIENCE)
+            while not self._over.wait(_PROBE_S):
+                began = time.perf_counter()
+                stub.Check(HealthCheckRequest(), timeout=_PATIENCE)
+                self._took.append(time.perf_counter() - began)
+
+    def p99_ms(self) -> float:
+        return percentile(self._took, 0.99) * 1000
 
 
 def pool(shards: Sequence[Sequence[str]], **settings: Any) -> dict[str, Any]:
