@@ -128,7 +128,7 @@ def ended(story: Story, slack_ns: int) -> Iterator[Finding]:
         over = story.over_at(asked)
         if got.at > (latest := story.held_until(got.leaf, asked.at, over) + slack_ns):
             yield Finding("ended", got.request, f"{(got.at - latest) / 1e9:.2f} s too late: {got}")
-        last = story.held_until(got.leaf, got.at, over) + slack_ns
+        last = story.held_until(got.leaf, got.at, max(over, got.at)) + slack_ns
         until = call.gave.at if call.gave else story.read_at
         if until > last and not story.died(call, last):
             yield Finding("ended", got.request, f"it went on for {(until - over) / 1e9:.2f} s: {call}")
@@ -147,15 +147,15 @@ def bounded(story: Story, _: int) -> Iterator[Finding]:
         primaries[asked.pool] += len(asked.shards)
     extra: Counter[str] = Counter()
     for request, calls in story.by_request.items():
-        if (asked := story.asked.get(request)) is None:
-            continue
-        yield from _bounded_calls(story.pools[asked.pool], request, calls)
-        extra[asked.pool] += sum(count - 1 for count in Counter(call.got.shard for call in calls).values())
+        if request in story.asked:
+            pool = story.asked[request].pool
+            yield from _bounded_calls(story.pools[pool], request, calls)
+            extra[pool] += sum(count - 1 for count in Counter(call.got.shard for call in calls).values())
     said: Counter[str] = Counter()
-    for of, told in _answered(story):
-        said[of.pool] += told.hedges + told.retries
-    for name, pool in story.pools.items():
-        most = pool.roots * pool.burst + pool.ratio * primaries[name]
+    for asked, told in _answered(story):
+        said[asked.pool] += told.hedges + told.retries
+    for name, ran in story.pools.items():
+        most = ran.roots * ran.burst + ran.ratio * primaries[name]
         if max(extra[name], said[name]) > most:
             yield Finding(
                 "bounded", name, f"{extra[name]} more calls came, {said[name]} were said, {most} were allowed"
