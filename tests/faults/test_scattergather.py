@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from support.scatter_faults.behaviour import Behaviour, Kind
 from support.scatter_faults.checks import check
-from support.scatter_faults.history import Call, Story
+from support.scatter_faults.history import Call, Fault, Story
 from support.scatter_faults.matrix import DEADLINE_S, MODES, ROWS, Cells, Matrix, table
+from support.scatter_faults.pools import STRICT, Policy, Pool
+from support.scatter_faults.stage import Stage
+from workers import eventually
 
 SLACK_NS = int(DEADLINE_S * 1e9)
 """As much again as a request may take: an upper bound, on a machine that does much else."""
@@ -125,3 +130,88 @@ def assert_calls(matrix: Matrix, story: Story) -> None:
         call.got.serial for call in both if call.got.leaf == "twin"
     }
     assert not any(calls("root overloaded", mode.name) for mode in MODES), "who is refused by the root asks no leaf"
+
+
+DEFECTS = {
+    "merge_the_loser_too": "merged_once",
+    "leak_losers": "ended",
+    "call_complete_what_is_not": "truthful",
+    "repeat_what_must_not_be_repeated": "bounded",
+    "ask_the_same_again": "bounded",
+    "spend_without_end": "bounded",
+    "answer_without_the_minimum": "enough",
+    "wait_too_long": "in_time",
+    "go_on_without_the_caller": "ended",
+    "expect_who_is_there": "truthful",
+}
+BROKEN_SLACK_NS = 1_500_000_000
+LONG_S = 10.0
+"""So long that what goes on is not ended by its deadline before it is seen."""
+
+
+def test_a_root_that_breaks_a_rule_is_caught(tmp_path: Path) -> None:
+    """Each pool breaks the rule that is its name, but for one."""
+    with Stage(tmp_path, module="faults.broken_scatters") as stage:
+        house = stage.village.build("good", "slow", "twin", "late", "stalls", "fails", "fails2", "gone")
+        for kind, delay_s, names in (
+            (Kind.ANSWER, 0.3, ["late"]),
+            (Kind.ANSWER, 0.8, ["slow"]),
+            (Kind.STALL, 0.0, ["stalls"]),
+            (Kind.FAIL, 0.0, ["fails", "fails2"]),
+        ):
+            house.tell(Behaviour(kind, delay_s), *names)
+        stage.open(*broken_pools(), connected=False)
+        stage.village.links["gone"].refuse()
+        stage.notes.add(Fault("ailing", 1, 0, ("late", "stalls", "fails", "fails2", "gone")))
+        ask_broken(stage)
+        eventually(lambda: caught(stage).items() >= DEFECTS.items(), "all are caught")
+        assert "right" not in caught(stage)
+
+
+def broken_pools() -> list[Pool]:
+    hedged: dict[str, Any] = {"hedge_s": 0.1, "timeout_s": LONG_S}
+
+    def pool(name: str, *hit: str, first: str = "good", **settings: Any) -> Pool:
+        return Pool(name, {"s0": (first,), "s1": hit}, **{"timeout_s": 1.0} | settings)
+
+    return [
+        pool("right", "stalls", "twin", **hedged),
+        pool("merge_the_loser_too", "late", "twin", first="slow", **hedged),
+        pool("leak_losers", "stalls", "twin", **hedged),
+        pool("call_complete_what_is_not", "gone"),
+        pool("repeat_what_must_not_be_repeated", "fails", "good", idempotent=False),
+        pool("ask_the_same_again", "fails"),
+        pool("spend_without_end", "fails", "fails2", ratio=0.0, burst=1.0),
+        pool("answer_without_the_minimum", "gone"),
+        pool("wait_too_long", "stalls"),
+        pool("go_on_without_the_caller", "stalls", timeout_s=LONG_S),
+        pool("expect_who_is_there", "gone"),
+    ]
+
+
+def ask_broken(stage: Stage) -> None:
+    """Two requests at once to each pool, so that of two replicas each is asked first by one."""
+    caller = stage.caller()
+    pending = {}
+    for pool in stage.pools.values():
+        policy = Policy(0.5) if pool.name == "call_complete_what_is_not" else STRICT
+        pending[pool.name] = [caller.begin(pool, policy) for _ in (1, 2)]
+    leaving = pending.pop("go_on_without_the_caller")
+    wanted = {one.asked.request for one in leaving}
+    eventually(lambda: wanted <= {call.got.request for call in stage.story().calls}, "the leaves are asked")
+    for one in leaving:
+        one.leave()
+    for some in pending.values():
+        for one in some:
+            one.result()
+
+
+def caught(stage: Stage) -> dict[str, str]:
+    """What is found in each pool; where that is several, what is expected comes first."""
+    story = stage.story()
+    found: dict[str, str] = {}
+    for one in check(story, BROKEN_SLACK_NS):
+        pool = story.asked[one.request].pool if one.request in story.asked else one.request
+        if found.get(pool) != DEFECTS.get(pool):
+            found[pool] = one.check
+    return found

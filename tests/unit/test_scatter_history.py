@@ -28,7 +28,7 @@ class Tale:
 
     def pool(self, **settings: Any) -> None:
         usual = {"idempotent": True, "ratio": 0.0, "burst": 2.0, "max_retries": 2, "hedged": True}
-        replicas = {"s0": ("a", "b"), "s1": ("c", "d")}
+        replicas: dict[str, tuple[str, ...]] = {"s0": ("a", "b"), "s1": ("c", "d")}
         self.events = [event for event in self.events if not isinstance(event, Ran)]
         self.events.append(Ran("p", replicas, **usual | settings))
 
