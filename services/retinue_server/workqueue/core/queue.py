@@ -423,15 +423,15 @@ class WorkQueue:
     def _publish(self, events: list[Noted]) -> None:
         self.events.publish(events)
         self._alarm.note([row for _, row, _ in events])
-        happened: Counter[tuple[str, EventType]] = Counter((row.queue_id, kind) for kind, row, _ in events)
-        self.happened.update(happened)
         if self._ended:
             for kind, row, _ in events:
                 if kind in ENDS:
                     self._ended.wake(row.task_id, 1 << 30)
-        ready = Counter(row.queue_id for kind, row, _ in events if row.state is State.READY and kind in STARTS)
-        for queue_id, count in ready.items():
-            self._ready.wake(queue_id, count)
+        alike = Counter([(row.queue_id, kind, row.state) for kind, row, _ in events])
+        for (queue_id, kind, state), count in alike.items():
+            self.happened[queue_id, kind] += count
+            if state is State.READY and kind in STARTS:
+                self._ready.wake(queue_id, count)
 
     async def _lacking(self, blob_ids: Iterable[str]) -> steps.Lacking:
         """Those of the blobs that are not there; the others live on for a while."""
