@@ -392,22 +392,23 @@ class WorkQueue:
         A caller that is cancelled changes nothing of that: the step takes effect, and who waits for it must be told;
         `unheard` then gets the answer.
         """
-        writing = asyncio.ensure_future(self._written(step))
-        try:
-            return await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            self._see_through(writing, unheard)
-            raise
 
-    async def _written(self, step: Callable[[Transaction, steps.Context], T]) -> T:
         def run(tx: Transaction) -> tuple[T, list[Noted]]:
             now = tx.now() or self.now()
             ctx = steps.Context(now, Ledger(now.wall_ms), self._chance.jitter, self.strict_queues)
             return step(tx, ctx), ctx.ledger.events
 
-        result, events = await self.engine.write(run)
-        self._publish(events)
-        return result
+        def publish(written: tuple[T, list[Noted]]) -> T:
+            self._publish(written[1])
+            return written[0]
+
+        writing = asyncio.ensure_future(self.engine.write(run))
+        try:
+            written = await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            self._see_through(writing, lambda written: unheard(publish(written)))
+            raise
+        return publish(written)
 
     def _see_through(self, work: asyncio.Future[T], then: Callable[[T], None] = lambda _: None) -> None:
         """Lets work end that nobody awaits; its errors were for the caller who went."""

@@ -161,10 +161,10 @@ class SqliteEngine:
             await asyncio.to_thread(self._reader.shutdown)
         await asyncio.to_thread(self._close)
 
-    async def write(self, step: Callable[[Transaction], T]) -> T:
+    def write(self, step: Callable[[Transaction], T]) -> asyncio.Future[T]:
         if self._writer is None:
             raise Unavailable("cannot write: the engine is stopped", reason=Reason.ENGINE_UNAVAILABLE, retry_ms=500)
-        return await self._steps.do(step)
+        return self._steps.do(step)
 
     async def read(self, query: Callable[[View], T]) -> T:
         if self._reader is None or self._writer is None:
@@ -229,6 +229,7 @@ class SqliteEngine:
 
     def _commit(self, group: list[Step]) -> None:
         self._store.db.execute("BEGIN IMMEDIATE")
+        self._store.alone = len(group) == 1
         for step in group:
             step.run(self._store, (apsw.Error,))
         self._store.db.execute("COMMIT")
@@ -451,6 +452,8 @@ class _Store(_View):
         self._leased: dict[int, TaskRow] = {}
         """Rows that the last transactions left LEASED, as they are now; the oldest first."""
         self._next_seq = 1
+        self.alone = False
+        """Whether the next savepoint is that of the transaction's only step."""
         self.queue_changes = 0
         self.reload()
 
@@ -474,7 +477,8 @@ class _Store(_View):
         """The server's clocks count."""
 
     def savepoint(self) -> AbstractContextManager[None]:
-        return _Savepoint(self)
+        whole, self.alone = self.alone, False
+        return _Savepoint(self, whole=whole)
 
     def counts(self, queue_id: str) -> dict[State, int]:
         return self.tally.of(self.tally.current, self._no(queue_id))
@@ -687,27 +691,35 @@ class _Store(_View):
         return [self._row(row) for row in self.db.execute(f"SELECT {_ROW} FROM task WHERE {where}", values)]  # noqa: S608 - constants
 
 
+_NAMED = "SAVEPOINT step", "RELEASE step", "ROLLBACK TO step; RELEASE step"
+_TRANSACTION = "", "", "ROLLBACK; BEGIN IMMEDIATE"
+"""Statements to begin, to end and to undo: the only step of a transaction needs no savepoint in it."""
+
+
 class _Savepoint:
     """Undoes, in the database and in what the store knows by heart, when left by an exception.
 
     An error of the database itself is left alone: SQLite may have ended the transaction, and the group is undone whole.
     """
 
-    def __init__(self, store: _Store) -> None:
+    def __init__(self, store: _Store, *, whole: bool) -> None:
         self._store = store
+        self._begin, self._end, self._take_back = _TRANSACTION if whole else _NAMED
         self._tally_mark, self._queue_mark = store.tally.mark(), store.queue_changes
 
     def __enter__(self) -> None:
-        self._store.db.execute("SAVEPOINT step")
+        if self._begin:
+            self._store.db.execute(self._begin)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is None:
-            self._store.db.execute("RELEASE step")
+            if self._end:
+                self._store.db.execute(self._end)
         elif not issubclass(kind, apsw.Error):
             self._undo()
 
     def _undo(self) -> None:
-        self._store.db.execute("ROLLBACK TO step; RELEASE step")
+        self._store.db.execute(self._take_back)
         self._store.tally.undo(self._tally_mark)
         self._store.forget_rows()
         if self._store.queue_changes != self._queue_mark:
