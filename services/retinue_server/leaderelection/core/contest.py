@@ -495,17 +495,19 @@ class Contest:
         now = self._clock.now().boot_ms
         could_stand = session.may_stand(now)
         session.hear(sequence, now, healthy=healthy)
-        session.tell(Ack(sequence, self.extend(session)))
+        session.tell(Ack(sequence, self._extend(session, now)))
         if session.may_stand(now) != could_stand:
             self.wake()
 
     def extend(self, session: Session) -> int | None:
         """Moves the deadline of a session that leads; what to tell it, None if it does not lead."""
+        return self._extend(session, self._clock.now().boot_ms)
+
+    def _extend(self, session: Session, now_ms: int) -> int | None:
         lead = self.lead
         if lead is None or lead.session is not session:
             return None
-        now = self._clock.now().boot_ms
-        if self.stop_granting_ms is not None and now >= self.stop_granting_ms:
+        if self.stop_granting_ms is not None and now_ms >= self.stop_granting_ms:
             return None
         return lead.grant()
 
