@@ -54,6 +54,18 @@ class Api:
         code, said = self.request("PUT", f"{namespace}/leases/{lease['metadata']['name']}", lease)
         assert code == 200, said
 
+    def create_pod(self, namespace: str, name: str) -> None:
+        """One that nobody runs."""
+        raise NotImplementedError
+
+    def label_pod(self, namespace: str, name: str, key: str, value: str) -> None:
+        """Gives a pod a label."""
+        raise NotImplementedError
+
+    def labels(self, namespace: str, name: str) -> dict[str, str]:
+        """Of a pod."""
+        raise NotImplementedError
+
     def namespace(self) -> str:
         """A new one of its own."""
         raise NotImplementedError
