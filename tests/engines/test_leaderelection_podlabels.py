@@ -86,9 +86,9 @@ async def test_a_new_leader_takes_it_from_a_pod_that_does_not_answer_any_more(ap
 
 
 async def test_what_a_former_process_left_goes(api: Api, namespace: str) -> None:
-    api.label_pod(namespace, "pod-a", KEY, "true")
-    async with labels(api.kubeconfig, namespace, "pod-a"):
-        await until(api, namespace, [])
+    api.create_pod(namespace, "pod-c", **{KEY: "true"})
+    async with labels(api.kubeconfig, namespace, "pod-c"):
+        await _holds(lambda: KEY not in api.labels(namespace, "pod-c"))
 
 
 async def test_it_is_tried_again_while_the_pod_is_not_there(api: Api, namespace: str) -> None:
@@ -103,7 +103,8 @@ async def test_the_role_of_the_manifest_is_enough(cluster: Cluster, namespace: s
     for manifest in ("kubernetes.yaml", "podlabels.yaml"):
         cluster.kubectl("apply", "-n", namespace, "-f", str(MANIFESTS / manifest))
     role = cluster.kubeconfig_of("my-app", namespace, tmp_path / "role")
-    cluster.label_pod(namespace, "pod-b", KEY, "true")
+    cluster.create_pod(namespace, "pod-c", **{KEY: "true"})
     async with labels(role, namespace, "pod-a") as part:
         tell(part, "elected")
         await until(cluster, namespace, ["pod-a"])
+        assert KEY not in cluster.labels(namespace, "pod-c")

@@ -54,23 +54,6 @@ class Cluster(Api):
     def remove(self, namespace: str) -> None:
         self.kubectl("delete", "namespace", namespace, "--wait=false")
 
-    def create_pod(self, namespace: str, name: str) -> None:
-        said = {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": name},
-            "spec": {"containers": [{"name": "app", "image": "none"}]},
-        }
-        self.kubectl("create", "-n", namespace, "-f", "-", given=json.dumps(said))
-
-    def label_pod(self, namespace: str, name: str, key: str, value: str) -> None:
-        self.kubectl("label", "--overwrite", "-n", namespace, "pod", name, f"{key}={value}")
-
-    def labels(self, namespace: str, name: str) -> dict[str, str]:
-        said = json.loads(self.kubectl("get", "-n", namespace, "pod", name, "-o", "json"))
-        found: dict[str, str] = said["metadata"].get("labels", {})
-        return found
-
 
 class Kubernetes(Cluster):
     """A server in a directory of its own."""
