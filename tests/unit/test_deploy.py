@@ -293,7 +293,7 @@ def test_the_scatter_guide_tells_every_metric_and_no_others() -> None:
     guide = (DEPLOY / "scattergather" / "README.md").read_text()
     told = set(re.findall(r"\bretinue_scattergather_[a-z_]+", guide))
     root = Root("id", GrpcLeaves(), {}, MergeCalls(ScatterError), HeldClock())
-    text = Exposition(Metrics([lambda: scatter_metrics.families(root, lambda: True)])).text().decode()
+    text = Exposition(Metrics([lambda: scatter_metrics.families(root, lambda: True, 0.0)])).text().decode()
     assert told == set(re.findall(r"^# TYPE (retinue_scattergather_\w+)", text, re.MULTILINE)), "as they are exposed"
 
 
