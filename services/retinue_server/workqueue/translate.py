@@ -207,13 +207,22 @@ class Reader:
         return Extend(self.lease(item.lease_token, f"{at}."), self.duration(item, "lease_duration", at))
 
 
-_QUEUE_ID, _INPUT = (task_pb2.TaskSpec.DESCRIPTOR.fields_by_name[name] for name in ("queue_id", "input"))
+_QUEUE_ID, _INPUT, _CONTEXT = (
+    task_pb2.TaskSpec.DESCRIPTOR.fields_by_name[name] for name in ("queue_id", "input", "traceparent")
+)
 
 
 def _plain(spec: task_pb2.TaskSpec, traceparent: str) -> NewTask | None:
-    """A task that says nothing beside queue and inline payload; None for others. One look instead of one per field."""
+    """A task that says nothing beside queue, inline payload and trace context; None for others.
+
+    One look instead of one per field.
+    """
     said = spec.ListFields()
-    if len(said) != 2 or said[0][0] is not _QUEUE_ID or said[1][0] is not _INPUT or len(traceparent) > _TRACEPARENT:  # noqa: PLR2004 - these two
+    if len(said) == 3 and said[2][0] is _CONTEXT:  # noqa: PLR2004 - these three
+        traceparent = said[2][1]
+    elif len(said) != 2:  # noqa: PLR2004 - the two of them
+        return None
+    if said[0][0] is not _QUEUE_ID or said[1][0] is not _INPUT or len(traceparent) > _TRACEPARENT:
         return None
     content = spec.input
     given = content.SerializeToString()

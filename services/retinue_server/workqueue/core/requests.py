@@ -55,7 +55,7 @@ class NewTask(Struct, frozen=True):
     inline_bytes: int = 0
     """The size of an inline payload, or of all the input if that is within the limit; 0 for a blob."""
     plain: bool = False
-    """Whether it says nothing beside queue and inline payload, as most tasks do: nothing else need be looked at."""
+    """Whether it says nothing beside queue, inline payload and trace context, as most do: no more need be looked at."""
 
 
 class Enqueue(Struct, frozen=True):

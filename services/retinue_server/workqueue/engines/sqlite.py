@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
+from functools import lru_cache
 from itertools import chain, groupby
 from operator import attrgetter
 from pathlib import Path
@@ -94,19 +95,17 @@ _given = attrgetter(*_GIVEN)
 _BLOCK = 50
 """How many rows one statement inserts at most; it stays in the statement cache."""
 _MANY = 8
-"""From how many neighbours on that differ in task_id and input alone one statement takes them as arrays."""
+"""How many neighbours make a run, which differ in task_id, input and traceparent alone: the rest goes in once."""
 _HAS_ARRAYS = hasattr(apsw, "carray") and "ENABLE_CARRAY" in apsw.compile_options
 _ROW_SHAPE = [name for name in TaskRow.__struct_fields__ if name not in ("seq", "task_id")]
-_BODY_SHAPE = [name for name in TaskBody.__struct_fields__ if name != "input"]
+_BODY_SHAPE = [name for name in TaskBody.__struct_fields__ if name not in ("input", "traceparent")]
 _row_shape, _body_shape = attrgetter(*_ROW_SHAPE), attrgetter(*_BODY_SHAPE)
 _ALIKE_TASKS = (
     f"INSERT INTO task (task_id, seq, {', '.join(_ROW_SHAPE).replace('queue_id', 'queue')})"  # noqa: S608 - constants
     f" SELECT value, ? + rowid, {', '.join('?' * len(_ROW_SHAPE))} FROM carray(?)"
 )
-_ALIKE_BODIES = (
-    f"INSERT INTO body (input, seq, {', '.join(_BODY_SHAPE)})"  # noqa: S608 - constants
-    f" SELECT value, ? + rowid, {', '.join('?' * len(_BODY_SHAPE))} FROM carray(?)"
-)
+_ALIKE_BODIES = f"INSERT INTO body ({', '.join(_BODY_SHAPE)}, seq, input, traceparent) VALUES "  # noqa: S608 - constants
+_SHARED = ", ".join(f"?{number}" for number in range(1, len(_BODY_SHAPE) + 1))
 
 _fields = msgspec.structs.astuple
 _encode = msgspec.json.Encoder().encode
@@ -594,13 +593,17 @@ class _Store(_View):
         self._insert_in_blocks(_INSERT_BODY, _BODY_VALUES, [(seq, *_body_values(body)) for seq, (_, body) in others])
 
     def _insert_alike(self, seq: int, run: Sequence[Task]) -> None:
-        """Tasks that differ in task_id and input alone, with one statement for each table."""
+        """What they have in common is bound once."""
         row, body = run[0]
         no, shape = self._queues[row.queue_id][0], _row_shape(row)
         ids = apsw.carray(tuple([row.task_id for row, _ in run]))
         self.db.execute(_ALIKE_TASKS, (seq - 1, no, *shape[1:], ids))
-        inputs = apsw.carray(tuple([body.input for _, body in run]))
-        self.db.execute(_ALIKE_BODIES, (seq - 1, *_body_values(body)[1:], inputs))
+        shared = dict(zip(_BODY, _body_values(body), strict=True))
+        common = [shared[name] for name in _BODY_SHAPE]
+        own = [(number, body.input, body.traceparent) for number, (_, body) in enumerate(run, seq)]
+        for start in range(0, len(own), _BLOCK):
+            block = own[start : start + _BLOCK]
+            self.db.execute(_ALIKE_BODIES + _own_values(len(block)), (*common, *chain.from_iterable(block)))
 
     def _insert_in_blocks(self, insert: str, values: str, rows: Sequence[tuple[Any, ...]]) -> None:
         for start in range(0, len(rows), _BLOCK):
@@ -840,8 +843,15 @@ def _task_row(queue_id: str, row: Sequence[Any]) -> TaskRow:
     return TaskRow(*fields[:_WIDTH])
 
 
+@lru_cache(_BLOCK)
+def _own_values(count: int) -> str:
+    """So many rows of _ALIKE_BODIES."""
+    first = len(_BODY_SHAPE) + 1
+    return ", ".join([f"({_SHARED}, ?{at}, ?{at + 1}, ?{at + 2})" for at in range(first, first + 3 * count, 3)])
+
+
 def _shape(task: Task) -> tuple[Any, ...]:
-    """All but task_id and input."""
+    """All but task_id, input and traceparent."""
     return _row_shape(task.row), _body_shape(task.body)
 
 
