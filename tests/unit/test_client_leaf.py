@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from google.protobuf.struct_pb2 import Struct
 from servers import environment
 
 from retinue.client import LeafServer, Merging, Partial, Query, Refusal, trace
-from retinue.client.leaf import LeafService
+from retinue.client.leaf import LeafService, _serving
 from retinue.scattergather.v1 import leaf_service_pb2 as leaf_pb
 from retinue.scattergather.v1 import leaf_service_pb2_grpc as leaf_rpc
 from retinue.scattergather.v1 import merge_service_pb2 as merge_pb
@@ -413,6 +414,17 @@ async def test_leaf_and_merge_are_served_together_on_a_socket(tmp_path: Path) ->
     async with served(lambda _: 1, merge=lambda _: 2, listen=listen) as channel:
         assert (await leaf_rpc.LeafServiceStub(channel).Query(question())).payload == b"1"
         assert (await merge_rpc.MergeServiceStub(channel).Merge(merge_pb.MergeRequest())).payload == b"2"
+
+
+async def test_a_server_serves_until_it_is_stopped_even_if_nobody_refers_to_it(tmp_path: Path) -> None:
+    listen = f"unix:{tmp_path}/leaf.sock"
+    await LeafServer(lambda _: 1, listen=listen).start()
+    gc.collect()
+    async with grpc.aio.insecure_channel(listen) as channel:
+        assert (await leaf_rpc.LeafServiceStub(channel).Query(question())).payload == b"1"
+    [left] = [server for server in _serving if server.address == listen]
+    await left.stop(0)
+    assert left not in _serving
 
 
 async def test_a_port_that_is_taken_is_refused_with_its_name() -> None:
