@@ -36,9 +36,11 @@ var (
 	sea = query{Word: "sea"}
 )
 
+var hung = make(chan struct{}) // closed when a shelf hangs
+
 type book struct{ title, text string }
 
-// query is what leaves are asked: the books that have a word. The shelf Hangs hangs.
+// query is what leaves are asked: the books that have a word. The shelf Hangs hangs, and the others answer when it does.
 type query struct {
 	Word  string `json:"word"`
 	Hangs string `json:"hangs,omitempty"`
@@ -70,7 +72,11 @@ func (s *shelf) answer(ctx context.Context, request *pb.QueryRequest) (*pb.Query
 		s.remaining = time.Until(deadline)
 		s.mu.Unlock()
 	}
+	if asked.Hangs != "" && asked.Hangs != s.name {
+		<-hung
+	}
 	if asked.Hangs == s.name {
+		close(hung)
 		<-ctx.Done()
 		s.told <- true
 		return nil, ctx.Err()

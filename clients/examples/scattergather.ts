@@ -27,7 +27,13 @@ const SEA = { word: "sea" };
 const root = createClient(ScatterGatherService, connect("scattergather"));
 const topologies = createClient(TopologyService, connect("scattergather"));
 
-/** A leaf: it finds the books of its shelf that have the word `word`, most often first; the shelf `hangs` hangs. */
+let hang = () => {};
+const hung = new Promise<void>((resolve) => (hang = resolve));
+
+/**
+ * A leaf: it finds the books of its shelf that have the word `word`, most often first. The shelf `hangs` hangs, and the
+ * others answer when it does.
+ */
 class Shelf {
   readonly told: Promise<boolean>;
   remainingMs = TIMEOUT_MS;
@@ -42,7 +48,9 @@ class Shelf {
     const { word, hangs } = decode(payload) as { word: string; hangs?: string };
     if (!word) throw new ConnectError("a word is needed", Code.InvalidArgument);
     this.remainingMs = remainingMs ?? TIMEOUT_MS;
+    if (hangs && hangs !== this.name) await hung;
     if (hangs === this.name) {
+      hang();
       await once(signal, "abort");
       this.#tell(true);
       throw signal.reason;
@@ -86,7 +94,7 @@ async function main(poolId: string): Promise<void> {
   await ask(pool, [...shelves.values()]);
   await askOtherWays(pool, poolId);
   await refuse(pool);
-  await hang(pool, shelves.get("c")!);
+  await askTwo(pool, shelves.get("c")!);
   await lose(pool, poolId, shelves.get("c")!, addresses.get("c")!);
   for (const shelf of shelves.values()) await shelf.stop();
 }
@@ -156,7 +164,7 @@ async function refuse(pool: Pool): Promise<void> {
   console.log(`asked for no word: ${told(refusal)}: ${refusal.message}`);
 }
 
-async function hang(pool: Pool, shelf: Shelf): Promise<void> {
+async function askTwo(pool: Pool, shelf: Shelf): Promise<void> {
   const question = { json: { ...SEA, hangs: "c" }, policy: { minCoverage: 0.5, firstK: 2 } };
   const { scatterId } = (await show("asked for the first two, c hangs", pool, question)).response;
   console.log(`c was told that nobody waits for it: ${await shelf.told}`);

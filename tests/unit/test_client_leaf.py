@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
-import logging
 import subprocess
 import sys
 import threading
@@ -20,7 +20,7 @@ from google.protobuf.struct_pb2 import Struct
 from servers import environment
 
 from retinue.client import LeafServer, Merging, Partial, Query, Refusal, trace
-from retinue.client.leaf import LeafService
+from retinue.client.leaf import LeafService, _serving
 from retinue.scattergather.v1 import leaf_service_pb2 as leaf_pb
 from retinue.scattergather.v1 import leaf_service_pb2_grpc as leaf_rpc
 from retinue.scattergather.v1 import merge_service_pb2 as merge_pb
@@ -416,6 +416,17 @@ async def test_leaf_and_merge_are_served_together_on_a_socket(tmp_path: Path) ->
         assert (await merge_rpc.MergeServiceStub(channel).Merge(merge_pb.MergeRequest())).payload == b"2"
 
 
+async def test_a_server_serves_until_it_is_stopped_even_if_nobody_refers_to_it(tmp_path: Path) -> None:
+    listen = f"unix:{tmp_path}/leaf.sock"
+    await LeafServer(lambda _: 1, listen=listen).start()
+    gc.collect()
+    async with grpc.aio.insecure_channel(listen) as channel:
+        assert (await leaf_rpc.LeafServiceStub(channel).Query(question())).payload == b"1"
+    [left] = [server for server in _serving if server.address == listen]
+    await left.stop(0)
+    assert left not in _serving
+
+
 async def test_a_port_that_is_taken_is_refused_with_its_name() -> None:
     async with LeafServer(lambda _: 1) as first:
         with pytest.raises(OSError, match=f"cannot listen on {first.address}"):
@@ -434,4 +445,4 @@ async def test_a_stop_lets_what_is_under_way_end(caplog: pytest.LogCaptureFixtur
         gates.open[1].set()
         assert (await call).payload == b"1"
         await asyncio.wait_for(stopping, PATIENCE)
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not [record for record in caplog.records if record.name.startswith("retinue")]

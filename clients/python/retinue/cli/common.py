@@ -74,7 +74,19 @@ class PairType(click.ParamType[tuple[str, str]]):
         return key, text
 
 
-DURATION, INSTANT, PAIR = DurationType(), InstantType(), PairType()
+class HeaderType(click.ParamType[tuple[str, str]]):
+    """Metadata, `NAME:VALUE`."""
+
+    name = "NAME:VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        key, separator, text = value.partition(":")
+        if not separator:
+            self.fail(f"{value!r} is not of the form NAME:VALUE", param, ctx)
+        return key.strip().lower(), text.strip()
+
+
+DURATION, INSTANT, PAIR, HEADER = DurationType(), InstantType(), PairType(), HeaderType()
 
 
 @dataclass(frozen=True)

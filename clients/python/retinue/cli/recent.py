@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from datetime import UTC
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import click
 import grpc
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _ANSWER_S = 2.0
 """How long a leaf has to tell whether it is a root."""
-_AT_ONCE = 16
+_AT_ONCE = 64
 CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
@@ -177,28 +177,23 @@ async def _below(asked: Iterable[str], scatter_id: str) -> dict[str, list[api.Re
     return dict(zip(ordered, await asyncio.gather(*map(ask, ordered)), strict=True))
 
 
-class _Leaf(NamedTuple):
-    """A leaf that may be a root."""
-
-    stub: rpc.ScatterGatherServiceAsyncStub
-
-    async def children(self, scatter_id: str) -> list[api.RecentScatter]:
-        """What it did for a request above it."""
-        found: list[api.RecentScatter] = []
-        request = api.ListRecentScattersRequest(page_size=100)
-        while True:
-            page = await self.stub.ListRecentScatters(request, timeout=_ANSWER_S)
-            found += [one for one in page.scatters if one.parent_scatter_id == scatter_id]
-            if not page.next_page_token:
-                return found
-            request.page_token = page.next_page_token
+async def _children(stub: rpc.ScatterGatherServiceAsyncStub, scatter_id: str) -> list[api.RecentScatter]:
+    """What a root did for a request above it."""
+    found: list[api.RecentScatter] = []
+    request = api.ListRecentScattersRequest(page_size=100)
+    while True:
+        page = await stub.ListRecentScatters(request, timeout=_ANSWER_S)
+        found += [one for one in page.scatters if one.parent_scatter_id == scatter_id]
+        if not page.next_page_token:
+            return found
+        request.page_token = page.next_page_token
 
 
 async def _ask(address: str, scatter_id: str) -> list[api.RecentScatter] | str:
     # No token goes there: a leaf is not the root that it is for.
     async with grpc.aio.insecure_channel(addresses.target(address), options=OPTIONS) as channel:
         try:
-            return await _Leaf(rpc.ScatterGatherServiceStub(channel)).children(scatter_id)
+            return await _children(rpc.ScatterGatherServiceStub(channel), scatter_id)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 return []

@@ -13,7 +13,7 @@ import click
 
 from retinue.cli import common, failures
 from retinue.cli.app import Branch
-from retinue.cli.common import DURATION, Server, asynchronous, server_options
+from retinue.cli.common import DURATION, HEADER, Server, asynchronous, server_options
 from retinue.client.pool import Answer, Pool, Reply
 from retinue.scattergather.v1 import topology_pb2 as topology_pb
 
@@ -93,18 +93,6 @@ class _InputsType(_JsonType):
         return found
 
 
-class _HeaderType(click.ParamType[tuple[str, str]]):
-    """Metadata, `NAME:VALUE`."""
-
-    name = "NAME:VALUE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        key, separator, text = value.partition(":")
-        if not separator:
-            self.fail(f"{value!r} is not of the form NAME:VALUE", param, ctx)
-        return key.strip().lower(), text.strip()
-
-
 @click.command(cls=_Ask)
 @click.argument("pool_id", metavar="POOL")
 @click.option("--json", type=_JsonType(), help="What each leaf gets: JSON.")
@@ -121,9 +109,7 @@ class _HeaderType(click.ParamType[tuple[str, str]]):
 @click.option("--soft-deadline", type=DURATION, help="Once the minimum is met, wait for the rest until then.")
 @click.option("--first-k", type=click.IntRange(min=0), default=0, help="Once so many shards answered, and enough, end.")
 @click.option("--no-hedge", is_flag=True, help="No second call beside a slow one.")
-@click.option(
-    "--header", "headers", type=_HeaderType(), multiple=True, help="Metadata for the leaves, if the pool lets it."
-)
+@click.option("--header", "headers", type=HEADER, multiple=True, help="Metadata for the leaves, if the pool lets it.")
 @click.option("--explain", is_flag=True, help="Ask nobody: tell who would be asked, and how.")
 @click.option("--raw", is_flag=True, help="Print the answer alone, as it is.")
 @server_options

@@ -424,6 +424,7 @@ class LeafServer:
         if not self.address.startswith("unix:"):
             self.address = f"{self.address.rpartition(':')[0]}:{port}"
         await server.start()
+        _serving.add(self)
 
     def _bind(self, server: grpc.aio.Server) -> int:
         if self._credentials is None:
@@ -435,12 +436,17 @@ class LeafServer:
         server, self._server = self._server, None
         if server is None:
             return
+        _serving.discard(self)
         if self._leaf is not None:
             self._leaf.stop()
         await server.stop(grace)
         for service in (self._leaf, self._merge):
             if service is not None:
                 service.close()
+
+
+_serving: set[LeafServer] = set()
+"""gRPC stops a server that nobody refers to; one that was started serves until it is stopped."""
 
 
 def serve_leaf(

@@ -157,8 +157,7 @@ class GrpcLeaves:
         if looking is not None:
             looking.cancel()
             await asyncio.wait({looking})
-        lines, self._lines = self._lines, set()
-        for line in lines:
+        for line in list(self._lines):  # each leaves them when it is closed
             line.close()
 
     async def _look(self) -> None:
