@@ -18,9 +18,11 @@ import pytest
 from servers import start_server
 from support import etcd as etcds
 from support import kubernetes as clusters
+from support import names as name_servers
 from support.etcd import Etcd
 from support.kubernetes import Emulator, emulated
 from support.kubernetes.build import are_built
+from support.names import Names
 from support.postgres import Postgres, shared
 
 ENGINES = ("sqlite", "memory", "postgres")
@@ -71,9 +73,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _has_what_it_needs(config: pytest.Config, item: pytest.Item) -> bool:
+    if item.nodeid.startswith("tests/e2e/"):
+        return True  # what is called a cluster there is podman's
     fixtures = set(getattr(item, "fixturenames", ()))
     params = getattr(item, "callspec", None)
     chosen = tuple(params.params.values()) if params and item.nodeid.startswith("tests/engines/") else ()
+    wants_names = "names" in fixtures or "dns" in chosen
+    if wants_names or name_servers.are_here():
+        return wants_names and name_servers.are_here()
     if "own_cluster" in fixtures:
         return are_built()
     if "emulator" in fixtures or "kubernetes-emulated" in chosen:
@@ -126,6 +133,13 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[clusters.Cluster]:
 def emulator() -> Iterator[Emulator]:
     """An emulated API server of this worker's own."""
     with emulated() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def names() -> Iterator[Names]:
+    """The name server that the system's resolver asks, where tests run in namespaces of their own."""
+    with name_servers.serving() as server:
         yield server
 
 

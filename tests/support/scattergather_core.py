@@ -205,7 +205,7 @@ class Played:
         topology: Topology = self.root.topology("p")
         question = asked.pop("question", None) or Echo()
         ask = Ask("p", self.root.new_id(), topology, question, policy=policy, **asked)
-        return asyncio.create_task(self.root.scatter(ask, []))
+        return asyncio.create_task(self.root.scatter(ask, [], lambda answer: answer))
 
     @property
     def live(self) -> Any:

@@ -472,6 +472,6 @@ async def test_what_was_asked_is_remembered_within_bounds(play: Played) -> None:
             await call.reply()
         await answer_of(asked)
     assert 80 <= len(play.root.recent) <= 82
-    latest = play.root.recent[-1].scatter
-    assert latest.gathered is not None
+    latest = play.root.recent[-1]
+    assert latest.gathered.coverage.complete
     assert all(attempt.cancel is None for attempt in latest.attempts), "no call is held on to"

@@ -11,8 +11,10 @@ import json
 import struct
 from typing import TYPE_CHECKING, Any
 
-from google.protobuf import json_format
-from google.rpc import error_details_pb2 as details_pb2
+from google.protobuf import descriptor_pool, json_format
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
+from google.rpc import error_details_pb2 as _details  # noqa: F401 - so that they are known, whoever refused
 from google.rpc.status_pb2 import Status
 
 from retinue_server.runtime.errors import Code, InvalidArgument, Violation
@@ -50,11 +52,6 @@ HTTP_STATUS = {
     Code.UNAVAILABLE: 503,
     Code.DATA_LOSS: 500,
     Code.UNAUTHENTICATED: 401,
-}
-
-_READABLE = {
-    f"type.googleapis.com/{kind.DESCRIPTOR.full_name}": kind
-    for kind in (details_pb2.ErrorInfo, details_pb2.BadRequest, details_pb2.RetryInfo)
 }
 
 
@@ -111,9 +108,17 @@ def header_value(value: str | bytes) -> str:
 
 
 def _detail(detail: AnyMessage) -> dict[str, Any]:
-    kind = _READABLE.get(detail.type_url)
-    shown = {} if kind is None else {"debug": json_format.MessageToDict(kind.FromString(detail.value))}
-    return {"type": detail.type_url.rpartition("/")[2], "value": _base64(detail.value), **shown}
+    name = detail.type_url.rpartition("/")[2]
+    return {"type": name, "value": _base64(detail.value), **_readable(name, detail.value)}
+
+
+def _readable(name: str, value: bytes) -> dict[str, Any]:
+    """For people; nothing of a message that is not known here."""
+    try:
+        kind = GetMessageClass(descriptor_pool.Default().FindMessageTypeByName(name))
+        return {"debug": json_format.MessageToDict(kind.FromString(value))}
+    except (KeyError, DecodeError):
+        return {}
 
 
 def _base64(data: bytes) -> str:

@@ -29,5 +29,5 @@ def find(kubeconfig: Path | None, setting: str) -> Any:
 
 
 def _said(error: Exception) -> str:
-    """A missing key says no more than its name."""
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    """In one line; a missing key says no more than its name."""
+    return f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())

@@ -35,7 +35,7 @@ def refusal(error: RetinueError) -> Refusal:
 
     if error.__cause__ is not None:
         log.warning("%s: %r", error.message, error.__cause__)
-    message = _shorten(error.message)
+    message = shorten(error.message)
     return Refusal(error.code, message, details.status(error, message).SerializeToString())
 
 
@@ -47,5 +47,6 @@ def unexpected(error: BaseException, method: str) -> Refusal:
     return refusal(RetinueError(message, reason=Reason.INTERNAL, error_id=error_id))
 
 
-def _shorten(message: str) -> str:
+def shorten(message: str) -> str:
+    """As much of a message as a status holds."""
     return message if len(message) <= MESSAGE_CHARS else message[: MESSAGE_CHARS - 1] + "…"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from retinue_server.runtime import telemetry
@@ -10,6 +11,8 @@ from retinue_server.runtime.errors import Code
 from retinue_server.scattergather.core.scatter import End, Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from retinue_server.runtime.telemetry import Span
     from retinue_server.scattergather.core.pool import Topology
     from retinue_server.scattergather.core.requests import Reply
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _SLOWEST = 5
 """Of a request with more shards than have spans each, so many get one all the same."""
+_TOLD = 256
+"""Spans of such a request: when all is down, each of ten thousand calls fails."""
 _SHOWN = 20
 _NANOS = 1_000_000_000
 
@@ -65,9 +70,9 @@ class Trace:
             "retinue.scatter.shards": shards,
             "retinue.scatter.topology": topology.version,
         }
-        self._span = telemetry.tracer().span(f"scatter {pool.pool_id}", attributes=attributes)
+        self._begun_ns = time.time_ns()
+        self._span = telemetry.tracer().span(f"scatter {pool.pool_id}", attributes=attributes, start_ns=self._begun_ns)
         context = telemetry.parse(self._span.traceparent)
-        self.trace_id = context.trace_id if context else ""
         self._sampled = context is not None and context.sampled and telemetry.tracer().on
         passed = telemetry.TraceContext(context.trace_id, context.span_id, sampled=False) if context else None
         quiet = telemetry.format(passed) if passed and self._sampled else self._span.traceparent
@@ -77,11 +82,12 @@ class Trace:
     def asked(self, attempt: Attempt) -> Metadata:
         if not self._each:
             return self._quiet
-        attempt.trace = span = self._open(attempt)
+        attempt.trace = span = self._open(attempt, attempt.part.open if attempt.kind is Kind.HEDGE else ())
         return (("traceparent", span.traceparent),)
 
-    def _open(self, attempt: Attempt, start_ns: int | None = None) -> Span:
-        links = [str(other.trace.traceparent) for other in attempt.part.open if other.trace]  # type: ignore[attr-defined] # a Span
+    def _open(self, attempt: Attempt, beside: Iterable[Attempt]) -> Span:
+        """A span for a call, linked with those beside which it stands as a hedge."""
+        links = [str(other.trace.traceparent) for other in beside if other.trace]  # type: ignore[attr-defined] # a Span
         attributes: dict[str, str | int] = {
             "rpc.system": "grpc",
             "rpc.method": self._method.rpartition("/")[2],
@@ -95,8 +101,12 @@ class Trace:
             links=links,
             attributes=attributes,
             kind="client",
-            start_ns=start_ns,
+            start_ns=self._ns(attempt.started_at, attempt),
         )
+
+    def _ns(self, when: float, attempt: Attempt) -> int:
+        """Since the epoch, of a moment of the request."""
+        return self._begun_ns + int((when - attempt.part.begun_at) * _NANOS)
 
     def answered(self, part: Part, attempt: Attempt, reply: Reply) -> None:
         """The end says it."""
@@ -107,7 +117,8 @@ class Trace:
     def ended(self, scatter: Scatter) -> None:
         if self._sampled:
             self._finish(scatter)
-        self._span.end()
+        error = scatter.error
+        self._span.end(error=error.code.name if error and error.code is not Code.CANCELLED else "")
 
     def _finish(self, scatter: Scatter) -> None:
         known = scatter.gathered
@@ -127,28 +138,34 @@ class Trace:
         }
         for key, value in found.items():
             self._span.set(f"retinue.scatter.{key}", value)
-        base = scatter.wall_ms * 1_000_000
         told = scatter.attempts if self._each else _telling(scatter.attempts)
+        if not self._each:
+            self._open_late(told)
         for attempt in told:
-            start = base + int((attempt.started_at - scatter.begun_at) * _NANOS)
-            end = base + int((attempt.ended_at - scatter.begun_at) * _NANOS)
-            span: Span = attempt.trace or self._open(attempt, start)  # type: ignore[assignment] # a Span
+            _close(attempt, self._ns(attempt.ended_at, attempt))
+        for attempt in told:
             attempt.trace = None
-            _close(span, attempt, max(start, end))
+
+    def _open_late(self, told: Sequence[Attempt]) -> None:
+        for attempt in told:
+            others = [one for one in told if one.part is attempt.part] if attempt.kind is Kind.HEDGE else ()
+            attempt.trace = self._open(attempt, others)
 
 
-def _close(span: Span, attempt: Attempt, end_ns: int) -> None:
+def _close(attempt: Attempt, end_ns: int) -> None:
     """A loser is no error."""
+    span: Span = attempt.trace  # type: ignore[assignment] # it has been opened
     end = attempt.end or End.LOST
     span.set("retinue.scatter.outcome", end.name.lower())
     span.set("rpc.grpc.status_code", attempt.code)
     span.end(end_ns, Code(attempt.code).name if end is End.FAILED else "")
 
 
-def _telling(attempts: list[Attempt]) -> list[Attempt]:
+def _telling(attempts: Sequence[Attempt]) -> list[Attempt]:
     slowest = sorted(attempts, key=lambda attempt: attempt.started_at - attempt.ended_at)[:_SLOWEST]
-    return [
+    others = [
         attempt
         for attempt in attempts
-        if attempt.end is End.FAILED or attempt.kind is not Kind.PRIMARY or attempt.part.hedged or attempt in slowest
+        if attempt.end is End.FAILED or attempt.kind is not Kind.PRIMARY or attempt.part.hedged
     ]
+    return list(dict.fromkeys((*slowest, *others)))[:_TOLD]

@@ -8,12 +8,11 @@ import msgspec
 from google.protobuf.struct_pb2 import ListValue, Struct, Value
 
 from retinue_server.runtime.errors import Violation
+from retinue_server.scattergather.core.merges import MAX_DEPTH
 
 if TYPE_CHECKING:
     from collections.abc import MutableSequence
 
-_MAX_DEPTH = 90
-"""Protobuf reads 100 levels; a list or an object takes one for itself and one for its value."""
 _encode = msgspec.json.Encoder().encode
 _EXACT = 1 << 53
 """Up to here a double has every whole number, which is then written without a fraction."""
@@ -49,17 +48,24 @@ def _number(number: float) -> float:
     return int(number) if number.is_integer() and abs(number) <= _EXACT else number
 
 
+def _double(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        raise ValueError("it has a number that no double holds") from None
+
+
 def message(plain: Any, depth: int = 0) -> Value:
-    """The message of a JSON value; raises ValueError for one too deep for a message."""
-    if depth > _MAX_DEPTH // 2:
-        raise ValueError("it is nested too deeply")
+    """The message of a JSON value; raises ValueError for one that no message holds."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     match plain:
         case None:
             return Value(null_value=0)  # type: ignore[arg-type] # NULL_VALUE
         case bool():
             return Value(bool_value=plain)
         case int() | float():
-            return Value(number_value=plain)
+            return Value(number_value=_double(plain))
         case str():
             return Value(string_value=plain)
         case list():

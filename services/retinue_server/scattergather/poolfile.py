@@ -43,6 +43,9 @@ _TOLD = 20
 _METHOD = re.compile(r"/[A-Za-z_][\w.]*/[A-Za-z_]\w*")
 _KEY = re.compile(r"[0-9a-z_.-]+")
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*?)`")
+_OWN_PREFIXES = ("grpc-", "retinue-")
+_OWN_KEYS = frozenset({"traceparent", "content-type", "user-agent", "te", "host", "connection", "content-length"})
+"""What each call has of its own; the trace goes along in any case."""
 _HOST = re.compile(
     r"(?=.{1,254}$)[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?)*\.?"
 )
@@ -223,10 +226,12 @@ def _violations(entry: PoolEntry) -> Iterator[str]:
     if entry.limits.max_reply_bytes > entry.limits.max_gathered_bytes:
         yield "limits.max_reply_bytes: must be at most max_gathered_bytes"
     for key in entry.forward_metadata:
-        if not _KEY.fullmatch(key) or key.startswith(("grpc-", "retinue-")) or key.endswith("-bin"):
+        if not _KEY.fullmatch(key) or key.startswith(_OWN_PREFIXES) or key.endswith("-bin") or key in _OWN_KEYS:
             yield f"forward_metadata: {key!r} is no key of text metadata in lower case that may be forwarded"
     if entry.tls is not None and bool(entry.tls.cert_file) != bool(entry.tls.key_file):
         yield "tls: cert_file and key_file need each other"
+    if entry.batch and any(shard.pool for shard in entry.shards):
+        yield "batch: is not for shards that are roots (`pool`): each is one answer"
     yield from _shard_violations(entry.shards)
 
 

@@ -5,38 +5,48 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from retinue.scattergather.v1 import coverage_pb2 as coverage_pb
+from retinue.scattergather.v1 import leaf_service_pb2 as leaf
 from retinue.scattergather.v1 import scattergather_service_pb2 as api
 from retinue.scattergather.v1 import topology_pb2 as topology_pb
 from retinue.scattergather.v1 import topology_service_pb2 as topology_api
 from retinue_server.runtime import wire
+from retinue_server.runtime.codec import MAX_REPLY_BYTES
 from retinue_server.runtime.errors import Code, Reason, Violation
+from retinue_server.runtime.status import shorten
 from retinue_server.scattergather import framing, json_values
 from retinue_server.scattergather.core import limits, merges
 from retinue_server.scattergather.core.requests import Policy
 from retinue_server.scattergather.core.scatter import End, Kind, ScatterError
+from retinue_server.scattergather.core.scatter import outcome as outcome_of
 from retinue_server.scattergather.core.topology import GIVES_JSON, MergeKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from google.protobuf.duration_pb2 import Duration
+    from google.protobuf.message import Message
     from google.protobuf.struct_pb2 import Value
 
     from retinue_server.scattergather.core.pool import Member, Topology
-    from retinue_server.scattergather.core.requests import Coverage, Outcome, Stats
+    from retinue_server.scattergather.core.requests import Coverage, Gathered, Outcome, Stats
     from retinue_server.scattergather.core.root import Answer, Plan, Recent
-    from retinue_server.scattergather.core.scatter import Attempt
+    from retinue_server.scattergather.core.scatter import Attempt, Part
 
 _MAX_ATTEMPTS = 256
 _MAX_DETAIL_BYTES = 3072
+_DETAILS_BYTES = 4096
+"""For the message, 512 bytes of other details, and what is missing."""
+_ENOUGH = 100
+"""Violations after which inputs are not looked at any more: there may be a million."""
+_CERTAINLY_SMALL = 128 * 1024
+"""Replies that fit in a message whatever is made of them; of more, it is looked at."""
 
 
 class Reader:
-    """Reads one request; `violations` has what was wrong with it, by `at` before the field."""
+    """Reads one request; `violations` has what was wrong with it."""
 
-    def __init__(self, at: str = "") -> None:
+    def __init__(self) -> None:
         self.violations: list[Violation] = []
-        self._at = at
 
     def inputs(self, request: api.ScatterRequest) -> tuple[framing.Inputs, tuple[str, ...] | None]:
         """What each shard is asked, and the shards that have an input of their own."""
@@ -45,20 +55,23 @@ class Reader:
             each = {one.shard_id: self._input(one, i) for i, one in enumerate(request.shard_inputs.inputs)}
             return framing.Inputs(by_shard=each), tuple(one.shard_id for one in request.shard_inputs.inputs)
         if kind == "json":
-            return framing.Inputs(
-                self._sized(json_values.text(request.json, self._at + "json", self.violations), "json")
-            ), None
+            return framing.Inputs(self._json(request.json, "json")), None
         return framing.Inputs(self._sized(request.payload, "payload")), None
 
     def _input(self, one: api.ShardInput, index: int) -> bytes:
-        field = f"{self._at}shard_inputs.inputs[{index}]"
+        if len(self.violations) > _ENOUGH:
+            return b""
+        field = f"shard_inputs.inputs[{index}]"
         if one.WhichOneof("input") == "json":
-            return json_values.text(one.json, f"{field}.json", self.violations)
-        return one.payload
+            return self._json(one.json, f"{field}.json")
+        return self._sized(one.payload, f"{field}.payload")
+
+    def _json(self, value: Value, field: str) -> bytes:
+        return self._sized(json_values.text(value, field, self.violations), field)
 
     def _sized(self, data: bytes, field: str) -> bytes:
         if len(data) > limits.MAX_PAYLOAD_BYTES:
-            self.violations.append(Violation(self._at + field, f"must be at most {limits.MAX_PAYLOAD_BYTES} bytes"))
+            self.violations.append(Violation(field, f"must be at most {limits.MAX_PAYLOAD_BYTES} bytes"))
         return data
 
     def policy(self, said: api.ScatterPolicy) -> Policy:
@@ -101,11 +114,24 @@ def outcome(known: Outcome) -> coverage_pb.ShardOutcome:
     )
 
 
-def reply(known: Outcome, payload: bytes, *, as_json: bool) -> api.CollectedReply:
-    """What a shard said."""
-    if not as_json:
-        return api.CollectedReply(shard_id=known.shard_id, payload=payload)
-    return api.CollectedReply(shard_id=known.shard_id, json=json_values.message(merges.parsed(payload or b"null")))
+def shard_reply(part: Part, index: int, attempt: Attempt, payload: bytes | None, *, as_json: bool) -> api.ShardReply:
+    """What a shard said, unless that is left out; raises ScatterError for what no message holds."""
+    known = outcome_of(part, index)
+    said = api.ShardReply(
+        reply=api.CollectedReply(shard_id=known.shard_id),
+        outcome=outcome(known),
+        elapsed_duration=duration(attempt.ended_at - part.begun_at),
+        address=attempt.replica.address,
+    )
+    if payload is None:
+        return said
+    if as_json:
+        said.reply.json.CopyFrom(_value(merges.parsed(payload), None))
+    else:
+        said.reply.payload = payload
+    what = f"pass on the reply of {known.shard_id}"
+    _check_size(said, len(payload), what, "set omit_payloads, or let leaves say less", None)
+    return said
 
 
 def summary(topology: Topology) -> topology_api.PoolSummary:
@@ -139,8 +165,24 @@ def stats(known: Stats) -> api.ScatterStats:
 
 def answer(found: Answer) -> api.ScatterResponse:
     """A request that succeeded; raises ScatterError for a result that no message holds."""
+    response = answer_without_output(found)
     known = found.gathered
-    response = api.ScatterResponse(
+    if found.kind in GIVES_JSON:
+        response.json.CopyFrom(_value(found.result, known))
+    elif found.kind is MergeKind.COLLECT:
+        response.collected.SetInParent()
+        response.collected.replies.extend(_collected(found))
+    else:
+        response.payload = found.result
+    advice = "ask for less, or fewer shards, or by ScatterStream with omit_output"
+    _check_size(response, max(known.stats.gathered_bytes, len(response.payload)), "answer", advice, known)
+    return response
+
+
+def answer_without_output(found: Answer) -> api.ScatterResponse:
+    """What became of a request that succeeded."""
+    known = found.gathered
+    return api.ScatterResponse(
         coverage=coverage(known.coverage),
         failures=[outcome(failure) for failure in known.failures],
         failed_by_code=known.failed_by_code,
@@ -148,14 +190,6 @@ def answer(found: Answer) -> api.ScatterResponse:
         stats=stats(known.stats),
         scatter_id=known.scatter_id,
     )
-    if found.kind in GIVES_JSON:
-        response.json.CopyFrom(_value(found, found.result))
-    elif found.kind is MergeKind.COLLECT:
-        response.collected.SetInParent()
-        response.collected.replies.extend(_collected(found))
-    else:
-        response.payload = found.result
-    return response
 
 
 def _collected(found: Answer) -> Iterable[api.CollectedReply]:
@@ -163,22 +197,39 @@ def _collected(found: Answer) -> Iterable[api.CollectedReply]:
     for place, payload in found.result:
         shard_id = members[place].shard.shard_id
         if as_json:
-            yield api.CollectedReply(shard_id=shard_id, json=_value(found, merges.parsed(payload)))
+            yield api.CollectedReply(shard_id=shard_id, json=_value(merges.parsed(payload), found.gathered))
         else:
             yield api.CollectedReply(shard_id=shard_id, payload=payload)
 
 
-def _value(found: Answer, plain: object) -> Value:
+def _value(plain: object, known: Gathered | None) -> Value:
     try:
         return json_values.message(plain)
     except ValueError as error:
         failure = ScatterError(Code.INTERNAL, f"cannot merge the replies: {error}", reason=Reason.MERGE_FAILED)
-        failure.gathered = found.gathered
+        failure.gathered = known
         raise failure from None
 
 
-def merged_bytes(found: Answer) -> bytes:
+def _check_size(message: Message, data: int, what: str, advice: str, known: Gathered | None) -> None:
+    """To look at the size costs as much as to serialise it; what is made of little data needs no look."""
+    if data <= _CERTAINLY_SMALL or (size := message.ByteSize()) <= MAX_REPLY_BYTES:
+        return
+    text = f"cannot {what}: it has {size} bytes, and a message may have {MAX_REPLY_BYTES}; {advice}"
+    failure = ScatterError(Code.RESOURCE_EXHAUSTED, text, reason=Reason.GATHER_TOO_LARGE)
+    failure.gathered = known
+    raise failure
+
+
+def leaf_response(found: Answer) -> leaf.QueryResponse:
     """The answer of a root that is a leaf."""
+    payload = _merged_bytes(found)
+    response = leaf.QueryResponse(payload=payload, coverage=coverage(found.gathered.coverage))
+    _check_size(response, len(payload), "answer the root above", "ask for less, or fewer shards", found.gathered)
+    return response
+
+
+def _merged_bytes(found: Answer) -> bytes:
     if found.kind in GIVES_JSON:
         return merges.encode(found.result)
     if found.kind is MergeKind.COLLECT:
@@ -186,20 +237,21 @@ def merged_bytes(found: Answer) -> bytes:
     return bytes(found.result)
 
 
-def failure(error: ScatterError) -> ScatterError:
-    """With the details of what is missing, for the caller."""
+def add_failure(error: ScatterError) -> None:
+    """Gives it the details of what is missing, for the caller."""
     known = error.gathered
-    if known is not None:
-        said = api.ScatterFailure(
-            coverage=coverage(known.coverage),
-            failures=[outcome(one) for one in known.failures],
-            failed_by_code=known.failed_by_code,
-            scatter_id=known.scatter_id,
-        )
-        while said.ByteSize() > _MAX_DETAIL_BYTES and said.failures:
-            del said.failures[-1]
-        error.more = (said.DESCRIPTOR.full_name, said.SerializeToString())
-    return error
+    if known is None:
+        return
+    said = api.ScatterFailure(
+        coverage=coverage(known.coverage),
+        failures=[outcome(one) for one in known.failures],
+        failed_by_code=known.failed_by_code,
+        scatter_id=known.scatter_id,
+    )
+    room = min(_MAX_DETAIL_BYTES, _DETAILS_BYTES - len(shorten(error.message).encode()))
+    while said.ByteSize() > room and said.failures:
+        del said.failures[-1]
+    error.more = (said.DESCRIPTOR.full_name, said.SerializeToString())
 
 
 def endpoint_of(member: Member, now: float) -> Iterable[topology_pb.Endpoint]:
@@ -253,22 +305,19 @@ def plan(made: Plan, now: float) -> api.ExplainScatterResponse:
 
 def recent(known: Recent) -> api.RecentScatter:
     """A past request."""
-    scatter = known.scatter
-    chosen = _remembered(scatter.attempts)
-    found = api.RecentScatter(
-        scatter_id=scatter.scatter_id,
-        pool_id=scatter.ask.pool_id,
-        start_time=wire.to_timestamp(scatter.wall_ms),
+    chosen = _remembered(known.attempts)
+    return api.RecentScatter(
+        scatter_id=known.scatter_id,
+        pool_id=known.pool_id,
+        start_time=wire.to_timestamp(known.wall_ms),
         code=known.code,
-        trace_id=scatter.ask.trace_id,
-        parent_scatter_id=scatter.ask.parent_scatter_id,
-        attempts=[_attempt(attempt, scatter.begun_at) for attempt in chosen],
-        omitted_attempts=len(scatter.attempts) - len(chosen),
+        coverage=coverage(known.gathered.coverage),
+        stats=stats(known.gathered.stats),
+        trace_id=known.trace_id,
+        parent_scatter_id=known.parent_scatter_id,
+        attempts=[_attempt(attempt, known.begun_at) for attempt in chosen],
+        omitted_attempts=len(known.attempts) - len(chosen),
     )
-    if scatter.gathered is not None:
-        found.coverage.CopyFrom(coverage(scatter.gathered.coverage))
-        found.stats.CopyFrom(stats(scatter.gathered.stats))
-    return found
 
 
 def _remembered(attempts: Sequence[Attempt]) -> Sequence[Attempt]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from retinue_server.runtime.discovery.dns import DnsDiscovery
 from retinue_server.runtime.discovery.kubernetes import KubernetesDiscovery
 from retinue_server.runtime.dispatch import Pattern, Service
-from retinue_server.scattergather import journal, metrics, service
+from retinue_server.scattergather import journal, leaf_service, metrics, service
 from retinue_server.scattergather.config import ScatterGatherSettings
 from retinue_server.scattergather.core.clock import LoopClock
 from retinue_server.scattergather.core.root import Root
@@ -52,11 +52,11 @@ async def wire(settings: Settings, section: ScatterGatherSettings) -> Pattern:
         services=(
             Service(service.SCATTER, service.ScatterGatherService(root, clock)),
             Service(service.TOPOLOGY, service.TopologyService(root, clock)),
-            Service(service.LEAF, service.LeafService(root, section.leaf_pool)),
+            Service(leaf_service.LEAF, leaf_service.LeafService(root, section.leaf_pool)),
         ),
         parts=(leaves, merges, dns, kubernetes, pools, root),
         quiesce=root.quiesce,
-        metrics=partial(metrics.families, root, lambda: pools.ok),
+        metrics=lambda: metrics.families(root, lambda: pools.ok, clock.now()),
         notices=lambda: [f"{len(root.pools)} pools from {path}"],
     )
 
@@ -71,7 +71,7 @@ def _relay(upstream: Upstream) -> Pattern:
     from retinue_server.runtime.relay import RelayServicer, UpstreamChannel  # noqa: PLC0415 - relays only
 
     channel = UpstreamChannel(upstream)
-    descriptors = (service.SCATTER, service.TOPOLOGY, service.LEAF)
+    descriptors = (service.SCATTER, service.TOPOLOGY, leaf_service.LEAF)
     return Pattern(
         name=NAME,
         services=[Service(one, RelayServicer(one, channel)) for one in descriptors],

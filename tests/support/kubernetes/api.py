@@ -12,7 +12,12 @@ from typing import Any, NamedTuple
 from lightkube import KubeConfig
 from lightkube.config.client_adapter import Client, ConnectionParams
 
-LEASES = "/apis/coordination.k8s.io/v1/namespaces"
+APIS = {
+    "leases": "/apis/coordination.k8s.io/v1/namespaces",
+    "endpointslices": "/apis/discovery.k8s.io/v1/namespaces",
+    "pods": "/api/v1/namespaces",
+}
+"""Where which resources are."""
 _numbers = itertools.count()
 
 
@@ -31,11 +36,11 @@ class Api:
         self.kubeconfig = kubeconfig
 
     def request(self, method: str, path: str, body: object = None, **params: str) -> Answer:
-        """Asks for `NAMESPACE/leases` or `NAMESPACE/leases/NAME` as the kubeconfig's user."""
+        """Asks for `NAMESPACE/RESOURCE` or `NAMESPACE/RESOURCE/NAME` as the kubeconfig's user."""
         config = KubeConfig.from_file(self.kubeconfig).get()
         assert config is not None
         with Client(config, ConnectionParams(trust_env=False)) as client:
-            answer = client.request(method, f"{LEASES}/{path}", json=body, params=params)
+            answer = client.request(method, f"{APIS[path.split('/')[1]]}/{path}", json=body, params=params)
         return Answer(answer.status_code, [json.loads(line) for line in answer.text.splitlines() if line])
 
     def lease(self, namespace: str, name: str) -> dict[str, Any]:
@@ -49,6 +54,20 @@ class Api:
         """Stores what was made from the latest."""
         code, said = self.request("PUT", f"{namespace}/leases/{lease['metadata']['name']}", lease)
         assert code == 200, said
+
+    def create_pod(self, namespace: str, name: str, **labels: str) -> None:
+        """One that nobody runs."""
+        spec = {"containers": [{"name": "app", "image": "none"}]}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels}, "spec": spec}
+        code, said = self.request("POST", f"{namespace}/pods", pod)
+        assert code == 201, said
+
+    def labels(self, namespace: str, name: str) -> dict[str, str]:
+        """Of a pod."""
+        code, (said,) = self.request("GET", f"{namespace}/pods/{name}")
+        assert code == 200, said
+        labels: dict[str, str] = said["metadata"].get("labels") or {}
+        return labels
 
     def namespace(self) -> str:
         """A new one of its own."""

@@ -1,15 +1,14 @@
-"""An EMULATED API server: what the engine kubernetes uses of Leases, for machines where the real one is not built.
+"""An EMULATED API server: what is used of Leases, EndpointSlices and pods, where the real one is not built.
 
-It has the requests, codes and bodies that `transcript.json` recorded of the real one. It has no RBAC, discovery, PATCH,
-paging, bookmarks, finalizers or managedFields, and refuses what it does not know with 501. All is in memory and in one
-thread; it is no peer to measure against.
+It has the requests, codes and bodies that the transcripts recorded of the real one. It has no RBAC, discovery, paging,
+finalizers, managedFields, or PATCH but of labels, sends bookmarks only when it is told to, and refuses what it does not
+know with 501. All is in memory and in one thread; it is no peer to measure against.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime as dt
 import logging
 import re
 import secrets
@@ -17,183 +16,33 @@ import socket
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any
 from urllib.parse import parse_qsl
 
 import msgspec
 import uvicorn
 
 from support.certificates import Authority
-from support.kubernetes.api import LEASES, Api, new_name, write_kubeconfig
+from support.kubernetes.api import APIS, Api, new_name, write_kubeconfig
+from support.kubernetes.store import RESOURCES, Refusal, Resource, Selection, Store, Thing, read
 
-_PATH = re.compile(rf"{re.escape(LEASES)}/([^/]+)/leases(?:/([^/]+))?")
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
-_PARAMETERS = {"watch", "timeoutSeconds", "resourceVersion", "fieldSelector"}
+_PATH = re.compile(r"(/apis?/.+/namespaces)/([^/]+)/([a-z]+)(?:/([^/]+))?")
+_PARAMETERS = {
+    "watch",
+    "timeoutSeconds",
+    "resourceVersion",
+    "fieldSelector",
+    "labelSelector",
+    "allowWatchBookmarks",
+}
+_SELECTOR = re.compile(r"([^ =!,]+)(?:=([^ ,=!]*)| in \(([^)]*)\))?")
 _START = 10.0
 
-MicroTime = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$")]
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 Receive = Callable[[], Awaitable[Message]]
-
-
-class Metadata(msgspec.Struct, rename="camel", omit_defaults=True):
-    """What is kept of an object's."""
-
-    name: str = ""
-    namespace: str = ""
-    uid: str = ""
-    resource_version: str = ""
-    generation: int = 0
-    creation_timestamp: str | None = None
-    labels: dict[str, str] | None = None
-    annotations: dict[str, str] | None = None
-
-
-class Spec(msgspec.Struct, rename="camel", omit_defaults=True):
-    """Of a Lease; other fields are lost, as in the real one."""
-
-    holder_identity: str | None = None
-    lease_duration_seconds: int | None = None
-    acquire_time: MicroTime | None = None
-    renew_time: MicroTime | None = None
-    lease_transitions: int | None = None
-
-
-class Lease(msgspec.Struct, rename="camel"):
-    """As it is stored."""
-
-    kind: str = "Lease"
-    api_version: str = "coordination.k8s.io/v1"
-    metadata: Metadata = msgspec.field(default_factory=Metadata)
-    spec: Spec = msgspec.field(default_factory=Spec)
-
-
-class Event(NamedTuple):
-    """A change."""
-
-    version: int
-    kind: str
-    lease: Lease
-
-
-class Refusal(Exception):
-    """A Status that says what failed."""
-
-    def __init__(self, code: int, reason: str, message: str, **details: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.status: dict[str, Any] = {
-            "kind": "Status",
-            "apiVersion": "v1",
-            "metadata": {},
-            "status": "Failure",
-            "message": message,
-        }
-        self.status |= {"reason": reason} if reason else {}
-        self.status |= {"details": details} if details else {}
-        self.status |= {"code": code}
-
-
-class Store:
-    """Leases, their changes, and the counter of versions; known to one thread."""
-
-    def __init__(self) -> None:
-        self.namespaces = {"default"}
-        self.conflicts = 0
-        self.version = 1
-        self.forgotten = 0
-        """Changes up to this version cannot be watched any more."""
-        self.changed = asyncio.Event()
-        self._leases: dict[tuple[str, str], Lease] = {}
-        self._events: list[Event] = []
-
-    def get(self, namespace: str, name: str) -> Lease:
-        found = self._leases.get((namespace, name))
-        if found is None:
-            raise _refused(404, "NotFound", f'leases.coordination.k8s.io "{name}" not found', name)
-        return found
-
-    def list(self, namespace: str, name: str | None) -> list[Lease]:
-        """In the order of their names."""
-        names = sorted(key for key in self._leases if key[0] == namespace and name in (None, key[1]))
-        return [self._leases[key] for key in names]
-
-    def create(self, namespace: str, lease: Lease) -> Lease:
-        meta = lease.metadata
-        if namespace not in self.namespaces:
-            message = f'namespaces "{namespace}" not found'
-            raise Refusal(404, "NotFound", message, name=namespace, kind="namespaces")
-        if meta.resource_version:
-            raise Refusal(500, "", "resourceVersion should not be set on objects to be created")
-        if (namespace, meta.name) in self._leases:
-            raise _refused(409, "AlreadyExists", f'leases.coordination.k8s.io "{meta.name}" already exists', meta.name)
-        meta.uid, meta.namespace, meta.creation_timestamp = str(uuid.uuid4()), namespace, _now()
-        return self._store("ADDED", lease)
-
-    def put(self, namespace: str, lease: Lease) -> tuple[int, Lease]:
-        """As made from the latest; one that does not exist is created."""
-        meta = lease.metadata
-        before = self._leases.get((namespace, meta.name))
-        uid = before.metadata.uid if before else ""
-        if meta.uid not in ("", uid):
-            raise _conflict(
-                meta.name, f"Precondition failed: UID in precondition: {meta.uid}, UID in object meta: {uid}"
-            )
-        if before is None:
-            meta.resource_version = ""
-            return 201, self.create(namespace, lease)
-        self._check(before, meta)
-        kept = before.metadata
-        meta.uid, meta.namespace, meta.creation_timestamp = kept.uid, kept.namespace, kept.creation_timestamp
-        return 200, before if before == lease else self._store("MODIFIED", lease)
-
-    def _check(self, before: Lease, meta: Metadata) -> None:
-        if not meta.resource_version:
-            message = "metadata.resourceVersion: Invalid value: 0: must be specified for an update"
-            raise _refused(422, "Invalid", f'leases.coordination.k8s.io "{meta.name}" is invalid: {message}', meta.name)
-        if self.conflicts or meta.resource_version != before.metadata.resource_version:
-            self.conflicts = max(0, self.conflicts - 1)
-            what = "the object has been modified; please apply your changes to the latest version and try again"
-            raise _conflict(meta.name, what)
-
-    def delete(self, namespace: str, name: str) -> Lease:
-        lease = self.get(namespace, name)
-        del self._leases[namespace, name]
-        return self._note("DELETED", msgspec.structs.replace(lease, metadata=msgspec.structs.replace(lease.metadata)))
-
-    def _store(self, kind: str, lease: Lease) -> Lease:
-        self._leases[lease.metadata.namespace, lease.metadata.name] = lease
-        return self._note(kind, lease)
-
-    def _note(self, kind: str, lease: Lease) -> Lease:
-        self.version += 1
-        lease.metadata.resource_version = str(self.version)
-        self._events.append(Event(self.version, kind, lease))
-        self.wake()
-        return lease
-
-    def wake(self) -> None:
-        """Lets those go on who watch."""
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-    def forget(self) -> None:
-        """Something else changed, and what was before it is forgotten."""
-        self.version += 1
-        self.forgotten = self.version
-
-    def since(self, version: int, namespace: str, name: str | None) -> Iterator[Event]:
-        """Changes after a version; raises Refusal if they are forgotten."""
-        if version < self.forgotten:
-            raise Refusal(410, "Expired", f"too old resource version: {version} ({self.forgotten})")
-        for event in self._events:
-            meta = event.lease.metadata
-            if event.version > version and meta.namespace == namespace and name in (None, meta.name):
-                yield event
 
 
 class App:
@@ -202,8 +51,14 @@ class App:
     def __init__(self, token: str) -> None:
         self.store = Store()
         self.latency_s = 0.0
-        self.drops = self.ends = 0
-        """Watches that began before the latest are over."""
+        self.drops = self.ends = self.bookmarks = 0
+        """Watches that began before the latest are over, or have one to get."""
+        self.marked = 0
+        """Bookmarks that were sent."""
+        self.nonsense: bytes | None = None
+        """What it answers to everything, if anything."""
+        self.requests: list[str] = []
+        """`list` and `watch`, as they came."""
         self._token = token
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -213,52 +68,61 @@ class App:
             if not part.get("more_body"):
                 break
         await asyncio.sleep(self.latency_s)
+        if self.nonsense is not None:
+            await _head(send, 200)
+            await send({"type": "http.response.body", "body": self.nonsense})
+            return
         params = dict(parse_qsl(scope["query_string"].decode()))
         try:
-            namespace, name = self._route(scope, params)
+            wanted = self._route(scope, params)
             if params.get("watch") == "true":
-                await self._watch(namespace, params, receive, send)
+                await self._watch(wanted, params, receive, send)
                 return
-            code, said = self._answer(scope["method"], namespace, name, params, body)
+            code, said = self._answer(scope["method"], wanted, body)
         except Refusal as refusal:
             code, said = refusal.code, refusal.status
         await _head(send, code)
         await _body(send, said, more=False)
 
-    def _route(self, scope: Message, params: dict[str, str]) -> tuple[str, str | None]:
+    def _route(self, scope: Message, params: dict[str, str]) -> Selection:
         if dict(scope["headers"]).get(b"authorization") != f"Bearer {self._token}".encode():
             raise Refusal(401, "Unauthorized", "Unauthorized")
         route = _PATH.fullmatch(scope["path"])
-        if route is None or not _PARAMETERS.issuperset(params):
+        if route is None or APIS.get(route[3]) != route[1] or not _PARAMETERS.issuperset(params):
             raise Refusal(501, "NotImplemented", f"not emulated: {scope['method']} {scope['path']} {params}")
-        return route[1], route[2]
+        wanted = Selection(RESOURCES[route[3]], route[2], route[4], listed=route[4] is None)
+        return _selected(wanted, params) if wanted.listed else wanted
 
-    def _answer(self, method: str, namespace: str, name: str | None, params: dict[str, str], body: bytes) -> Any:
-        store = self.store
-        match method, name:
-            case "GET", None:
-                return 200, self._listed(namespace, _selected(params))
-            case "GET", str():
-                return 200, store.get(namespace, name)
-            case "POST", None:
-                return 201, store.create(namespace, _read(body, namespace, None))
-            case "PUT", str():
-                return store.put(namespace, _read(body, namespace, name))
-            case "DELETE", str():
-                return 200, _deleted(store.delete(namespace, name))
+    def _answer(self, method: str, wanted: Selection, body: bytes) -> Any:
+        store, (of, namespace, *_), name = self.store, wanted, "" if wanted.listed else wanted.name or ""
+        match method, wanted.listed:
+            case "GET", True:
+                self.requests.append("list")
+                return 200, self._listed(wanted)
+            case "GET", False:
+                return 200, store.get(of, namespace, name)
+            case "POST", True:
+                return 201, store.create(of, namespace, read(of, body, namespace, None))
+            case "PUT", False:
+                return store.put(of, namespace, read(of, body, namespace, name))
+            case "PATCH", False:
+                return 200, store.patch(of, namespace, name, body)
+            case "DELETE", False:
+                return 200, _deleted(of, store.delete(of, namespace, name))
         raise Refusal(501, "NotImplemented", f"not emulated: {method} of {name}")
 
-    def _listed(self, namespace: str, name: str | None) -> Any:
-        items = [{"metadata": lease.metadata, "spec": lease.spec} for lease in self.store.list(namespace, name)]
+    def _listed(self, wanted: Selection) -> Any:
+        items = [_without_kind(thing) for thing in self.store.list(wanted)]
+        kind, version = wanted.resource.kind, wanted.resource.version
         meta = {"resourceVersion": str(self.store.version)}
-        return {"kind": "LeaseList", "apiVersion": "coordination.k8s.io/v1", "metadata": meta, "items": items}
+        return {"kind": f"{kind}List", "apiVersion": version, "metadata": meta, "items": items}
 
-    async def _watch(self, namespace: str, params: dict[str, str], receive: Receive, send: Send) -> None:
+    async def _watch(self, wanted: Selection, params: dict[str, str], receive: Receive, send: Send) -> None:
         drops = self.drops
         await _head(send, 200)
         gone = asyncio.ensure_future(receive())
         try:
-            async for said in self._changes(namespace, params, gone):
+            async for said in self._changes(wanted, params, gone):
                 await _body(send, said, more=True)
         except Refusal as refusal:
             await _body(send, {"type": "ERROR", "object": refusal.status}, more=True)
@@ -269,79 +133,59 @@ class App:
         await send({"type": "http.response.body", "body": b""})
 
     async def _changes(
-        self, namespace: str, params: dict[str, str], gone: asyncio.Future[Message]
+        self, wanted: Selection, params: dict[str, str], gone: asyncio.Future[Message]
     ) -> AsyncIterator[Any]:
-        name, version = _selected(params), int(params.get("resourceVersion", "0"))
+        version = int(params.get("resourceVersion", "0"))
         if version == 0:
             version = self.store.version
-            for lease in self.store.list(namespace, name):
-                yield {"type": "ADDED", "object": lease}
-        begun = self.drops, self.ends
+            for thing in self.store.list(wanted):
+                yield {"type": "ADDED", "object": thing}
+        begun, marked = (self.drops, self.ends), self.bookmarks
+        self.requests.append("watch")  # only now does it notice when it is to end
         end = time.monotonic() + float(params.get("timeoutSeconds", "1800"))
         while time.monotonic() < end and (self.drops, self.ends) == begun and not gone.done():
             changed = asyncio.ensure_future(self.store.changed.wait())
-            for event in self.store.since(version, namespace, name):
-                yield {"type": event.kind, "object": event.lease}
-                version = event.version
+            for at, kind, thing in self.store.since(version, wanted):
+                yield {"type": kind, "object": thing}
+                version = at
+            if marked != self.bookmarks and "allowWatchBookmarks" in params:
+                marked, version = self.bookmarks, self.store.version
+                yield _bookmark(wanted.resource, version)
+                self.marked += 1
             either: set[asyncio.Future[Any]] = {changed, gone}
             await asyncio.wait(either, timeout=end - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
 
 
-def _refused(code: int, reason: str, message: str, name: str, kind: str = "leases") -> Refusal:
-    return Refusal(code, reason, message, name=name, group="coordination.k8s.io", kind=kind)
+def _bookmark(of: Resource, version: int) -> Any:
+    meta = {"resourceVersion": str(version), "creationTimestamp": None}
+    return {"type": "BOOKMARK", "object": {"kind": of.kind, "apiVersion": of.version, "metadata": meta}}
 
 
-def _conflict(name: str, what: str) -> Refusal:
-    message = f'Operation cannot be fulfilled on leases.coordination.k8s.io "{name}": {what}'
-    return _refused(409, "Conflict", message, name)
+def _without_kind(thing: Thing) -> Any:
+    """As it stands in a list."""
+    return {name: part for name, part in msgspec.to_builtins(thing).items() if name not in ("kind", "apiVersion")}
 
 
-def _read(body: bytes, namespace: str, name: str | None) -> Lease:
-    """The Lease that was sent; raises Refusal if it is none, is spoiled, or is another's."""
-    try:
-        lease = msgspec.json.decode(body, type=Lease)
-    except msgspec.MsgspecError as error:
-        raise Refusal(400, "BadRequest", f'Lease in version "v1" cannot be handled as a Lease: {error}') from error
-    meta = lease.metadata
-    meta.labels, meta.annotations = meta.labels or None, meta.annotations or None
-    if name not in (None, meta.name):
-        message = f"the name of the object ({meta.name}) does not match the name on the URL ({name})"
-        raise Refusal(400, "BadRequest", message)
-    if meta.namespace not in ("", namespace):
-        message = "the namespace of the provided object does not match the namespace sent on the request"
-        raise Refusal(400, "BadRequest", message)
-    if (wrong := _wrong(lease)) is not None:
-        message = f'Lease.coordination.k8s.io "{meta.name}" is invalid: {wrong}'
-        raise _refused(422, "Invalid", message, meta.name, kind="Lease")
-    return lease
+def _selected(wanted: Selection, params: dict[str, str]) -> Selection:
+    fields, labels = params.get("fieldSelector"), params.get("labelSelector")
+    if fields is not None:
+        if not fields.startswith("metadata.name="):
+            raise Refusal(501, "NotImplemented", f"not emulated: fieldSelector {fields}")
+        wanted = wanted._replace(name=fields.removeprefix("metadata.name="))
+    if labels is not None:
+        selector = _SELECTOR.fullmatch(labels)
+        if selector is None:
+            raise Refusal(501, "NotImplemented", f"not emulated: labelSelector {labels}")
+        label, one, some = selector.groups()
+        values = [one] if one is not None else some.replace(" ", "").split(",") if some else None
+        wanted = wanted._replace(label=label, values=None if values is None else frozenset(values))
+    return wanted
 
 
-def _wrong(lease: Lease) -> str | None:
-    length, transitions = lease.spec.lease_duration_seconds, lease.spec.lease_transitions
-    if not _NAME.fullmatch(lease.metadata.name):
-        return "metadata.name: Invalid value"
-    if length is not None and length <= 0:
-        return f"spec.leaseDurationSeconds: Invalid value: {length}: must be greater than 0"
-    if transitions is not None and transitions < 0:
-        return f"spec.leaseTransitions: Invalid value: {transitions}: must be greater than or equal to 0"
-    return None
-
-
-def _selected(params: dict[str, str]) -> str | None:
-    selector = params.get("fieldSelector")
-    if selector is not None and not selector.startswith("metadata.name="):
-        raise Refusal(501, "NotImplemented", f"not emulated: fieldSelector {selector}")
-    return selector and selector.removeprefix("metadata.name=")
-
-
-def _deleted(lease: Lease) -> Any:
-    details = {"name": lease.metadata.name, "group": "coordination.k8s.io", "kind": "leases", "uid": lease.metadata.uid}
+def _deleted(of: Resource, thing: Thing) -> Any:
+    details = {"name": thing.metadata.name, "group": of.group, "kind": of.plural, "uid": thing.metadata.uid}
     return {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success", "details": details}
-
-
-def _now() -> str:
-    return dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 async def _head(send: Send, code: int) -> None:
@@ -399,14 +243,42 @@ class Emulator(Api):
         yield
         self._app.latency_s = 0.0
 
+    @contextlib.contextmanager
+    def talking(self, nonsense: bytes) -> Iterator[None]:
+        """Answers as something that is no API server and sits in front of it."""
+        self._app.nonsense = nonsense
+        self.drop_watches()
+        try:
+            yield
+        finally:
+            self._app.nonsense = None
+
     def refuse_writes(self, times: int) -> None:
         """So many of the next PUTs find that somebody else was faster."""
         self._app.store.conflicts = times
+
+    @property
+    def requests(self) -> list[str]:
+        """`list` and `watch`, as they came so far."""
+        return list(self._app.requests)
+
+    def bookmark_watches(self) -> None:
+        """All watches that want them get a bookmark; returns when one did."""
+        before, end = self._app.marked, time.monotonic() + _START
+        self._app.bookmarks += 1
+        self._call(self._app.store.wake)
+        while self._app.marked == before:
+            assert time.monotonic() < end
+            time.sleep(0.01)
 
     def drop_watches(self) -> None:
         """All watches break off amid what they say."""
         self._app.drops += 1
         self._call(self._app.store.wake)
+
+    def forget_what_was(self) -> None:
+        """No watch can begin before what is now; those that run go on."""
+        self._app.store.forgotten = self._app.store.version
 
     def end_watches(self, *, forget: bool = False) -> None:
         """All watches end as by their timeout; with `forget` none can go on from where it was."""

@@ -1,6 +1,6 @@
-"""What an API server answers to a script of requests. `transcript.json` is what the real one answered.
+"""What an API server answers to scripts of requests. The transcripts are what the real one answered.
 
-PYTHONPATH=tests python -m support.kubernetes.transcript    asks the real one anew, and writes it
+PYTHONPATH=tests python -m support.kubernetes.transcript    asks the real one anew, and writes them
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from support.kubernetes.api import Answer, Api
 
 FILE = Path(__file__).with_name("transcript.json")
+SLICES_FILE = Path(__file__).with_name("transcript_endpointslices.json")
 _TIME = "2026-01-01T00:00:00.123456Z"
 _SPOKEN_OTHERWISE = "managedFields", "message", "causes"
 """Not compared: texts for people, and who wrote what. Neither is a list's version, which others raise."""
@@ -25,21 +26,24 @@ Body = dict[str, Any]
 class _Script:
     """Plays requests, and keeps what was said without what differs from run to run."""
 
-    def __init__(self, api: Api) -> None:
-        self._api, self._namespace = api, api.namespace()
+    def __init__(self, api: Api, resource: str = "leases") -> None:
+        self._api, self._namespace, self._resource = api, api.namespace(), resource
         self._names: dict[str, str] = {self._namespace: "NAMESPACE"}
         self.kept: list[Any] = []
 
     def ask(self, method: str, name: str = "", body: object = None, **params: str) -> Body:
         """One request; what was said, if it was one object."""
-        answer = self._api.request(method, f"{self._namespace}/leases{'/' if name else ''}{name}", body, **params)
-        self.kept.append({"asked": f"{method} {name or 'leases'}", "code": answer.code, "said": self._plain(answer)})
+        path = f"{self._namespace}/{self._resource}{'/' if name else ''}{name}"
+        answer = self._api.request(method, path, body, **params)
+        asked = f"{method} {name or self._resource}"
+        self.kept.append({"asked": asked, "code": answer.code, "said": self._plain(answer)})
         return answer.said[0] if len(answer.said) == 1 else {}
 
-    def watch(self, version: str = "", name: str = "") -> None:
+    def watch(self, version: str = "", name: str = "", labels: str = "") -> None:
         """All events of a second."""
         params = {"watch": "true", "timeoutSeconds": "1"}
         params |= {"resourceVersion": version} if version else {}
+        params |= {"labelSelector": labels} if labels else {}
         self.ask("GET", **params, **({"fieldSelector": f"metadata.name={name}"} if name else {}))
 
     def _plain(self, answer: Answer) -> list[Any]:
@@ -47,7 +51,7 @@ class _Script:
 
     def _renamed(self, part: Any) -> Any:
         if isinstance(part, dict):
-            left = {*_SPOKEN_OTHERWISE, *(["metadata"] if part.get("kind") == "LeaseList" else [])}
+            left = {*_SPOKEN_OTHERWISE, *(["metadata"] if str(part.get("kind", "")).endswith("List") else [])}
             return {key: self._value(key, part[key]) for key in sorted(part.keys() - left)}
         return [self._renamed(each) for each in part] if isinstance(part, list) else part
 
@@ -82,6 +86,60 @@ def play(api: Api) -> list[Any]:
     finally:
         script.end()
     return script.kept
+
+
+def play_slices(api: Api) -> list[Any]:
+    """What it answers about EndpointSlices."""
+    script = _Script(api, "endpointslices")
+    try:
+        first = _create_slices(script)
+        for selector in _SELECTORS:
+            script.ask("GET", labelSelector=selector)
+        _change_slices(script, first)
+        version = first["metadata"]["resourceVersion"]
+        for labels in ("", f"{_SERVICE}=x", f"{_SERVICE} in (y)"):
+            script.watch(version, labels=labels)
+        script.watch(labels=_SERVICE)
+    finally:
+        script.end()
+    return script.kept
+
+
+_SERVICE = "kubernetes.io/service-name"
+_SELECTORS = (_SERVICE, f"{_SERVICE}=x", f"{_SERVICE} in (x)", f"{_SERVICE} in (x,y)", f"{_SERVICE} in (z)")
+
+
+def _slice(name: str, service: str, *addresses: str, **parts: object) -> Body:
+    kind = {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4"}
+    meta = {"name": name, "labels": {_SERVICE: service} if service else {}}
+    return {**kind, "metadata": meta, "endpoints": [{"addresses": [one]} for one in addresses], **parts}
+
+
+def _create_slices(script: _Script) -> Body:
+    script.ask("GET", "a")
+    first = script.ask("POST", "", _slice("a", "x", "10.0.0.1", ports=[{"port": 80}, {"name": "b", "port": 81}]))
+    pod = {"kind": "Pod", "name": "p", "namespace": "n", "uid": "mine"}
+    state = {"ready": False, "serving": True, "terminating": True}
+    endpoint = {"addresses": ["2001:db8::1"], "conditions": state, "targetRef": pod}
+    script.ask("POST", "", _slice("b", "x", addressType="IPv6", endpoints=[endpoint], ports=[]))
+    script.ask("POST", "", {**_slice("c", "y"), "endpoints": None})
+    script.ask("POST", "", _slice("d", "", "10.0.0.2"))
+    script.ask("POST", "", _slice("a", "x"))
+    script.ask("POST", "", _slice("e", "x", addressType="IPv5"))
+    script.ask("POST", "", _slice("e", "x", endpoints=[{"addresses": []}]))
+    script.ask("POST", "", _slice("e", "x", endpoints=[{"addresses": "10.0.0.1"}]))
+    return first
+
+
+def _change_slices(script: _Script, first: Body) -> None:
+    script.ask("PUT", "a", first)  # nothing changes
+    second = script.ask("PUT", "a", {**first, "endpoints": [{"addresses": ["10.0.0.3"]}]})
+    script.ask("PUT", "a", first)  # stale
+    script.ask("PUT", "a", {**_with(second, resourceVersion=None), "endpoints": []})
+    script.ask("PUT", "c", _slice("c", "x", "10.0.0.4"))  # another Service's
+    script.ask("PUT", "new", _slice("new", "x"))
+    script.ask("DELETE", "b")
+    script.ask("DELETE", "b")
 
 
 def _lease(name: str, meta: Mapping[str, object] | None = None, **spec: object) -> Body:
@@ -149,4 +207,5 @@ if __name__ == "__main__":
     from support.kubernetes.server import shared
 
     with shared(str(os.getpid())) as cluster:
-        FILE.write_text(json.dumps(play(cluster), indent=1, ensure_ascii=False) + "\n")
+        for file, kept in ((FILE, play(cluster)), (SLICES_FILE, play_slices(cluster))):
+            file.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")

@@ -210,7 +210,7 @@ type ShardOutcome struct {
 	Message string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
 	// How many calls were made for it: the first, retries and hedges.
 	Attempts int32 `protobuf:"varint,4,opt,name=attempts,proto3" json:"attempts,omitempty"`
-	// What it stands for; unset if it failed.
+	// What it stands for; unset if it failed. Of a batch that answered in part, each of its shards has the batch's.
 	Coverage      *Coverage `protobuf:"bytes,5,opt,name=coverage,proto3" json:"coverage,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -30,7 +30,8 @@ type QueryRequest struct {
 	ShardId string `protobuf:"bytes,2,opt,name=shard_id,json=shardId,proto3" json:"shard_id,omitempty"`
 	// 1 for the first call for the shard, 2 for the second.
 	Attempt int32 `protobuf:"varint,3,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	// In pools that say `batch: true`, the shards that this call is for, which the leaf reduces to one reply.
+	// In pools that say `batch: true`, the shards that this call is for, which the leaf reduces to one reply. A root that is a
+	// leaf takes one at most.
 	Shards []*ShardQuery `protobuf:"bytes,4,rep,name=shards,proto3" json:"shards,omitempty"`
 	// Whom it concerns when the leaf is a root itself.
 	Parent        *ParentQuery `protobuf:"bytes,5,opt,name=parent,proto3" json:"parent,omitempty"`
@@ -293,7 +294,7 @@ type QueryStreamRequest struct {
 	QueryId uint64 `protobuf:"varint,1,opt,name=query_id,json=queryId,proto3" json:"query_id,omitempty"`
 	// The question.
 	Query *QueryRequest `protobuf:"bytes,2,opt,name=query,proto3" json:"query,omitempty"`
-	// What is left until nobody waits for the answer, in microseconds.
+	// What is left until nobody waits for the answer, in microseconds; 0 = no limit but the stream's and the leaf's own.
 	TimeoutMicros int64 `protobuf:"varint,3,opt,name=timeout_micros,json=timeoutMicros,proto3" json:"timeout_micros,omitempty"`
 	// Nobody waits for the answer any more.
 	Cancel        bool `protobuf:"varint,4,opt,name=cancel,proto3" json:"cancel,omitempty"`

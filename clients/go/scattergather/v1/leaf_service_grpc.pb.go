@@ -45,7 +45,9 @@ type LeafServiceClient interface {
 	//
 	// Requests and responses are matched by `query_id`; responses may come in any order. A request without its query, and
 	// `cancel`, says that nobody waits for the answer any more; nothing need be sent for it then. Errors stand in the response;
-	// an error of the stream fails all queries that are open.
+	// an error of the stream fails all queries that are open: INVALID_ARGUMENT for a message with neither or both, and for a
+	// `query_id` that is open already. When the root has half-closed, what is open is still answered. A slow reader is not read
+	// from, either.
 	QueryStream(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[QueryStreamRequest, QueryStreamResponse], error)
 }
 
@@ -102,7 +104,9 @@ type LeafServiceServer interface {
 	//
 	// Requests and responses are matched by `query_id`; responses may come in any order. A request without its query, and
 	// `cancel`, says that nobody waits for the answer any more; nothing need be sent for it then. Errors stand in the response;
-	// an error of the stream fails all queries that are open.
+	// an error of the stream fails all queries that are open: INVALID_ARGUMENT for a message with neither or both, and for a
+	// `query_id` that is open already. When the root has half-closed, what is open is still answered. A slow reader is not read
+	// from, either.
 	QueryStream(grpc.BidiStreamingServer[QueryStreamRequest, QueryStreamResponse]) error
 	mustEmbedUnimplementedLeafServiceServer()
 }

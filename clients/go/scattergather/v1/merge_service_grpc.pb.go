@@ -30,12 +30,15 @@ const (
 // MergeService makes one answer of many replies, for pools that say `merge: service`: supplied by the user, in any language.
 type MergeServiceClient interface {
 	// Merge gets all replies at once, in the pool's order of shards. Every error fails the request (MERGE_FAILED), but
-	// INVALID_ARGUMENT and RESOURCE_EXHAUSTED are passed on. It may be repeated.
+	// INVALID_ARGUMENT and RESOURCE_EXHAUSTED are passed on. It may be repeated. The deadline is the caller's. The request may
+	// have as many bytes as the pool's `max_gathered_bytes`: a server of pools with large replies raises its limit, which is
+	// 4 MiB by default, or takes a stream.
 	Merge(ctx context.Context, in *MergeRequest, opts ...grpc.CallOption) (*MergeResponse, error)
 	// MergeStream gets replies as they come, for pools that also say `commutative: true`. It answers after the last.
 	//
 	// The first message is `start`, then each reply is one `reply`; the end of the stream is the end of the replies. A stream
-	// that is cancelled belongs to a request that failed. Errors: as of Merge.
+	// that is cancelled belongs to a request that failed. An answer before the last reply fails the request, too. Errors: as of
+	// Merge.
 	MergeStream(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[MergeStreamRequest, MergeStreamResponse], error)
 }
 
@@ -77,12 +80,15 @@ type MergeService_MergeStreamClient = grpc.ClientStreamingClient[MergeStreamRequ
 // MergeService makes one answer of many replies, for pools that say `merge: service`: supplied by the user, in any language.
 type MergeServiceServer interface {
 	// Merge gets all replies at once, in the pool's order of shards. Every error fails the request (MERGE_FAILED), but
-	// INVALID_ARGUMENT and RESOURCE_EXHAUSTED are passed on. It may be repeated.
+	// INVALID_ARGUMENT and RESOURCE_EXHAUSTED are passed on. It may be repeated. The deadline is the caller's. The request may
+	// have as many bytes as the pool's `max_gathered_bytes`: a server of pools with large replies raises its limit, which is
+	// 4 MiB by default, or takes a stream.
 	Merge(context.Context, *MergeRequest) (*MergeResponse, error)
 	// MergeStream gets replies as they come, for pools that also say `commutative: true`. It answers after the last.
 	//
 	// The first message is `start`, then each reply is one `reply`; the end of the stream is the end of the replies. A stream
-	// that is cancelled belongs to a request that failed. Errors: as of Merge.
+	// that is cancelled belongs to a request that failed. An answer before the last reply fails the request, too. Errors: as of
+	// Merge.
 	MergeStream(grpc.ClientStreamingServer[MergeStreamRequest, MergeStreamResponse]) error
 	mustEmbedUnimplementedMergeServiceServer()
 }

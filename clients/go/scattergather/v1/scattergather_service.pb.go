@@ -40,7 +40,8 @@ type ScatterRequest struct {
 	//	*ScatterRequest_ShardInputs
 	Input isScatterRequest_Input `protobuf_oneof:"input"`
 	// Selects the shards to which these keys belong (rendezvous hashing by SHA-256: the shard for which the first 8 bytes of
-	// SHA-256(key, 0x00, shard_id) are the largest). Excludes shard_ids. Both empty = all shards.
+	// SHA-256(key, 0x00, shard_id) are the largest). Excludes shard_ids. Both empty = all shards. Up to 1,000, and up to 200,000
+	// divided by the pool's shards.
 	RouteKeys []string `protobuf:"bytes,5,rep,name=route_keys,json=routeKeys,proto3" json:"route_keys,omitempty"`
 	// Selects these shards. Excludes route_keys.
 	ShardIds []string `protobuf:"bytes,6,rep,name=shard_ids,json=shardIds,proto3" json:"shard_ids,omitempty"`
@@ -316,7 +317,8 @@ type ScatterPolicy struct {
 	MinCoverage *float64 `protobuf:"fixed64,1,opt,name=min_coverage,json=minCoverage,proto3,oneof" json:"min_coverage,omitempty"`
 	// How many shards must have answered, whatever their weight.
 	MinShards int32 `protobuf:"varint,2,opt,name=min_shards,json=minShards,proto3" json:"min_shards,omitempty"`
-	// When this has passed since the request came and the minimum is met, the answer is given without the rest.
+	// When this has passed since the request came and the minimum is met, the answer is given without the rest. To the
+	// millisecond, rounded up.
 	SoftDeadlineDuration *durationpb.Duration `protobuf:"bytes,3,opt,name=soft_deadline_duration,json=softDeadlineDuration,proto3" json:"soft_deadline_duration,omitempty"`
 	// As soon as so many shards have answered, and the minimum is met, the answer is given without the rest; 0 = never.
 	FirstK int32 `protobuf:"varint,4,opt,name=first_k,json=firstK,proto3" json:"first_k,omitempty"`
@@ -815,7 +817,9 @@ type ScatterStreamRequest struct {
 	// Required. As in Scatter.
 	Request *ScatterRequest `protobuf:"bytes,1,opt,name=request,proto3" json:"request,omitempty"`
 	// Leaves out the bytes of replies in `reply`.
-	OmitPayloads  bool `protobuf:"varint,2,opt,name=omit_payloads,json=omitPayloads,proto3" json:"omit_payloads,omitempty"`
+	OmitPayloads bool `protobuf:"varint,2,opt,name=omit_payloads,json=omitPayloads,proto3" json:"omit_payloads,omitempty"`
+	// Leaves out the output of the answer: who has the replies may not need it, and it may be more than a message holds.
+	OmitOutput    bool `protobuf:"varint,3,opt,name=omit_output,json=omitOutput,proto3" json:"omit_output,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -860,6 +864,13 @@ func (x *ScatterStreamRequest) GetRequest() *ScatterRequest {
 func (x *ScatterStreamRequest) GetOmitPayloads() bool {
 	if x != nil {
 		return x.OmitPayloads
+	}
+	return false
+}
+
+func (x *ScatterStreamRequest) GetOmitOutput() bool {
+	if x != nil {
+		return x.OmitOutput
 	}
 	return false
 }
@@ -1705,10 +1716,12 @@ const file_retinue_scattergather_v1_scattergather_service_proto_rawDesc = "" +
 	"\x0egathered_bytes\x18\x06 \x01(\x03R\rgatheredBytes\x12D\n" +
 	"\x10elapsed_duration\x18\a \x01(\v2\x19.google.protobuf.DurationR\x0felapsedDuration\x12D\n" +
 	"\x10slowest_duration\x18\b \x01(\v2\x19.google.protobuf.DurationR\x0fslowestDuration\x12(\n" +
-	"\x10slowest_shard_id\x18\t \x01(\tR\x0eslowestShardId\"\x7f\n" +
+	"\x10slowest_shard_id\x18\t \x01(\tR\x0eslowestShardId\"\xa0\x01\n" +
 	"\x14ScatterStreamRequest\x12B\n" +
 	"\arequest\x18\x01 \x01(\v2(.retinue.scattergather.v1.ScatterRequestR\arequest\x12#\n" +
-	"\romit_payloads\x18\x02 \x01(\bR\fomitPayloads\"\xe7\x01\n" +
+	"\romit_payloads\x18\x02 \x01(\bR\fomitPayloads\x12\x1f\n" +
+	"\vomit_output\x18\x03 \x01(\bR\n" +
+	"omitOutput\"\xe7\x01\n" +
 	"\x15ScatterStreamResponse\x12<\n" +
 	"\x05reply\x18\x01 \x01(\v2$.retinue.scattergather.v1.ShardReplyH\x00R\x05reply\x12B\n" +
 	"\afailure\x18\x02 \x01(\v2&.retinue.scattergather.v1.ShardOutcomeH\x00R\afailure\x12C\n" +

@@ -25,7 +25,7 @@ const (
 // Merge says how the replies of the shards become one answer.
 //
 // The merges from SUM on read replies that are JSON (UTF-8) and give JSON; their numbers are doubles, and one that is not
-// finite is refused. All of them but FIRST can be nested: the answer of a parent is a reply like a leaf's.
+// finite is refused. What callers get as JSON is nested at most 30 deep. All of them but FIRST can be nested: the answer of a parent is a reply like a leaf's.
 type Merge int32
 
 const (
@@ -36,7 +36,8 @@ const (
 	// The bytes of the replies one after the other, in the pool's order of shards. Serialised protobuf messages of one type
 	// become one message: repeated fields are joined, of others the last counts.
 	Merge_MERGE_CONCAT Merge = 2
-	// The first reply to come; the others are cancelled. The shards are taken for equals, so that one is complete.
+	// The first reply to come; the others are cancelled. The shards are taken for equals, so that one is complete. A policy
+	// without min_coverage takes no reply that is the answer of a part.
 	Merge_MERGE_FIRST Merge = 3
 	// Adds numbers. A reply is one number, or null for none; the result does not depend on the order.
 	Merge_MERGE_SUM Merge = 4

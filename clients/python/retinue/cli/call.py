@@ -11,7 +11,7 @@ import grpc
 from google.protobuf import json_format
 from google.protobuf.message_factory import GetMessageClass
 
-from retinue.cli.common import DURATION
+from retinue.cli.common import DURATION, HEADER
 from retinue.cli.reflection import Reflection
 from retinue.client import address as addresses
 from retinue.client.channel import Connection
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--address", help="The server: HOST:PORT, unix:PATH or a socket's path.")
 @click.option("--control", is_flag=True, help="Dial the control socket, as an operator.")
 @click.option("--timeout", type=DURATION, help="The call's deadline; default: 30s, none for streams.")
-@click.option("--header", "headers", multiple=True, metavar="NAME:VALUE", help="Metadata to send; may be repeated.")
+@click.option("--header", "headers", type=HEADER, multiple=True, help="Metadata to send; may be repeated.")
 def call(
     *,
     method: str | None,
@@ -38,7 +38,7 @@ def call(
     address: str | None,
     control: bool,
     timeout: float | None,
-    headers: tuple[str, ...],
+    headers: tuple[tuple[str, str], ...],
 ) -> None:
     """Call METHOD of SERVICE with a JSON request and print the answer.
 
@@ -61,7 +61,7 @@ def call(
             ):
                 _describe(offered, method)
                 return
-            metadata = connection.metadata() + tuple(_header(text) for text in headers)
+            metadata = connection.metadata() + headers
             _call(channel, offered.method(method), request, timeout, metadata)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
@@ -69,13 +69,6 @@ def call(
 
 def _is_service(offered: Reflection, name: str) -> bool:
     return any(f".{full.lower()}".endswith(f".{name.lower()}") for full in offered.services)
-
-
-def _header(text: str) -> tuple[str, str]:
-    name, separator, value = text.partition(":")
-    if not separator:
-        raise click.UsageError(f"{text!r} is not of the form NAME:VALUE")
-    return name.strip().lower(), value.strip()
 
 
 def _describe(offered: Reflection, name: str | None) -> None:

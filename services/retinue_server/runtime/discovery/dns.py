@@ -64,6 +64,8 @@ class DnsDiscovery:
                     log.warning("cannot look up %s: %s; what was found last stands", name, why)
                 failing = True
             else:
+                if failing:
+                    log.info("%s can be looked up again", name)
                 failing = False
                 if now != known:
                     known = now

@@ -245,7 +245,7 @@ class _Follower:
     def _succeeded(self) -> None:
         """A watch began."""
         if self._away:
-            log.info("the EndpointSlices in namespace %s are followed again", self._namespace)
+            log.info("the EndpointSlices in namespace %s can be followed again", self._namespace)
         self._watching, self._away, self._wait_s = True, False, _FIRST_WAIT_S
 
     def _selection(self) -> str:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from retinue_server.scattergather.core.requests import Ask, Policy
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-MAX_ROUTE_KEYS = 10_000
+MAX_ROUTE_KEYS = 1000
+MAX_HASHES = 200_000
+"""Route keys times shards: the loop is held for that long, a tenth of a second."""
 MAX_PAYLOAD_BYTES = 3 * 1024 * 1024
 PAGE_SIZES = 100, 20
 """The largest and the usual, of ListRecentScatters."""
@@ -64,17 +66,11 @@ def unknown_pool(pool_id: str) -> NotFound:
 def select(topology: Topology, ask: Ask, violations: MutableSequence[Violation]) -> Sequence[Member]:
     """The shards that are asked, in the pool's order; raises what keeps the request from them."""
     if not topology.members:
+        refuse(violations)
         raise FailedPrecondition(
             f"cannot scatter: pool {ask.pool_id} has no shards", reason=Reason.POOL_EMPTY, pool_id=ask.pool_id
         )
-    if ask.route_keys and ask.shard_ids:
-        violations.append(Violation("shard_ids", "must be empty where route_keys are given"))
-    if len(ask.route_keys) > MAX_ROUTE_KEYS:
-        violations.append(Violation("route_keys", f"must be at most {MAX_ROUTE_KEYS}"))
-    known = {member.shard.shard_id for member in topology.members}
-    _check_shards(ask.shard_ids, "shard_ids[{}]", known, violations)
-    if ask.input_ids is not None:
-        _check_shards(ask.input_ids, "shard_inputs.inputs[{}].shard_id", known, violations)
+    _check_selectors(topology, ask, violations)
     refuse(violations)
     wanted = _wanted(topology, ask)
     members = topology.members if wanted is None else [m for m in topology.members if m.shard.shard_id in wanted]
@@ -89,13 +85,32 @@ def select(topology: Topology, ask: Ask, violations: MutableSequence[Violation])
     return members
 
 
-def _check_shards(ids: Sequence[str], field: str, known: set[str], violations: MutableSequence[Violation]) -> None:
+def _check_selectors(topology: Topology, ask: Ask, violations: MutableSequence[Violation]) -> None:
+    if ask.route_keys and ask.shard_ids:
+        violations.append(Violation("shard_ids", "must be empty where route_keys are given"))
+    most = max(1, min(MAX_ROUTE_KEYS, MAX_HASHES // len(topology.members)))
+    if len(ask.route_keys) > most:
+        violations.append(Violation("route_keys", f"must be at most {most} in this pool"))
+    known = {member.shard.shard_id for member in topology.members}
+    _check_shards(ask.shard_ids, "shard_ids", "", known, violations)
+    if ask.input_ids is not None:
+        _check_shards(ask.input_ids, "shard_inputs.inputs", ".shard_id", known, violations)
+        if not ask.input_ids:
+            violations.append(Violation("shard_inputs.inputs", "must be one or more"))
+
+
+def _check_shards(
+    ids: Sequence[str], field: str, inner: str, known: set[str], violations: MutableSequence[Violation]
+) -> None:
+    if len(ids) > len(known):  # each of a million names need not be looked at
+        violations.append(Violation(field, f"must be at most {len(known)}, the pool's shards"))
+        return
     seen: set[str] = set()
     for index, shard_id in enumerate(ids):
         if shard_id not in known:
-            violations.append(Violation(field.format(index), "must be a shard of the pool"))
+            violations.append(Violation(f"{field}[{index}]{inner}", "must be a shard of the pool"))
         elif shard_id in seen:
-            violations.append(Violation(field.format(index), "must not repeat an earlier one"))
+            violations.append(Violation(f"{field}[{index}]{inner}", "must not repeat an earlier one"))
         seen.add(shard_id)
 
 
@@ -113,8 +128,7 @@ def _check_fit(members: Sequence[Member], ask: Ask, violations: MutableSequence[
     """What depends on the selection."""
     selected = {member.shard.shard_id for member in members}
     if ask.input_ids is not None and set(ask.input_ids) != selected:
-        text = "must be one for each selected shard" if ask.input_ids else "must be one or more"
-        violations.append(Violation("shard_inputs.inputs", text))
+        violations.append(Violation("shard_inputs.inputs", "must be one for each selected shard"))
     for name in ("min_shards", "first_k"):
         if getattr(ask.policy, name) > len(members):
             violations.append(Violation(f"policy.{name}", f"must be at most {len(members)}, the selected shards"))

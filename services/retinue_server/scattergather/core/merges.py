@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import re
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from retinue_server.scattergather.core.topology import Merging
+
+
+MAX_DEPTH = 30
+"""Of JSON that callers get as google.protobuf.Value: protobuf reads 100 levels of messages, an object takes three."""
+_LONG = re.compile(rb"[0-9]{309}")
+"""What is shorter fits in a double."""
 
 
 class Merge(Protocol):
@@ -42,10 +49,11 @@ class Collect:
 
 
 class CollectJson(Collect):
-    """As Collect, with replies that must be JSON."""
+    """As Collect, with replies that must be JSON which a message can hold."""
 
     def add(self, index: int, payload: bytes) -> None:
         _any(payload)
+        _check_fits(payload)
         super().add(index, payload)
 
 
@@ -96,6 +104,7 @@ class Count:
         number = _decoded(_number, payload, "a whole number, 0 or more")
         if number is None or number < 0 or number != int(_finite(number)):
             raise Malformed("must be a whole number, 0 or more")
+        _finite(self._count + int(number))
         self._count += int(number)
 
     def result(self) -> int:
@@ -155,8 +164,9 @@ class TopK:
     def add(self, index: int, payload: bytes) -> None:
         raws = _decoded(_raws, payload, "an array of objects with score and id")
         hits = [_decoded(_hit, raw, "an array of objects with a number `score` and an `id`") for raw in raws]
-        for hit in hits:
+        for hit, raw in zip(hits, raws, strict=True):
             _finite(hit.score)
+            _check_fits(bytes(raw), within=1)
         heap = self._hits
         for rank, (hit, raw) in enumerate(zip(hits, raws, strict=True)):
             entry = (hit.score, -index, -rank, raw)  # place and rank are no other's: raw is never compared
@@ -186,7 +196,9 @@ class Histogram:
     def add(self, index: int, payload: bytes) -> None:  # noqa: ARG002 - Merge has it
         bars = _decoded(_bars, payload, "an object with bounds, counts and sum")
         _check_bars(bars, self._bounds)
-        self._counts = [a + b for a, b in zip(self._counts or [0] * len(bars.counts), bars.counts, strict=True)]
+        counts = [a + b for a, b in zip(self._counts or [0] * len(bars.counts), bars.counts, strict=True)]
+        _finite(max(counts))
+        self._counts = counts
         self._bounds = bars.bounds
         self._sums.append(bars.sum)
 
@@ -255,6 +267,22 @@ def _total(numbers: list[float]) -> float:
         return math.fsum(numbers)
     except OverflowError:
         raise Malformed("the sum must fit in a double") from None
+
+
+def _check_fits(payload: bytes, within: int = 0) -> None:
+    """Raises Malformed for JSON that no message holds; it is looked at closely only where its bytes give reason to."""
+    if payload.count(b"[") + payload.count(b"{") + within > MAX_DEPTH or _LONG.search(payload):
+        _check_value(_any(payload), within)
+
+
+def _check_value(plain: Any, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise Malformed(f"must be JSON that is nested at most {MAX_DEPTH} deep")
+    if isinstance(plain, int):
+        _finite(plain)
+    elif isinstance(plain, (list, dict)):
+        for inner in plain.values() if isinstance(plain, dict) else plain:
+            _check_value(inner, depth + 1)
 
 
 _encode = msgspec.json.Encoder().encode

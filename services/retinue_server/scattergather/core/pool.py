@@ -50,6 +50,8 @@ class LivePool:
         """Requests by end: complete, partial, or the name of a code."""
         self.attempts: Counter[tuple[str, str]] = Counter()
         """Calls by kind and outcome."""
+        self.expected = self.answered = 0
+        """Leaves, over all requests."""
         self.denied = 0
         """Hedges and retries that the budget did not allow."""
         self.overhead_s = self.straggler_s = 0.0
@@ -72,13 +74,15 @@ class LivePool:
         return self.topology.pool
 
     def admits(self, calls: int) -> bool:
-        """Whether a request with so many calls may begin: one may always, beside others only within the limits."""
+        """Whether a request with so many calls may begin: one may always, beside others only within the limits.
+
+        What is to be sent may be more than `max_unsent` if nothing else is.
+        """
         limits = self.pool.limits
         if not self.running:
             return True
-        return (
-            self.open_calls + calls <= limits.max_calls // self._share
-            and self.unsent + calls <= limits.max_unsent // self._share
+        return self.open_calls + calls <= limits.max_calls // self._share and (
+            not self.unsent or self.unsent + calls <= limits.max_unsent // self._share
         )
 
     def hedge_delay_s(self, now: float) -> float | None:

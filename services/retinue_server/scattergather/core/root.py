@@ -7,8 +7,7 @@ import logging
 import os
 from collections import deque
 from functools import partial
-from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from retinue_server.runtime.errors import Code, Reason, ResourceExhausted, Unavailable
 from retinue_server.scattergather.core import limits, merges
@@ -16,22 +15,23 @@ from retinue_server.scattergather.core.pool import LivePool, Member, Topology
 from retinue_server.scattergather.core.replicas import Replica
 from retinue_server.scattergather.core.requests import Malformed
 from retinue_server.scattergather.core.rules import leaf_timeout_s
-from retinue_server.scattergather.core.scatter import End, Scatter, ScatterError
+from retinue_server.scattergather.core.scatter import End, Kind, Scatter, ScatterError
 from retinue_server.scattergather.core.topology import MergeKind
 from retinue_server.scattergather.engine import Target
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, MutableSequence, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, MutableSequence, Sequence
 
     from retinue_server.runtime.errors import Violation
     from retinue_server.scattergather.core.clock import Clock
     from retinue_server.scattergather.core.merges import Merge
     from retinue_server.scattergather.core.requests import Ask, Gathered
-    from retinue_server.scattergather.core.scatter import Observer
+    from retinue_server.scattergather.core.scatter import Attempt, Observer
     from retinue_server.scattergather.core.topology import Pool, Shard
     from retinue_server.scattergather.engine import Discovery, Leaves, Line, UserMerge, UserMerges
 
 log = logging.getLogger(__name__)
+Made = TypeVar("Made")
 
 _RETRY_MS = 100
 _REMEMBERED = 256
@@ -61,11 +61,18 @@ class Plan(NamedTuple):
 
 
 class Recent(NamedTuple):
-    """A past request."""
+    """A past request: what became of it, and none of its bytes."""
 
     number: int
-    scatter: Scatter
+    scatter_id: str
+    pool_id: str
+    wall_ms: int
+    begun_at: float
     code: int
+    gathered: Gathered
+    trace_id: str
+    parent_scatter_id: str
+    attempts: Sequence[Attempt]
 
 
 class Root:
@@ -110,7 +117,7 @@ class Root:
         """As it is now; raises POOL_NOT_FOUND."""
         return self._kept(pool_id).live.topology
 
-    async def watch(self, pool_id: str) -> AsyncIterator[Topology]:
+    async def watch(self, pool_id: str) -> AsyncGenerator[Topology, None]:
         """As it is now, and after each change the latest; raises POOL_NOT_FOUND when it is gone."""
         kept = self._kept(pool_id)
         changed = asyncio.Event()
@@ -119,7 +126,8 @@ class Root:
             while True:
                 changed.clear()
                 yield kept.live.topology
-                await changed.wait()
+                if not self._stopping:
+                    await changed.wait()
                 if self._stopping:
                     raise Unavailable(
                         "cannot go on: the server is stopping", reason=Reason.SHUTTING_DOWN, retry_ms=1000
@@ -161,9 +169,13 @@ class Root:
         self,
         ask: Ask,
         violations: MutableSequence[Violation],
+        make: Callable[[Answer], Made],
         observer: Callable[[Topology, int], Observer | None] = lambda _, __: None,
-    ) -> Answer:
-        """Asks, gathers and merges; raises as the contract of Scatter says."""
+    ) -> Made:
+        """Asks, gathers and merges; raises as the contract of Scatter says.
+
+        `make` makes of the answer what the caller gets; it may raise ScatterError, which is then how the request ended.
+        """
         live, members = self._admitted(ask, violations)
         merge, service = self._merge(ask)
         watching = observer(ask.topology, len(members))
@@ -172,6 +184,7 @@ class Root:
         try:
             await scatter.ended
             result = await self._result(scatter, merge, service)
+            made = make(self._answer(scatter, result))
         except asyncio.CancelledError:
             scatter.abandon()
             self._note(live, scatter, Code.CANCELLED)
@@ -183,8 +196,7 @@ class Root:
             if service is not None:
                 service.cancel()
         self._note(live, scatter, Code.OK)
-        assert scatter.gathered is not None
-        return Answer(scatter.gathered, ask.topology.pool.merging.kind, result, ask.topology)
+        return made
 
     def plan(self, ask: Ask, violations: MutableSequence[Violation]) -> Plan:
         """What `scatter` would do now."""
@@ -219,7 +231,7 @@ class Root:
         merging, topology = ask.topology.pool.merging, ask.topology
         if merging.kind is not MergeKind.SERVICE:
             return merges.make(merging), None
-        timeout = topology.pool.timeout_s if ask.timeout_s is None else ask.timeout_s
+        timeout = topology.pool.timeout_s if ask.timeout_s is None else min(ask.timeout_s, topology.pool.timeout_s)
         service = self._services.begin(
             merging.address, ask.pool_id, ask.payload, timeout_s=timeout, stream=merging.commutative
         )
@@ -243,22 +255,45 @@ class Root:
             error.gathered = scatter.gathered
             raise
 
+    def _answer(self, scatter: Scatter, result: Any) -> Answer:
+        """With the time that merging took, too."""
+        known, topology = scatter.gathered, scatter.topology
+        assert known is not None
+        elapsed = self._clock.now() - scatter.begun_at
+        scatter.gathered = known._replace(stats=known.stats._replace(elapsed_s=elapsed))
+        return Answer(scatter.gathered, topology.pool.merging.kind, result, topology)
+
     # What is remembered
 
     def _note(self, live: LivePool, scatter: Scatter, code: Code) -> None:
         scatter.code = code
-        complete = scatter.gathered is not None and scatter.gathered.coverage.complete
-        end = ("complete" if complete else "partial") if code is Code.OK else code.name.lower()
+        known, ask = scatter.gathered, scatter.ask
+        assert known is not None
+        end = ("complete" if known.coverage.complete else "partial") if code is Code.OK else code.name.lower()
         live.ended[end] += 1
-        for attempt in scatter.attempts:
-            live.attempts[attempt.kind.name.lower(), (attempt.end or End.LOST).name.lower()] += 1
+        live.expected += known.coverage.expected
+        live.answered += known.coverage.answered
+        _count(live, scatter.attempts)
         if code is Code.OK:
             _measure(live, scatter, self._clock.now())
         self._noted += 1
-        self.recent.append(Recent(self._noted, scatter, code))
+        self.recent.append(
+            Recent(
+                self._noted,
+                scatter.scatter_id,
+                ask.pool_id,
+                scatter.wall_ms,
+                scatter.begun_at,
+                code,
+                known,
+                ask.trace_id,
+                ask.parent_scatter_id,
+                scatter.attempts,
+            )
+        )
         self._recent_attempts += len(scatter.attempts)
         while len(self.recent) > _REMEMBERED or (self._recent_attempts > _REMEMBERED_ATTEMPTS and len(self.recent) > 1):
-            self._recent_attempts -= len(self.recent.popleft().scatter.attempts)
+            self._recent_attempts -= len(self.recent.popleft().attempts)
         self._ended(scatter)
 
 
@@ -284,15 +319,22 @@ def _merged(merge: Merge, gathered: Gathered) -> Any:
         raise failure from None
 
 
+def _count(live: LivePool, attempts: Sequence[Attempt]) -> None:
+    """By kind and outcome; nearly all are first calls that were answered."""
+    others = [one for one in attempts if one.end is not End.WON or one.kind is not Kind.PRIMARY]
+    live.attempts["primary", "won"] += len(attempts) - len(others)
+    for one in others:
+        live.attempts[one.kind.name.lower(), (one.end or End.LOST).name.lower()] += 1
+
+
 def _measure(live: LivePool, scatter: Scatter, now: float) -> None:
     """The root's own part of the time, and how far the slowest reply was behind the middle one."""
-    times = [attempt.ended_at for attempt in scatter.attempts if attempt.end is End.WON]
-    if not times:
+    if not scatter.won:
         return
-    last = max(times)
+    last, middle = scatter.won[-1].ended_at, scatter.won[len(scatter.won) // 2].ended_at
     live.measured += 1
-    live.overhead_s += now - last + min(attempt.started_at for attempt in scatter.attempts) - scatter.begun_at
-    live.straggler_s += last - median(times)
+    live.overhead_s += now - last + scatter.attempts[0].started_at - scatter.begun_at
+    live.straggler_s += last - middle
 
 
 class _Kept:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from enum import IntEnum
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from retinue_server.runtime.errors import Code, Reason, RetinueError
 from retinue_server.scattergather.core import rules
@@ -17,7 +20,7 @@ from retinue_server.scattergather.core.requests import Coverage, Gathered, Malfo
 from retinue_server.scattergather.core.topology import MergeKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from retinue_server.scattergather.core.clock import Clock, Timer
     from retinue_server.scattergather.core.merges import Merge
@@ -25,9 +28,10 @@ if TYPE_CHECKING:
     from retinue_server.scattergather.core.requests import Ask
     from retinue_server.scattergather.engine import Metadata
 
-_SLICE = 16
-"""Calls that are begun before others get their turn: about a millisecond."""
+_SLICE = 64
+"""Calls that are begun before others get their turn: some milliseconds."""
 MAX_FAILURES = 16
+_ONE = Coverage(1, 1, complete=True)
 _MESSAGE_BYTES = 256
 
 
@@ -57,56 +61,39 @@ class ScatterError(RetinueError):
         self.code = code  # type: ignore[misc] # the one error whose code depends on what happened
 
 
-class Attempt:
+class Attempt(msgspec.Struct, eq=False):
     """A call to a leaf."""
 
-    __slots__ = ("cancel", "code", "end", "ended_at", "kind", "part", "replica", "reply_bytes", "started_at", "trace")
+    part: Part
+    kind: Kind
+    replica: Replica
+    started_at: float
+    ended_at: float
+    end: End | None = None
+    code: int = 0
+    reply_bytes: int = 0
+    cancel: Callable[[], None] | None = None
+    trace: object = None
+    """The observer's."""
 
-    def __init__(self, part: Part, kind: Kind, replica: Replica, now: float) -> None:
-        self.part, self.kind, self.replica, self.started_at = part, kind, replica, now
-        self.end: End | None = None
-        self.code = 0
-        self.ended_at = now
-        self.reply_bytes = 0
-        self.cancel: Callable[[], None] | None = None
-        self.trace: object = None
-        """The observer's."""
 
-
-class Part:
+class Part(msgspec.Struct, eq=False):
     """What is asked together: a shard, or those of a batch."""
 
-    __slots__ = (
-        "attempts",
-        "begun_at",
-        "code",
-        "coverage",
-        "done",
-        "hedged",
-        "members",
-        "message",
-        "open",
-        "replicas",
-        "retries",
-        "tried",
-    )
-
-    def __init__(self, members: Sequence[Member], replicas: Sequence[Replica], begun_at: float) -> None:
-        self.members, self.replicas, self.begun_at = members, replicas, begun_at
-        self.tried: list[Replica] = []
-        self.open: list[Attempt] = []
-        self.attempts = 0
-        self.retries = 0
-        self.hedged = False
-        self.done = False
-        self.code = int(Code.CANCELLED)
-        self.message = ""
-        self.coverage: Coverage | None = None
-
-    @property
-    def weight(self) -> int:
-        """Leaves beneath it."""
-        return sum(member.shard.weight for member in self.members)
+    members: Sequence[Member]
+    replicas: Sequence[Replica]
+    weight: int
+    """Leaves beneath it."""
+    begun_at: float
+    tried: list[Replica] = []
+    open: list[Attempt] = []
+    attempts: int = 0
+    retries: int = 0
+    hedged: bool = False
+    done: bool = False
+    code: int = int(Code.CANCELLED)
+    message: str = ""
+    coverage: Coverage | None = None
 
 
 class Observer(Protocol):
@@ -143,24 +130,30 @@ class Scatter:
         self._live, self._merge, self._clock, self._observer = live, merge, clock, observer
         self._pool = ask.topology.pool
         self._policy = ask.policy
+        self._is_first = self._pool.merging.kind is MergeKind.FIRST
         self.begun_at = clock.now()
         self.wall_ms = clock.wall_ms()
         timeout = self._pool.timeout_s if ask.timeout_s is None else min(ask.timeout_s, self._pool.timeout_s)
         self.timeout_s = timeout
         self._leaf_deadline = self.begun_at + rules.leaf_timeout_s(timeout)
         self._expected = sum(member.shard.weight for member in members)
+        self._needed = rules.needed(self._policy.min_coverage, self._expected)
         self._answered = self._lost = self._answered_shards = self._lost_shards = 0
         self._degraded = False
         self._parts: list[Part] = []
         self._pending = 0
         self._unsent: deque[tuple[Part, Replica | None]] = deque()
-        self._hedge_delay = None if self._policy.no_hedge else live.hedge_delay_s(self.begun_at)
-        self._hedges: deque[tuple[float, Attempt]] = deque()
+        hedges = self._pool.idempotent and not self._policy.no_hedge
+        self._hedge_delay = live.hedge_delay_s(self.begun_at) if hedges else None
+        self._hedges: deque[Attempt] = deque()
+        """Those that may yet get company, in the order of their beginning."""
         self._hedge_timer: Timer | None = None
         self._timers: list[Timer] = []
         self._soft_over = False
         self._gathered_bytes = 0
         self.attempts: list[Attempt] = []
+        self.won: list[Attempt] = []
+        """In the order in which they were answered."""
         self.error: RetinueError | None = None
         self.gathered: Gathered | None = None
         self.code = Code.OK
@@ -171,16 +164,16 @@ class Scatter:
     # From the beginning
 
     def begin(self) -> None:
-        """Asks the first shards; the others follow in turns."""
+        """Asks the first shards; the others follow in turns. Nobody is asked when the time is over already."""
         live, clock, policy = self._live, self._clock, self._policy
         self._divide()
         self._pending = len(self._parts)
-        self._unsent.extend(
-            (part, part.replicas[0] if self._pool.batch and part.replicas else None) for part in self._parts
-        )
         live.running += 1
         live.open_calls += self._pending
         live.unsent += self._pending
+        if self._leaf_deadline <= self.begun_at:
+            self._time_out()
+            return
         live.budget.earn(self._pending)
         self._timers.append(clock.at(self._leaf_deadline, self._time_out))
         if policy.soft_deadline_s is not None:
@@ -188,13 +181,27 @@ class Scatter:
         self._send()
 
     def _divide(self) -> None:
-        if not self._pool.batch:
-            self._parts = [Part((member,), member.replicas, self.begun_at) for member in self.members]
-            return
-        groups: dict[Replica | None, list[Member]] = {}
+        """Into what is asked together, and of batches already whom."""
+        if self._pool.batch:
+            self._unsent.extend(self._batches())
+        else:
+            self._unsent.extend([(self._part(member), None) for member in self.members])
+        self._parts = [part for part, _ in self._unsent]
+
+    def _part(self, member: Member) -> Part:
+        return Part((member,), member.replicas, member.shard.weight, self.begun_at)
+
+    def _batches(self) -> Iterator[tuple[Part, Replica | None]]:
+        groups: dict[Replica, list[Member]] = {}
         for member in self.members:
-            groups.setdefault(self._choose(member.replicas, ()), []).append(member)
-        self._parts = [Part(tuple(group), _common(group, first), self.begun_at) for first, group in groups.items()]
+            replica = self._choose(member.replicas, ())
+            if replica is None:
+                yield self._part(member), None
+            else:
+                groups.setdefault(replica, []).append(member)
+        for replica, group in groups.items():
+            weight = sum(member.shard.weight for member in group)
+            yield Part(tuple(group), _common(group, replica), weight, self.begun_at), replica
 
     def _send(self) -> None:
         for _ in range(_SLICE):
@@ -208,8 +215,7 @@ class Scatter:
 
     def _try(self, part: Part, kind: Kind, replica: Replica | None = None) -> None:
         """Asks a replica, or finds that there is none."""
-        if replica is None:
-            replica = self._choose(part.replicas, part.tried)
+        replica = replica or self._choose(part.replicas, part.tried)
         if replica is not None:
             self._call(part, kind, replica)
             return
@@ -218,13 +224,12 @@ class Scatter:
         self._settle_failure(part, Code.RESOURCE_EXHAUSTED if full else Code.UNAVAILABLE, found)
 
     def _choose(self, replicas: Sequence[Replica], tried: Sequence[Replica]) -> Replica | None:
-        live = self._live
         limit = self._pool.limits.max_calls_per_endpoint
-        return choose(replicas, tried, self._clock.now(), live.draw, limit)
+        return choose(replicas, tried, self._clock.now(), self._live.draw, limit)
 
     def _call(self, part: Part, kind: Kind, replica: Replica) -> None:
         now = self._clock.now()
-        attempt = Attempt(part, kind, replica, now)
+        attempt = Attempt(part, kind, replica, now, now)
         part.attempts += 1
         part.tried.append(replica)
         part.open.append(attempt)
@@ -235,14 +240,10 @@ class Scatter:
         metadata = question.metadata(shards, part.attempts)
         if self._observer is not None:
             metadata = (*metadata, *self._observer.asked(attempt))
-
-        def done(code: int, message: str, reply: bytes | None) -> None:
-            self._done(attempt, code, message, reply)
-
-        data = question.data(shards, part.attempts)
-        attempt.cancel = replica.line.call(data, max(self._leaf_deadline - now, 0.001), metadata, done)
+        data, left = question.data(shards, part.attempts), max(self._leaf_deadline - now, 0.001)
+        attempt.cancel = replica.line.call(data, left, metadata, partial(self._done, attempt))
         if self._hedge_delay is not None and kind is not Kind.HEDGE:
-            self._hedges.append((now + self._hedge_delay, attempt))
+            self._hedges.append(attempt)
             if self._hedge_timer is None:
                 self._hedge_timer = self._clock.at(now + self._hedge_delay, self._hedge)
 
@@ -264,11 +265,15 @@ class Scatter:
         part, took = attempt.part, now - attempt.started_at
         attempt.reply_bytes = len(data)
         if self._gathered_bytes + len(data) > self._pool.limits.max_gathered_bytes:
-            attempt.end = End.FAILED
+            attempt.end, attempt.code = End.FAILED, int(Code.RESOURCE_EXHAUSTED)
+            part.code, part.message = attempt.code, "its reply is more than what is left of the byte budget"
             self._fail(Code.RESOURCE_EXHAUSTED, Reason.GATHER_TOO_LARGE, self._over_budget())
             return
         try:
             reply = self.ask.question.read(data)
+            covered = _coverage(part.weight, reply.coverage)
+            if self._is_first:
+                self._check_first(covered)
             self._merge.add(part.members[0].place, reply.payload)
         except Malformed as error:
             self._failed(attempt, Code.DATA_LOSS, f"a malformed reply: {error}", now)
@@ -277,16 +282,22 @@ class Scatter:
         self._live.latencies.add(took)
         self._gathered_bytes += len(data)
         attempt.end = End.WON
-        self._settle_answer(part, attempt, reply)
+        self.won.append(attempt)
+        self._settle_answer(part, attempt, reply, covered)
+
+    def _check_first(self, covered: Coverage) -> None:
+        """One reply stands for all shards only if it is good enough: another's may be."""
+        if not covered.answered or (self._policy.strict and not covered.complete):
+            raise Malformed("it is the answer of a part only")
 
     def _over_budget(self) -> str:
         limit = self._pool.limits.max_gathered_bytes
         return f"cannot gather the replies: they are more than {limit} bytes; ask for less, or raise max_gathered_bytes"
 
-    def _settle_answer(self, part: Part, attempt: Attempt, reply: Reply) -> None:
-        part.done, part.code = True, 0
-        part.coverage = covered = _coverage(part.weight, reply.coverage)
-        self._give_up(part)
+    def _settle_answer(self, part: Part, attempt: Attempt, reply: Reply, covered: Coverage) -> None:
+        part.done, part.code, part.coverage = True, 0, covered
+        if part.open:
+            self._give_up(part)
         self._pending -= 1
         self._live.open_calls -= 1
         self._answered += covered.answered
@@ -298,45 +309,43 @@ class Scatter:
         self._decide()
 
     def _failed(self, attempt: Attempt, code: int, message: str, now: float) -> None:
-        attempt.end, attempt.code = End.FAILED, code
+        code = Code.UNKNOWN if code == Code.CANCELLED else code  # here nobody cancelled it
+        attempt.end, attempt.code = End.FAILED, int(code)
         part = attempt.part
         if code in rules.REFUSALS:
             shard = part.members[0].shard.shard_id
+            part.code, part.message = int(code), _cut(message)
             self._fail(Code(code), Reason.LEAF_REFUSED, message or f"shard {shard} refused the request", shard_id=shard)
             return
         attempt.replica.observe(max(now - attempt.started_at, self._leaf_deadline - self.begun_at), now)
         if part.open:  # a hedge, or what was hedged, may still answer
             return
-        if not self._retry(part, code):
-            self._settle_failure(part, code, message)
+        parts = self._split(part) if len(part.members) > 1 and self._may_retry(part, code) else [part]
+        for one in parts:
+            if not self._over and not self._retry(one, code):
+                self._settle_failure(one, code, message)
+
+    def _may_retry(self, part: Part, code: int) -> bool:
+        return code in rules.RETRYABLE and self._pool.idempotent and part.retries < self._pool.max_retries
 
     def _retry(self, part: Part, code: int) -> bool:
-        if code not in rules.RETRYABLE or not self._pool.idempotent or part.retries >= self._pool.max_retries:
-            return False
-        if len(part.members) > 1:
-            return self._split(part)
-        replica = self._choose(part.replicas, part.tried)
+        replica = self._choose(part.replicas, part.tried) if self._may_retry(part, code) else None
         if replica is None or not self._may_add():
             return False
         part.retries += 1
         self._call(part, Kind.RETRY, replica)
         return True
 
-    def _split(self, batch: Part) -> bool:
-        """A batch that failed is asked shard by shard, elsewhere."""
-        parts = [Part((member,), member.replicas, self.begun_at) for member in batch.members]
-        chosen = [self._choose(part.replicas, batch.tried) for part in parts]
-        if None in chosen or not all(self._may_add() for _ in parts):
-            return False
+    def _split(self, batch: Part) -> Sequence[Part]:
+        """The shards of a batch that failed, each by itself; those in front that nobody else has."""
+        parts = [self._part(member) for member in batch.members]
+        for part in parts:
+            part.retries, part.attempts, part.tried = batch.retries, batch.attempts, list(batch.tried)
         self._parts.remove(batch)
         self._parts += parts
         self._pending += len(parts) - 1
         self._live.open_calls += len(parts) - 1
-        for part, replica in zip(parts, chosen, strict=True):
-            part.retries, part.attempts, part.tried = 1, batch.attempts, list(batch.tried)
-            assert replica is not None
-            self._call(part, Kind.RETRY, replica)
-        return True
+        return sorted(parts, key=lambda part: not set(part.tried).issuperset(part.replicas))
 
     def _may_add(self) -> bool:
         if self._live.budget.spend():
@@ -346,7 +355,7 @@ class Scatter:
 
     def _settle_failure(self, part: Part, code: int, message: str) -> None:
         part.done, part.code = True, int(code)
-        part.message = message.encode()[:_MESSAGE_BYTES].decode(errors="ignore")
+        part.message = _cut(message)
         self._pending -= 1
         self._live.open_calls -= 1
         self._lost += part.weight
@@ -359,13 +368,14 @@ class Scatter:
 
     def _hedge(self) -> None:
         self._hedge_timer = None
-        now = self._clock.now()
-        while self._hedges and self._hedges[0][0] <= now:
-            self._hedge_one(self._hedges.popleft()[1])
-        while self._hedges and self._hedges[0][1].end is not None:
-            self._hedges.popleft()
-        if self._hedges and not self._over:
-            self._hedge_timer = self._clock.at(self._hedges[0][0], self._hedge)
+        assert self._hedge_delay is not None
+        hedges, delay, now = self._hedges, self._hedge_delay, self._clock.now()
+        while hedges and hedges[0].started_at + delay <= now:
+            self._hedge_one(hedges.popleft())
+        while hedges and hedges[0].end is not None:
+            hedges.popleft()
+        if hedges and not self._over:
+            self._hedge_timer = self._clock.at(hedges[0].started_at + delay, self._hedge)
 
     def _hedge_one(self, slow: Attempt) -> None:
         part = slow.part
@@ -381,35 +391,34 @@ class Scatter:
     def _decide(self) -> None:
         if self._over:
             return
-        if self._pool.merging.kind is MergeKind.FIRST:
-            self._decide_first()
-        elif not self._pending:
+        if not self._pending:
             self._finish() if self._is_enough() else self._fall_short()
-        elif not self._can_be_enough():
+        elif (self._lost or self._degraded) and not self._can_be_enough():
             self._fall_short()
-        elif self._is_enough() and (self._soft_over or 0 < self._policy.first_k <= self._answered_shards):
+        elif self._wants_no_more() and self._is_enough():
             self._finish()
 
-    def _decide_first(self) -> None:
-        if self._answered_shards:
-            self._finish()
-        elif not self._pending:
-            self._fall_short()
+    def _wants_no_more(self) -> bool:
+        """Whether what is enough is not waited beyond."""
+        first_k = 1 if self._is_first else self._policy.first_k
+        return self._soft_over or 0 < first_k <= self._answered_shards
 
     def _is_enough(self) -> bool:
         policy = self._policy
+        if self._is_first and self._answered_shards:
+            return True
         if policy.strict and (self._degraded or self._answered < self._expected):
             return False
-        return self._answered >= policy.min_coverage * self._expected and self._answered_shards >= policy.min_shards
+        return self._answered >= self._needed and self._answered_shards >= policy.min_shards
 
     def _can_be_enough(self) -> bool:
         policy = self._policy
+        if self._is_first:
+            return True
         if policy.strict and (self._degraded or self._lost):
             return False
-        best = self._expected - self._lost
-        return (
-            best >= policy.min_coverage * self._expected and len(self.members) - self._lost_shards >= policy.min_shards
-        )
+        left = len(self.members) - self._lost_shards
+        return self._expected - self._lost >= self._needed and left >= policy.min_shards
 
     def _end_of_patience(self) -> None:
         self._soft_over = True
@@ -419,18 +428,21 @@ class Scatter:
         """The leaves' time is over; whatever they do, they are not waited for."""
         if self._over:
             return
-        now = self._clock.now()
         for part in self._parts:
-            if part.done:
-                continue
-            part.code, part.message = int(Code.DEADLINE_EXCEEDED), "no reply in time"
-            for attempt in part.open:
-                attempt.replica.observe(now - attempt.started_at, now)
-        first = self._pool.merging.kind is MergeKind.FIRST
-        if self._is_enough() and not first:
-            self._finish()
-        else:
-            self._fall_short()
+            if not part.done:
+                self._expire(part)
+        self._finish() if self._is_enough() else self._fall_short()
+
+    def _expire(self, part: Part) -> None:
+        now = self._clock.now()
+        part.code = int(Code.DEADLINE_EXCEEDED)
+        part.message = "no reply in time" if part.attempts else "no time was left to ask it"
+        for attempt in part.open:
+            attempt.replica.observe(now - attempt.started_at, now)
+            self._cancel(attempt, End.FAILED, part.code, now)
+        part.open.clear()
+        if self._observer is not None:
+            self._observer.failed(part)
 
     def _fall_short(self) -> None:
         codes = [part.code for part in self._parts if part.code not in (Code.OK, Code.CANCELLED)]
@@ -469,7 +481,8 @@ class Scatter:
         self._unsent.clear()
         self._hedges.clear()
         for part in self._parts:
-            self._give_up(part)
+            if part.open:
+                self._give_up(part)
         self.gathered = self._gather()
         if self._observer is not None:
             self._observer.ended(self)
@@ -478,23 +491,24 @@ class Scatter:
 
     def _give_up(self, part: Part) -> None:
         """Cancels what is still under way for it."""
-        if not part.open:
-            return
         now = self._clock.now()
         for attempt in part.open:
-            attempt.end, attempt.ended_at = End.LOST, now
-            attempt.code = int(Code.CANCELLED)
-            attempt.replica.in_flight -= 1
-            if part.coverage is not None:  # another was faster: it takes at least as long as it took until now
-                attempt.replica.observe(now - attempt.started_at, now)
-            cancel, attempt.cancel = attempt.cancel, None
-            if cancel is not None:
-                cancel()
+            waited = now - attempt.started_at  # it takes at least so long
+            if part.coverage is not None or waited > attempt.replica.latency_s(now):
+                attempt.replica.observe(waited, now)
+            self._cancel(attempt, End.LOST, int(Code.CANCELLED), now)
         part.open.clear()
+
+    def _cancel(self, attempt: Attempt, end: End, code: int, now: float) -> None:
+        attempt.end, attempt.code, attempt.ended_at = end, code, now
+        attempt.replica.in_flight -= 1
+        cancel, attempt.cancel = attempt.cancel, None
+        if cancel is not None:
+            cancel()
 
     def _gather(self) -> Gathered:
         complete = not self._degraded and self._answered == self._expected
-        if self._pool.merging.kind is MergeKind.FIRST and self._answered_shards:
+        if self._is_first and self._answered_shards:
             whole = not self._degraded
             coverage = Coverage(self._answered, self._answered, whole)
         else:
@@ -511,15 +525,14 @@ class Scatter:
         )
 
     def _stats(self) -> Stats:
-        kinds = [attempt.kind for attempt in self.attempts]
-        won = [attempt for attempt in self.attempts if attempt.end is End.WON]
-        slowest = max(won, key=lambda attempt: attempt.ended_at, default=None)
+        more = [attempt.kind for attempt in self.attempts if attempt.kind is not Kind.PRIMARY]
+        slowest = self.won[-1] if self.won else None
         return Stats(
             shards=len(self.members),
-            attempts=len(kinds),
-            hedges=kinds.count(Kind.HEDGE),
-            hedges_won=sum(attempt.kind is Kind.HEDGE for attempt in won),
-            retries=kinds.count(Kind.RETRY),
+            attempts=len(self.attempts),
+            hedges=more.count(Kind.HEDGE),
+            hedges_won=sum([attempt.kind is Kind.HEDGE for attempt in self.won]) if more else 0,
+            retries=more.count(Kind.RETRY),
             gathered_bytes=self._gathered_bytes,
             elapsed_s=self._clock.now() - self.begun_at,
             slowest_s=slowest.ended_at - self.begun_at if slowest else 0.0,
@@ -528,15 +541,21 @@ class Scatter:
 
 
 def outcome(part: Part, index: int = 0) -> Outcome:
-    """What became of a shard of a part."""
-    shard = part.members[index].shard
-    return Outcome(shard.shard_id, part.code, part.message, part.attempts, part.coverage)
+    """What became of a shard of a part; of a batch that answered in part, the coverage is the whole batch's."""
+    shard, covered = part.members[index].shard, part.coverage
+    if covered is not None and covered.complete:
+        covered = Coverage(shard.weight, shard.weight, complete=True)
+    return Outcome(shard.shard_id, part.code, part.message, part.attempts, covered)
+
+
+def _cut(message: str) -> str:
+    return message.encode()[:_MESSAGE_BYTES].decode(errors="ignore")
 
 
 def _coverage(weight: int, said: Coverage | None) -> Coverage:
     """Of a leaf that says more than it has been asked for, no more than that counts."""
     if said is None:
-        return Coverage(weight, weight, complete=True)
+        return _ONE if weight == 1 else Coverage(weight, weight, complete=True)
     expected = said.expected or weight
     answered = min(max(said.answered, 0), expected)
     share = weight * answered // expected if said.expected != weight else answered
@@ -551,9 +570,7 @@ def _by_gravity(part: Part) -> tuple[bool, int]:
     return part.code in (Code.OK, Code.CANCELLED), part.members[0].place
 
 
-def _common(group: Sequence[Member], first: Replica | None) -> tuple[Replica, ...]:
+def _common(group: Sequence[Member], first: Replica) -> tuple[Replica, ...]:
     """Who serves all of them; the chosen one in front."""
-    if first is None:
-        return ()
     others = set(group[0].replicas).intersection(*(member.replicas for member in group[1:])) - {first}
     return (first, *sorted(others, key=lambda replica: replica.address))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from retinue_server.runtime.config import UpstreamTls
 from retinue_server.runtime.errors import Code
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from retinue_server.scattergather.engine import Done, Line, Metadata, Target, Tls
 
@@ -48,6 +49,8 @@ def credentials(said: Tls | None) -> grpc.ChannelCredentials | None:
 def open_channel(address: str, said: Tls | None, max_reply_bytes: int) -> aio.Channel:
     """A channel that connects when it is used."""
     options: list[tuple[str, Any]] = [*_OPTIONS, ("grpc.max_receive_message_length", max_reply_bytes)]
+    if address.startswith("unix:"):  # else it is the path, which is no host: Rust's servers refuse it, Node's fail
+        options.append(("grpc.default_authority", "localhost"))
     shown = credentials(said)
     if shown is None:
         return aio.insecure_channel(address, options=options)
@@ -59,8 +62,8 @@ def open_channel(address: str, said: Tls | None, max_reply_bytes: int) -> aio.Ch
 class GrpcLine:
     """A channel to one endpoint, kept connected."""
 
-    def __init__(self, target: Target, changed: Callable[[], None]) -> None:
-        self.target, self._changed = target, changed
+    def __init__(self, target: Target, changed: Callable[[], None], closed: Callable[[GrpcLine], None]) -> None:
+        self.target, self._changed, self._closed = target, changed, closed
         self.connected = False
         self._channel: aio.Channel | None = None
         self._method: Any = None
@@ -85,15 +88,15 @@ class GrpcLine:
             asyncio.get_running_loop().call_soon(done, int(Code.UNAVAILABLE), "there is no connection", None)
             return _nothing
         call = self._method(data, timeout=timeout_s, metadata=metadata)
-        task = asyncio.create_task(_wait(call, done))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        cancel: Callable[[], object] = call.cancel
-        return cancel  # type: ignore[return-value] # whether it was in time is of no interest
+        waiting = call.__await__()
+        next(waiting).add_done_callback(partial(_tell, done, waiting))
+        cancel: Callable[[], None] = call.cancel
+        return cancel
 
     def close(self) -> None:
         self._leave(0)
         self._channel = None
+        self._closed(self)
 
     def _leave(self, grace_s: float) -> None:
         if self._watching is not None:
@@ -116,15 +119,16 @@ class GrpcLine:
             self._changed()
 
 
-async def _wait(call: Any, done: Done) -> None:
+def _tell(done: Done, waiting: Generator[Any, None, bytes], _: object) -> None:
+    """Goes on where a task would, which costs more."""
     try:
-        reply = await call
+        next(waiting)
+    except StopIteration as ended:
+        done(0, "", ended.value)
     except aio.AioRpcError as error:
         done(error.code().value[0], error.details() or "", None)
     except asyncio.CancelledError:
-        return  # by `cancel`: nobody listens any more
-    else:
-        done(0, "", reply)
+        done(int(Code.UNAVAILABLE), "the connection was closed", None)  # or the call cancelled; then nobody listens
 
 
 def _nothing() -> None:
@@ -140,7 +144,7 @@ class GrpcLeaves:
         self._stamps: dict[str, tuple[int, int]] = {}
 
     def open(self, target: Target, changed: Callable[[], None]) -> Line:
-        line = GrpcLine(target, changed)
+        line = GrpcLine(target, changed, self._lines.discard)
         self._lines.add(line)
         return line
 
@@ -153,8 +157,7 @@ class GrpcLeaves:
         if looking is not None:
             looking.cancel()
             await asyncio.wait({looking})
-        lines, self._lines = self._lines, set()
-        for line in lines:
+        for line in list(self._lines):  # each leaves them when it is closed
             line.close()
 
     async def _look(self) -> None:

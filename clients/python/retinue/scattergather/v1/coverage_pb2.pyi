@@ -124,7 +124,7 @@ class ShardOutcome(_message.Message):
     """How many calls were made for it: the first, retries and hedges."""
     @_builtins.property
     def coverage(self) -> Global___Coverage:
-        """What it stands for; unset if it failed."""
+        """What it stands for; unset if it failed. Of a batch that answered in part, each of its shards has the batch's."""
 
     def __init__(
         self,

@@ -38,7 +38,9 @@ class QueryRequest(_message.Message):
     """1 for the first call for the shard, 2 for the second."""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardQuery]:
-        """In pools that say `batch: true`, the shards that this call is for, which the leaf reduces to one reply."""
+        """In pools that say `batch: true`, the shards that this call is for, which the leaf reduces to one reply. A root that is a
+        leaf takes one at most.
+        """
 
     @_builtins.property
     def parent(self) -> Global___ParentQuery:
@@ -166,7 +168,7 @@ class QueryStreamRequest(_message.Message):
     query_id: _builtins.int
     """The root's numbering: each query has another."""
     timeout_micros: _builtins.int
-    """What is left until nobody waits for the answer, in microseconds."""
+    """What is left until nobody waits for the answer, in microseconds; 0 = no limit but the stream's and the leaf's own."""
     cancel: _builtins.bool
     """Nobody waits for the answer any more."""
     @_builtins.property

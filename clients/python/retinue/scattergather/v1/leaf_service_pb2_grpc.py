@@ -77,7 +77,9 @@ class LeafServiceServicer(object):
 
         Requests and responses are matched by `query_id`; responses may come in any order. A request without its query, and
         `cancel`, says that nobody waits for the answer any more; nothing need be sent for it then. Errors stand in the response;
-        an error of the stream fails all queries that are open.
+        an error of the stream fails all queries that are open: INVALID_ARGUMENT for a message with neither or both, and for a
+        `query_id` that is open already. When the root has half-closed, what is open is still answered. A slow reader is not read
+        from, either.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

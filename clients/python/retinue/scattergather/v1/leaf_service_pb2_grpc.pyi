@@ -52,7 +52,9 @@ class LeafServiceStub:
 
     Requests and responses are matched by `query_id`; responses may come in any order. A request without its query, and
     `cancel`, says that nobody waits for the answer any more; nothing need be sent for it then. Errors stand in the response;
-    an error of the stream fails all queries that are open.
+    an error of the stream fails all queries that are open: INVALID_ARGUMENT for a message with neither or both, and for a
+    `query_id` that is open already. When the root has half-closed, what is open is still answered. A slow reader is not read
+    from, either.
     """
 
 @_typing.type_check_only
@@ -79,7 +81,9 @@ class LeafServiceAsyncStub(LeafServiceStub):
 
     Requests and responses are matched by `query_id`; responses may come in any order. A request without its query, and
     `cancel`, says that nobody waits for the answer any more; nothing need be sent for it then. Errors stand in the response;
-    an error of the stream fails all queries that are open.
+    an error of the stream fails all queries that are open: INVALID_ARGUMENT for a message with neither or both, and for a
+    `query_id` that is open already. When the root has half-closed, what is open is still answered. A slow reader is not read
+    from, either.
     """
 
 class LeafServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -115,7 +119,9 @@ class LeafServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Requests and responses are matched by `query_id`; responses may come in any order. A request without its query, and
         `cancel`, says that nobody waits for the answer any more; nothing need be sent for it then. Errors stand in the response;
-        an error of the stream fails all queries that are open.
+        an error of the stream fails all queries that are open: INVALID_ARGUMENT for a message with neither or both, and for a
+        `query_id` that is open already. When the root has half-closed, what is open is still answered. A slow reader is not read
+        from, either.
         """
 
 def add_LeafServiceServicer_to_server(servicer: LeafServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -53,7 +53,9 @@ class MergeServiceServicer(object):
 
     def Merge(self, request, context):
         """Merge gets all replies at once, in the pool's order of shards. Every error fails the request (MERGE_FAILED), but
-        INVALID_ARGUMENT and RESOURCE_EXHAUSTED are passed on. It may be repeated.
+        INVALID_ARGUMENT and RESOURCE_EXHAUSTED are passed on. It may be repeated. The deadline is the caller's. The request may
+        have as many bytes as the pool's `max_gathered_bytes`: a server of pools with large replies raises its limit, which is
+        4 MiB by default, or takes a stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -63,7 +65,8 @@ class MergeServiceServicer(object):
         """MergeStream gets replies as they come, for pools that also say `commutative: true`. It answers after the last.
 
         The first message is `start`, then each reply is one `reply`; the end of the stream is the end of the replies. A stream
-        that is cancelled belongs to a request that failed. Errors: as of Merge.
+        that is cancelled belongs to a request that failed. An answer before the last reply fails the request, too. Errors: as of
+        Merge.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

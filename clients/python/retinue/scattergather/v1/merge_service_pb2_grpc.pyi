@@ -35,13 +35,16 @@ class MergeServiceStub:
     def __new__(cls, channel: _aio.Channel) -> MergeServiceAsyncStub: ...
     Merge: _grpc.UnaryUnaryMultiCallable[_merge_service_pb2.MergeRequest, _merge_service_pb2.MergeResponse]
     """Merge gets all replies at once, in the pool's order of shards. Every error fails the request (MERGE_FAILED), but
-    INVALID_ARGUMENT and RESOURCE_EXHAUSTED are passed on. It may be repeated.
+    INVALID_ARGUMENT and RESOURCE_EXHAUSTED are passed on. It may be repeated. The deadline is the caller's. The request may
+    have as many bytes as the pool's `max_gathered_bytes`: a server of pools with large replies raises its limit, which is
+    4 MiB by default, or takes a stream.
     """
     MergeStream: _grpc.StreamUnaryMultiCallable[_merge_service_pb2.MergeStreamRequest, _merge_service_pb2.MergeStreamResponse]
     """MergeStream gets replies as they come, for pools that also say `commutative: true`. It answers after the last.
 
     The first message is `start`, then each reply is one `reply`; the end of the stream is the end of the replies. A stream
-    that is cancelled belongs to a request that failed. Errors: as of Merge.
+    that is cancelled belongs to a request that failed. An answer before the last reply fails the request, too. Errors: as of
+    Merge.
     """
 
 @_typing.type_check_only
@@ -51,13 +54,16 @@ class MergeServiceAsyncStub(MergeServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Merge: _aio.UnaryUnaryMultiCallable[_merge_service_pb2.MergeRequest, _merge_service_pb2.MergeResponse]  # type: ignore[assignment]
     """Merge gets all replies at once, in the pool's order of shards. Every error fails the request (MERGE_FAILED), but
-    INVALID_ARGUMENT and RESOURCE_EXHAUSTED are passed on. It may be repeated.
+    INVALID_ARGUMENT and RESOURCE_EXHAUSTED are passed on. It may be repeated. The deadline is the caller's. The request may
+    have as many bytes as the pool's `max_gathered_bytes`: a server of pools with large replies raises its limit, which is
+    4 MiB by default, or takes a stream.
     """
     MergeStream: _aio.StreamUnaryMultiCallable[_merge_service_pb2.MergeStreamRequest, _merge_service_pb2.MergeStreamResponse]  # type: ignore[assignment]
     """MergeStream gets replies as they come, for pools that also say `commutative: true`. It answers after the last.
 
     The first message is `start`, then each reply is one `reply`; the end of the stream is the end of the replies. A stream
-    that is cancelled belongs to a request that failed. Errors: as of Merge.
+    that is cancelled belongs to a request that failed. An answer before the last reply fails the request, too. Errors: as of
+    Merge.
     """
 
 class MergeServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -70,7 +76,9 @@ class MergeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_merge_service_pb2.MergeResponse, _abc.Awaitable[_merge_service_pb2.MergeResponse]]:
         """Merge gets all replies at once, in the pool's order of shards. Every error fails the request (MERGE_FAILED), but
-        INVALID_ARGUMENT and RESOURCE_EXHAUSTED are passed on. It may be repeated.
+        INVALID_ARGUMENT and RESOURCE_EXHAUSTED are passed on. It may be repeated. The deadline is the caller's. The request may
+        have as many bytes as the pool's `max_gathered_bytes`: a server of pools with large replies raises its limit, which is
+        4 MiB by default, or takes a stream.
         """
 
     @_abc_1.abstractmethod
@@ -82,7 +90,8 @@ class MergeServiceServicer(metaclass=_abc_1.ABCMeta):
         """MergeStream gets replies as they come, for pools that also say `commutative: true`. It answers after the last.
 
         The first message is `start`, then each reply is one `reply`; the end of the stream is the end of the replies. A stream
-        that is cancelled belongs to a request that failed. Errors: as of Merge.
+        that is cancelled belongs to a request that failed. An answer before the last reply fails the request, too. Errors: as of
+        Merge.
         """
 
 def add_MergeServiceServicer_to_server(servicer: MergeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

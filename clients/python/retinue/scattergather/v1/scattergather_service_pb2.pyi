@@ -51,7 +51,8 @@ class ScatterRequest(_message.Message):
     @_builtins.property
     def route_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Selects the shards to which these keys belong (rendezvous hashing by SHA-256: the shard for which the first 8 bytes of
-        SHA-256(key, 0x00, shard_id) are the largest). Excludes shard_ids. Both empty = all shards.
+        SHA-256(key, 0x00, shard_id) are the largest). Excludes shard_ids. Both empty = all shards. Up to 1,000, and up to 200,000
+        divided by the pool's shards.
         """
 
     @_builtins.property
@@ -162,7 +163,9 @@ class ScatterPolicy(_message.Message):
     """Forbids a second call beside a slow one, which pools may have."""
     @_builtins.property
     def soft_deadline_duration(self) -> _duration_pb2.Duration:
-        """When this has passed since the request came and the minimum is met, the answer is given without the rest."""
+        """When this has passed since the request came and the minimum is met, the answer is given without the rest. To the
+        millisecond, rounded up.
+        """
 
     def __init__(
         self,
@@ -395,8 +398,11 @@ class ScatterStreamRequest(_message.Message):
 
     REQUEST_FIELD_NUMBER: _builtins.int
     OMIT_PAYLOADS_FIELD_NUMBER: _builtins.int
+    OMIT_OUTPUT_FIELD_NUMBER: _builtins.int
     omit_payloads: _builtins.bool
     """Leaves out the bytes of replies in `reply`."""
+    omit_output: _builtins.bool
+    """Leaves out the output of the answer: who has the replies may not need it, and it may be more than a message holds."""
     @_builtins.property
     def request(self) -> Global___ScatterRequest:
         """Required. As in Scatter."""
@@ -406,10 +412,11 @@ class ScatterStreamRequest(_message.Message):
         *,
         request: Global___ScatterRequest | None = ...,
         omit_payloads: _builtins.bool = ...,
+        omit_output: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["omit_payloads", b"omit_payloads", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["omit_output", b"omit_output", "omit_payloads", b"omit_payloads", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -89,7 +89,7 @@ class ScatterGatherServiceServicer(object):
         Strict unless `policy` says otherwise: all of them, or an error as soon as that can't be any more. Repeating it asks the
         leaves again. Errors: INVALID_ARGUMENT; NOT_FOUND (POOL_NOT_FOUND); FAILED_PRECONDITION (POOL_EMPTY,
         POOL_NOT_IDEMPOTENT, SCATTER_TOO_DEEP); RESOURCE_EXHAUSTED, with RetryInfo (SCATTER_LIMIT), before any leaf was asked;
-        RESOURCE_EXHAUSTED (GATHER_TOO_LARGE); INTERNAL (MERGE_FAILED). When the minimum is not met (COVERAGE_NOT_MET): the first
+        RESOURCE_EXHAUSTED (GATHER_TOO_LARGE), also for an answer of more than 3 MiB; INTERNAL (MERGE_FAILED). When the minimum is not met (COVERAGE_NOT_MET): the first
         of RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED, UNAVAILABLE, INTERNAL that a missing shard failed with. A leaf that answers
         INVALID_ARGUMENT, UNAUTHENTICATED or PERMISSION_DENIED ends the request with the same code at once (LEAF_REFUSED).
         The last two carry a ScatterFailure among their details.
@@ -102,7 +102,8 @@ class ScatterGatherServiceServicer(object):
         """ScatterStream tells of each shard when it is known what became of it, and ends with the merged answer.
 
         First come `reply` and `failure`, one for each shard that was waited for, in the order of their coming, then one `answer`.
-        Nothing resumes it. A slow reader holds up its own events; its deadline goes on. Errors: as of Scatter.
+        Nothing resumes it. A slow reader holds up its own events; its deadline goes on. Errors: as of Scatter; a reply or an
+        answer of more than 3 MiB ends it with RESOURCE_EXHAUSTED (GATHER_TOO_LARGE) unless it is left out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

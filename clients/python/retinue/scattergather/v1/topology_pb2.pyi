@@ -35,7 +35,9 @@ class _MergeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Merge.ValueType
     become one message: repeated fields are joined, of others the last counts.
     """
     MERGE_FIRST: _Merge.ValueType  # 3
-    """The first reply to come; the others are cancelled. The shards are taken for equals, so that one is complete."""
+    """The first reply to come; the others are cancelled. The shards are taken for equals, so that one is complete. A policy
+    without min_coverage takes no reply that is the answer of a part.
+    """
     MERGE_SUM: _Merge.ValueType  # 4
     """Adds numbers. A reply is one number, or null for none; the result does not depend on the order."""
     MERGE_MIN: _Merge.ValueType  # 5
@@ -61,7 +63,7 @@ class Merge(_Merge, metaclass=_MergeEnumTypeWrapper):
     """Merge says how the replies of the shards become one answer.
 
     The merges from SUM on read replies that are JSON (UTF-8) and give JSON; their numbers are doubles, and one that is not
-    finite is refused. All of them but FIRST can be nested: the answer of a parent is a reply like a leaf's.
+    finite is refused. What callers get as JSON is nested at most 30 deep. All of them but FIRST can be nested: the answer of a parent is a reply like a leaf's.
     """
 
 MERGE_UNSPECIFIED: Merge.ValueType  # 0
@@ -73,7 +75,9 @@ MERGE_CONCAT: Merge.ValueType  # 2
 become one message: repeated fields are joined, of others the last counts.
 """
 MERGE_FIRST: Merge.ValueType  # 3
-"""The first reply to come; the others are cancelled. The shards are taken for equals, so that one is complete."""
+"""The first reply to come; the others are cancelled. The shards are taken for equals, so that one is complete. A policy
+without min_coverage takes no reply that is the answer of a part.
+"""
 MERGE_SUM: Merge.ValueType  # 4
 """Adds numbers. A reply is one number, or null for none; the result does not depend on the order."""
 MERGE_MIN: Merge.ValueType  # 5

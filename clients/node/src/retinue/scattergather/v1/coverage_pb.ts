@@ -82,7 +82,7 @@ export type ShardOutcome = Message<"retinue.scattergather.v1.ShardOutcome"> & {
   attempts: number;
 
   /**
-   * What it stands for; unset if it failed.
+   * What it stands for; unset if it failed. Of a batch that answered in part, each of its shards has the batch's.
    *
    * @generated from field: retinue.scattergather.v1.Coverage coverage = 5;
    */

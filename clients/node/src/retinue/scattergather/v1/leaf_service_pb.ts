@@ -42,7 +42,8 @@ export type QueryRequest = Message<"retinue.scattergather.v1.QueryRequest"> & {
   attempt: number;
 
   /**
-   * In pools that say `batch: true`, the shards that this call is for, which the leaf reduces to one reply.
+   * In pools that say `batch: true`, the shards that this call is for, which the leaf reduces to one reply. A root that is a
+   * leaf takes one at most.
    *
    * @generated from field: repeated retinue.scattergather.v1.ShardQuery shards = 4;
    */
@@ -182,7 +183,7 @@ export type QueryStreamRequest = Message<"retinue.scattergather.v1.QueryStreamRe
   query?: QueryRequest | undefined;
 
   /**
-   * What is left until nobody waits for the answer, in microseconds.
+   * What is left until nobody waits for the answer, in microseconds; 0 = no limit but the stream's and the leaf's own.
    *
    * @generated from field: int64 timeout_micros = 3;
    */
@@ -276,7 +277,9 @@ export const LeafService: GenService<{
    *
    * Requests and responses are matched by `query_id`; responses may come in any order. A request without its query, and
    * `cancel`, says that nobody waits for the answer any more; nothing need be sent for it then. Errors stand in the response;
-   * an error of the stream fails all queries that are open.
+   * an error of the stream fails all queries that are open: INVALID_ARGUMENT for a message with neither or both, and for a
+   * `query_id` that is open already. When the root has half-closed, what is open is still answered. A slow reader is not read
+   * from, either.
    *
    * @generated from rpc retinue.scattergather.v1.LeafService.QueryStream
    */

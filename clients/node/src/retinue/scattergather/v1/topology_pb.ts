@@ -165,7 +165,7 @@ export const EndpointSchema: GenMessage<Endpoint> = /*@__PURE__*/
  * Merge says how the replies of the shards become one answer.
  *
  * The merges from SUM on read replies that are JSON (UTF-8) and give JSON; their numbers are doubles, and one that is not
- * finite is refused. All of them but FIRST can be nested: the answer of a parent is a reply like a leaf's.
+ * finite is refused. What callers get as JSON is nested at most 30 deep. All of them but FIRST can be nested: the answer of a parent is a reply like a leaf's.
  *
  * @generated from enum retinue.scattergather.v1.Merge
  */
@@ -193,7 +193,8 @@ export enum Merge {
   CONCAT = 2,
 
   /**
-   * The first reply to come; the others are cancelled. The shards are taken for equals, so that one is complete.
+   * The first reply to come; the others are cancelled. The shards are taken for equals, so that one is complete. A policy
+   * without min_coverage takes no reply that is the answer of a part.
    *
    * @generated from enum value: MERGE_FIRST = 3;
    */
