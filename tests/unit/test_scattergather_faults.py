@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from support.scattergather_core import Played, answer_of, error_of, played, rest, shard
 
+from retinue_server.runtime.discovery import dns
 from retinue_server.runtime.errors import Code, Reason
 from retinue_server.scattergather import poolfile
 from retinue_server.scattergather.core import merges
 from retinue_server.scattergather.core.requests import Coverage, Malformed, Policy, Reply
 from retinue_server.scattergather.core.topology import MergeKind, Merging, PoolLimits
 from retinue_server.scattergather.engine import Target
-from retinue_server.scattergather.engines import dns
 from retinue_server.scattergather.engines.grpc import GrpcLeaves
 
 
@@ -210,7 +211,7 @@ async def test_a_name_that_no_resolver_takes_is_looked_up_again(
     looked: asyncio.Queue[str] = asyncio.Queue()
     look_up = dns._look_up
 
-    async def noted(name: str) -> list[str]:
+    async def noted(name: str) -> Sequence[str]:
         looked.put_nowait(name)
         return await look_up(name)
 
