@@ -32,10 +32,13 @@ def guide(ready: dict[str, object]) -> str:
     """The lines of guide.txt with the addresses that are in force; without those whose program is not here."""
     listen = ready["listen"]
     assert isinstance(listen, list)
+    control = os.path.relpath(str(ready["control"]).removeprefix("unix:"))
+    state = str(Path(control).parent)
     words = {
         "{listen}": listen[0],
         "{http}": str(ready["http"]),
-        "{control}": os.path.relpath(str(ready["control"]).removeprefix("unix:")),
+        "{control}": control,
+        "{state}": state,
         "{grpcurl}": str(BIN / "grpcurl"),
         "{retinue}": str(BIN / "retinue"),
         "{curl}": "curl",
@@ -46,7 +49,6 @@ def guide(ready: dict[str, object]) -> str:
     text = "\n".join(lines)
     for word, value in words.items():
         text = text.replace(word, value)
-    state = os.path.relpath(Path(words["{control}"]).parent)
     page = f"http://{words['{http}']}/"
     return f"\n{text}\n\n{page} lists every method with a curl line; all state is in {state}/. Ctrl-C stops it.\n"
 

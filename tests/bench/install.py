@@ -27,7 +27,8 @@ def ensure(need: str) -> None:
 
 def _once(name: str, lock: Path, install: Callable[[], None]) -> None:
     mark = HOME / f"{name}.installed"
-    wanted = hashlib.sha256(lock.read_bytes()).hexdigest()
+    files = sorted(lock.rglob("*.*")) if lock.is_dir() else [lock]  # programs of our own change without their lock file
+    wanted = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     if mark.exists() and mark.read_text() == wanted:
         return
     HOME.mkdir(parents=True, exist_ok=True)
@@ -50,15 +51,18 @@ def _python() -> None:
     _run([python, "-m", "pip", "install", "-q", "--require-hashes", "-r", str(HERE / "peers.txt")], HOME)
 
 
-def _node() -> None:
-    if shutil.which("npm") is None:
-        raise Failure("npm is not here: apt-get install npm")
-    where = HOME / "node"
-    where.mkdir(parents=True, exist_ok=True)
-    for name in ("package.json", "package-lock.json", ".npmrc"):
-        shutil.copy(HERE / "node" / name, where / name)
-    # Not `npm ci`: it insists on packages for other platforms, which a registry may not have.
-    _run(["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"], where)
+def _node(name: str, lock: str) -> Callable[[], None]:
+    def install() -> None:
+        if shutil.which("npm") is None:
+            raise Failure("npm is not here: apt-get install npm")
+        where = HOME / name
+        where.mkdir(parents=True, exist_ok=True)
+        for file in ("package.json", "package-lock.json", ".npmrc"):
+            shutil.copy((HERE / lock).with_name(file), where / file)
+        # Not `npm ci`: it insists on packages for other platforms, which a registry may not have.
+        _run(["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"], where)
+
+    return install
 
 
 def _go() -> None:
@@ -69,18 +73,23 @@ def _go() -> None:
     _run(["go", "build", "-o", str(HOME / "go"), *programs], HERE / "go")
 
 
-def _go_elections() -> None:
-    if shutil.which("go") is None:
-        raise Failure("go is not here")
-    where = HOME / "go-elections"
-    where.mkdir(parents=True, exist_ok=True)
-    _run(["nice", "go", "build", "-trimpath", "-o", f"{where}/", "./etcd", "./clientgo"], HERE / "go" / "elections")
+def _go_programs(name: str, tree: str, *programs: str) -> Callable[[], None]:
+    def build() -> None:
+        if shutil.which("go") is None:
+            raise Failure("go is not here")
+        where = HOME / name
+        where.mkdir(parents=True, exist_ok=True)
+        _run(["nice", "go", "build", "-trimpath", "-o", f"{where}/", *programs], HERE / "go" / tree)
+
+    return build
 
 
 _KINDS: dict[str, tuple[str, Callable[[], None]]] = {
     "python": ("peers.txt", _python),
-    "node": ("node/package-lock.json", _node),
+    "node": ("node/package-lock.json", _node("node", "node/package-lock.json")),
+    "node-scatter": ("node/scatter/package-lock.json", _node("node-scatter", "node/scatter/package-lock.json")),
     "go": ("go/go.sum", _go),
-    "go-elections": ("go/elections/go.sum", _go_elections),
+    "go-elections": ("go/elections/go.sum", _go_programs("go-elections", "elections", "./etcd", "./clientgo")),
+    "go-scatter": ("go/scatter", _go_programs("go-scatter", "scatter", "./leaf", "./load")),
 }
 _PACKAGES = {"initdb": "postgresql"}

@@ -17,9 +17,29 @@ TOOLS = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
 """Where toolchains are looked for: PATH, then beside this Python, where wheels put theirs."""
 
 
+LANGUAGES = ("python", "go", "node")
+_POOLS = """
+  {name}:
+    merge: top_k
+    top_k: 3
+    shards: &{name}
+      - {{shard_id: a, endpoints: ["unix:{where}/{name}-a.sock"]}}
+      - {{shard_id: b, endpoints: ["unix:{where}/{name}-b.sock"]}}
+      - {{shard_id: c, endpoints: ["unix:{where}/{name}-c.sock"]}}
+  {name}-merged:
+    merge: service
+    merge_address: unix:{where}/{name}-a.sock
+    shards: *{name}
+"""
+
+
 def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server for one module of tests."""
-    server = start_server(tmp_path_factory.mktemp("server"))
+    """A server for one module of tests. Each language has pools of its own, named after it; see test_languages.py."""
+    where = tmp_path_factory.mktemp("server")
+    file = where / "data/scattergather/pools.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("pools:" + "".join(_POOLS.format(name=name, where=where.resolve()) for name in LANGUAGES))
+    server = start_server(where)
     yield server
     server.stop()
 

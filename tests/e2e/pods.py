@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -95,6 +95,8 @@ class Pod:
     name: str
     spec: Manifest
     sidecars: Sequence[str]
+    volumes: Sequence[Manifest] = ()
+    """As the manifest says."""
     address: str = ""
 
     def start(self) -> None:
@@ -197,8 +199,10 @@ class Cluster:
         self.network = f"retinue-{self.suffix}"
         podman("network", "create", "--disable-dns", self.network)
         subnet = podman("network", "inspect", "--format", "{{(index .Subnets 0).Subnet}}", self.network)
-        services = [m["metadata"]["name"] for m in self.manifests if m["kind"] == "Service"]
-        self._services = dict(zip(services, islice(ip_network(subnet).hosts(), 100, None), strict=False))
+        free = islice(ip_network(subnet).hosts(), 100, None)
+        services = [m for m in self.manifests if m["kind"] == "Service"]
+        self._services = {m["metadata"]["name"]: [str(next(free)) for _ in range(self._pods_of(m))] for m in services}
+        self._taken: dict[str, str] = {}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -212,7 +216,8 @@ class Cluster:
     def pod(self, workload: str, name: str = "", containers: Mapping[str, Manifest] | None = None) -> Pod:
         """Makes and starts one pod of a Deployment; `containers` replaces fields of containers by name.
 
-        A pod that a service selects gets the service's address: there may be one such pod at a time.
+        A pod that a service selects gets the service's address: there may be one such pod at a time. A headless
+        service has an address for each replica; its name is all of them, those that no pod has, too.
         """
         template = self._find("Deployment", workload)["spec"]["template"]
         pod = self._make(f"{name or workload}-{self.suffix}", template, containers or {})
@@ -228,6 +233,20 @@ class Cluster:
         """Takes a pod away, without a word to it unless it was stopped before: as when its node dies."""
         podman("pod", "rm", "--force", "--time", "0", "--ignore", pod.name)
         self.pods.remove(pod)
+        self._taken = {address: name for address, name in self._taken.items() if name != pod.name}
+
+    def update(self, config_map: str, files: Mapping[str, str]) -> None:
+        """Changes files of a config map under the pods that mount it, as a kubelet does within a minute."""
+        content = self._find("ConfigMap", config_map)["data"]
+        content.update(files)
+        mounted = {(pod.name, v["name"]) for pod in self.pods for v in pod.volumes if _source(v) == config_map}
+        for pod_name, volume in mounted:
+            for file, text in files.items():
+                path = self._directory / pod_name / volume / file
+                new = path.with_name(f".{file}")
+                new.write_text(text)
+                _hand_over(new, 0o644)
+                new.rename(path)
 
     def logs(self) -> str:
         """The last lines of every pod that is still there."""
@@ -239,12 +258,12 @@ class Cluster:
     def _make(self, name: str, template: Manifest, containers: Mapping[str, Manifest]) -> Pod:
         spec: Manifest = template["spec"]
         spec = spec | {
-            "hostAliases": [{"ip": str(ip), "hostnames": [name]} for name, ip in self._services.items()],
+            "hostAliases": [{"ip": ip, "hostnames": [name]} for name, ips in self._services.items() for ip in ips],
             "containers": [self._container(c) | containers.get(c["name"], {}) for c in spec["containers"]],
             "volumes": [self._volume(name, volume) for volume in spec.get("volumes", [])],
         }
         annotations = template["metadata"].get("annotations", {})
-        return Pod(name, spec, annotations.get("sidecars", "").split())
+        return Pod(name, spec, annotations.get("sidecars", "").split(), template["spec"].get("volumes", []))
 
     def _container(self, said: Manifest) -> Manifest:
         env = [*said.get("env", []), {"name": "KUBERNETES_SERVICE_HOST", "value": "10.96.0.1"}]
@@ -255,10 +274,11 @@ class Cluster:
         manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod.spec}
         options = ["--start=false", "--network", self.network]
         for service in self._services_of(labels):
-            address = self._services[service]
+            address = next(one for one in self._services[service] if one not in self._taken)
+            self._taken[address] = pod.name
             # One hardware address, too, or the other pods' neighbour tables would point to the pod before.
-            mac = f"02:00:{int(address):08x}"
-            options += ["--ip", str(address), "--mac-address", ":".join(re.findall("[0-9a-f]{2}", mac))]
+            mac = f"02:00:{int(ip_address(address)):08x}"
+            options += ["--ip", address, "--mac-address", ":".join(re.findall("[0-9a-f]{2}", mac))]
         podman("kube", "play", *options, "-", stdin=json.dumps(manifest))
 
     def _volume(self, pod: str, volume: Manifest) -> Manifest:
@@ -294,10 +314,23 @@ class Cluster:
         data: dict[str, str] = self._find("ConfigMap", name)["data"]
         return data
 
+    def _pods_of(self, service: Manifest) -> int:
+        """How many addresses a service has."""
+        if service["spec"].get("clusterIP") != "None":
+            return 1
+        wanted = service["spec"]["selector"].items()
+        templates = (m["spec"] for m in self.manifests if m["kind"] == "Deployment")
+        return sum(spec["replicas"] for spec in templates if wanted <= spec["template"]["metadata"]["labels"].items())
+
     def _services_of(self, labels: Mapping[str, str]) -> Iterator[str]:
         for manifest in self.manifests:
             if manifest["kind"] == "Service" and manifest["spec"]["selector"].items() <= labels.items():
                 yield manifest["metadata"]["name"]
+
+
+def _source(volume: Manifest) -> str:
+    """The config map of a volume; empty of others."""
+    return str(volume.get("configMap", {}).get("name", ""))
 
 
 def _hand_over(path: Path, mode: int) -> None:

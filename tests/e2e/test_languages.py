@@ -1,4 +1,12 @@
-"""Every language's client does the same: its examples print the same lines, its helpers keep the same promises."""
+"""Every language's client does the same: its examples print the same lines, its helpers keep the same promises.
+
+Scatter/gather asks leaves that the example serves itself. Where they listen is settled before it starts: the pool file
+has for each language L (the example's argument) the pools L and L-merged over the same shards a, b, c, one endpoint
+each, a Unix socket; L merges by top_k with k = 3, L-merged by a MergeService at the address of a. The example reads the
+addresses from GetTopology and serves the leaf of each shard there, and the merge beside the leaf of a, so that nothing
+needs a port that was free a moment ago. `clients/examples/scattergather.yaml` is the same for people, on TCP. Where c
+hangs, a and b answer when it does: or the answer could be there before c has begun, which then is told nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +18,7 @@ import pytest
 from e2e.languages import CLIENTS, need, run, running_server
 from servers import RunningServer
 
-PATTERNS = ("workqueue", "leaderelection")
+PATTERNS = ("workqueue", "leaderelection", "scattergather")
 GO, NODE = CLIENTS / "go", CLIENTS / "node"
 
 pytestmark = pytest.mark.timeout(300)  # the first build downloads and compiles what the clients stand on
@@ -65,7 +73,7 @@ def test_the_go_client_keeps_its_promises(server: RunningServer) -> None:
     assert run("go", "test", "-count=1", "./client", cwd=GO, server=server).startswith("ok")
 
 
-@pytest.mark.parametrize("name", ["worker", "deadline", "election"])
+@pytest.mark.parametrize("name", ["worker", "deadline", "election", "leaf", "scatter"])
 def test_the_typescript_client_keeps_its_promises(server: RunningServer, node_programs: Path, name: str) -> None:
     assert "\n# fail 0\n" in node_tests(node_programs, name, server)
 

@@ -124,6 +124,8 @@ def test_every_printed_line_works_as_printed(suite: Running) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"status"' not in done.stdout, "the completion was accepted"
+    assert re.search(r'"coverage": {\s+"expected": "2",\s+"answered": "1"\s+}', done.stdout), "a leaf is missing"
+    assert re.search(r'"failures": \[\s+{\s+"shard_id": "gone",\s+"code": 14,', done.stdout), "and named"
     assert "ERROR" not in done.stderr
 
 

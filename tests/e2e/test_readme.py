@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from servers import environment, start_server
+from servers import RunningServer, environment, start_server
+
+from retinue.client import sync
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,17 +19,43 @@ ROOT = Path(__file__).parents[2]
     ("readme", "result"), [("README.md", "MAKE IT LOUD\n"), ("clients/README.md", "leading under token 1\n")]
 )
 def test_the_python_program_of_a_readme_prints_its_result(tmp_path: Path, readme: str, result: str) -> None:
-    [program] = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
+    program, *_ = blocks(readme, "python")
     server = start_server(tmp_path)
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=environment(RETINUE_ADDRESS=server.address),
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
+        done = run(program, server)
     finally:
         assert server.stop() == 0
     assert done.stdout == result, done.stderr
+
+
+def test_the_leaf_of_the_readme_answers_its_question(tmp_path: Path) -> None:
+    _, leaf, question = blocks("clients/README.md", "python")
+    [pools] = blocks("clients/README.md", "yaml")
+    port, socket = "127.0.0.1:9000", f"unix:{tmp_path}/leaf.sock"
+    assert port in leaf
+    assert port in pools
+    file = tmp_path / "data/scattergather/pools.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(pools.replace(port, socket))
+    with subprocess.Popen([sys.executable, "-c", leaf.replace(port, socket)], env=environment()) as serving:
+        server = start_server(tmp_path, "scattergather")
+        try:
+            with sync.Pool("library", address=server.address) as pool:
+                next(known for known in pool.watch() if known.shards[0].endpoints[0].connected)
+            done = run(question, server)
+        finally:
+            serving.kill()
+            assert server.stop() == 0
+    assert done.stdout == "1 of 1 answered: ['Moby Dick', 'Treasure Island']\n", done.stderr
+
+
+def blocks(readme: str, language: str) -> list[str]:
+    """What it shows in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
+
+
+def run(program: str, server: RunningServer) -> subprocess.CompletedProcess[str]:
+    """To its end."""
+    env = environment(RETINUE_ADDRESS=server.address)
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)

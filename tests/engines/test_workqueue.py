@@ -85,6 +85,22 @@ async def test_a_task_comes_back_as_it_was_stored(engine: Engine) -> None:
     assert await engine.read(lambda view: view.bodies([found.seq])) == {found.seq: body}
 
 
+async def test_a_batch_of_like_and_unlike_tasks_comes_back_in_order_and_as_it_was_stored(engine: Engine) -> None:
+    alike = [Task(row(f"a{i}"), TaskBody(bytes(i % 3), "type", {"k": "v"})) for i in range(20)]
+    single = [Task(row("b", priority=1, expire_ms=9), TaskBody(b"b", traceparent="00-1"))]
+    others = [Task(row(f"c{i}", idempotency_key=f"k{i}"), TaskBody(b"c", retry=RetryOverrides(i))) for i in range(20)]
+    rest = [Task(row(f"d{i}", State.SCHEDULED, attempt_ms=5), TaskBody(result=b"r")) for i in range(20)]
+    batch = [*alike, *single, *others, *rest, *[Task(row(f"e{i}"), TaskBody(b"\x00e")) for i in range(9)]]
+    await engine.write(lambda tx: tx.insert(batch))
+    found = await by_id(engine, *(task.row.task_id for task in batch))
+    rows = [found[task.row.task_id] for task in batch]
+    assert rows == [replace(task.row, seq=at.seq) for task, at in zip(batch, rows, strict=True)]
+    assert sorted(r.seq for r in rows) == [r.seq for r in rows]
+    bodies = await engine.read(lambda view: view.bodies([r.seq for r in rows]))
+    assert [bodies[r.seq] for r in rows] == [task.body for task in batch]
+    assert await engine.read(lambda view: view.counts("q")) == {State.READY: 50, State.SCHEDULED: 20}
+
+
 async def test_a_queue_comes_back_as_it_was_stored(engine: Engine) -> None:
     queue = QueueRow("other", QueueState.PAUSED, QueueSettings(5, 6, RetryPolicy(1, 2, 3, 1.5), 4, 5, 6, 7), 8)
     await engine.write(lambda tx: tx.save_queue(queue))

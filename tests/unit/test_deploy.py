@@ -6,12 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import kubernetes_validate
+import msgspec
 import pytest
 import yaml
+from support.scattergather_core import HeldClock
 
 from retinue_server import command
 from retinue_server.leaderelection import metrics
@@ -20,6 +23,13 @@ from retinue_server.leaderelection.core.elections import Elections
 from retinue_server.leaderelection.engine import EndReason
 from retinue_server.leaderelection.engines.memory import MemoryEngine
 from retinue_server.runtime.metrics import Exposition, Metrics
+from retinue_server.scattergather import metrics as scatter_metrics
+from retinue_server.scattergather import poolfile
+from retinue_server.scattergather.core.root import Root
+from retinue_server.scattergather.core.scatter import ScatterError
+from retinue_server.scattergather.core.topology import Pool
+from retinue_server.scattergather.engines.grpc import GrpcLeaves
+from retinue_server.scattergather.engines.merging import MergeCalls
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OVERLAYS = sorted(path.name for path in (DEPLOY / "overlays").iterdir())
@@ -36,6 +46,11 @@ def manifests(request: pytest.FixtureRequest) -> list[Manifest]:
 @pytest.fixture
 def default() -> list[Manifest]:
     return _render("default")
+
+
+@pytest.fixture
+def scatter() -> list[Manifest]:
+    return _render("scattergather")
 
 
 @pytest.fixture
@@ -72,11 +87,16 @@ def _of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
 
 def _settings(manifests: list[Manifest], path: Path) -> LeaderElectionSettings:
     """What the server makes of its config map; a mistyped key raises."""
-    (made,) = _of_kind(manifests, "ConfigMap")
-    path.write_text(made["data"]["config.yaml"])
-    flags = command.parser().parse_args(["leaderelection", "--config", str(path)])
-    _, [loaded] = command.load(flags, {})
-    assert isinstance(loaded.section, LeaderElectionSettings)
+    section = _section("leaderelection", manifests, path)
+    assert isinstance(section, LeaderElectionSettings)
+    return section
+
+
+def _section(pattern: str, manifests: list[Manifest], path: Path) -> Any:
+    """The settings of a pattern, of the config map that has them."""
+    (text,) = (m["data"]["config.yaml"] for m in _of_kind(manifests, "ConfigMap") if "config.yaml" in m["data"])
+    path.write_text(text)
+    _, [loaded] = command.load(command.parser().parse_args([pattern, "--config", str(path)]), {})
     return loaded.section
 
 
@@ -159,9 +179,9 @@ def test_the_overlay_for_podman_moves_native_sidecars_and_changes_only_their_por
     assert moved | {"image": ""} == native | {"image": ""}
 
 
-def test_budgets_services_and_policies_select_pods_that_exist(default: list[Manifest]) -> None:
-    labels = [pod["metadata"]["labels"].items() for pod in _templates(default)]
-    for manifest in default:
+def test_budgets_services_and_policies_select_pods_that_exist(manifests: list[Manifest]) -> None:
+    labels = [pod["metadata"]["labels"].items() for pod in _templates(manifests)]
+    for manifest in manifests:
         spec = manifest.get("spec", {})
         selector = spec.get("podSelector", spec.get("selector"))
         if selector is not None:
@@ -256,4 +276,97 @@ def test_the_overlay_for_podman_leaves_the_election_server_as_it_is_but_for_what
     for lost in ("restartPolicy", "ports", "livenessProbe"):
         assert native.pop(lost)
     assert native["volumeMounts"].pop()["name"] == "token"
+    assert moved | {"image": ""} == native | {"image": ""}
+
+
+# Scatter/gather
+
+
+def _pools(manifests: list[Manifest], path: Path) -> Sequence[Pool]:
+    """What the root makes of the pool file; a mistyped key raises."""
+    (text,) = (m["data"]["pools.yaml"] for m in _of_kind(manifests, "ConfigMap") if "pools.yaml" in m["data"])
+    path.write_text(text)
+    return poolfile.read(path)
+
+
+def test_the_scatter_guide_tells_every_metric_and_no_others() -> None:
+    guide = (DEPLOY / "scattergather" / "README.md").read_text()
+    told = set(re.findall(r"\bretinue_scattergather_[a-z_]+", guide))
+    root = Root("id", GrpcLeaves(), {}, MergeCalls(ScatterError), HeldClock())
+    text = Exposition(Metrics([lambda: scatter_metrics.families(root, lambda: True, 0.0)])).text().decode()
+    assert told == set(re.findall(r"^# TYPE (retinue_scattergather_\w+)", text, re.MULTILINE)), "as they are exposed"
+
+
+def test_the_scatter_guide_tells_defaults_as_they_are() -> None:
+    tuning = re.split(r"\n## ", (DEPLOY / "scattergather" / "README.md").read_text())
+    (text,) = (part for part in tuning if part.startswith("Tuning\n"))
+    told = {key: float(value) for key, value in re.findall(r"`([a-z_]+): ([\d.]+)`", text)}
+    entry = poolfile.PoolEntry(shards=())
+    known = {
+        **msgspec.structs.asdict(entry),
+        **msgspec.structs.asdict(entry.hedging),
+        **msgspec.structs.asdict(entry.budget),
+        **msgspec.structs.asdict(entry.limits),
+    }
+    assert len(told) >= 8
+    assert told.pop("min_coverage") == 0.9, "which is no setting, but part of a request"
+    assert told == {key: known[key] for key in told}
+
+
+def test_the_root_is_a_native_sidecar_behind_a_startup_probe(scatter: list[Manifest]) -> None:
+    (root,) = _candidate(scatter)["spec"]["initContainers"]
+    assert root["restartPolicy"] == "Always"
+    assert isinstance(root["startupProbe"]["grpc"]["port"], int)
+
+
+def test_the_app_of_a_root_dials_only_localhost_and_mounts_nothing_of_its(scatter: list[Manifest]) -> None:
+    (app,) = _candidate(scatter)["spec"]["containers"]
+    assert app["env"] == [{"name": "RETINUE_SCATTERGATHER_ADDRESS", "value": "127.0.0.1:7077"}]
+    assert {mount["name"] for mount in app["volumeMounts"]} == {"tmp"}
+
+
+def test_the_root_reads_the_pool_file_that_is_mounted_under_a_name_that_stays(
+    scatter: list[Manifest], tmp_path: Path
+) -> None:
+    settings = _section("scattergather", scatter, tmp_path / "config.yaml")
+    spec = _candidate(scatter)["spec"]
+    (root,) = spec["initContainers"]
+    (name,) = (m["name"] for m in root["volumeMounts"] if m["mountPath"] == str(settings.pools.parent))
+    assert settings.pools.name == "pools.yaml"
+    assert {"name": name, "configMap": {"name": "scattergather-pools"}} in spec["volumes"], "without a hash"
+
+
+def test_every_shard_of_the_pools_has_a_headless_service_before_leaves_that_have_its_part(
+    scatter: list[Manifest], tmp_path: Path
+) -> None:
+    services = {m["metadata"]["name"]: m["spec"] for m in _of_kind(scatter, "Service")}
+    leaves = {m["metadata"]["name"]: m["spec"] for m in _of_kind(scatter, "Deployment")}
+    for pool in _pools(scatter, tmp_path / "pools.yaml"):
+        for number, shard in enumerate(pool.shards):
+            assert shard.sources == (f"dns:{shard.shard_id}:9000",)
+            service = services[shard.shard_id]
+            assert service["clusterIP"] == "None"
+            assert [port["port"] for port in service["ports"]] == [9000]
+            assert leaves[shard.shard_id]["replicas"] == 2
+            template = leaves[shard.shard_id]["template"]
+            assert service["selector"].items() <= template["metadata"]["labels"].items()
+            (leaf,) = template["spec"]["containers"]
+            assert leaf["command"][2:6] == ["--shard", str(number), "--of", str(len(pool.shards))]
+
+
+def test_the_leaves_let_in_the_pods_of_roots(scatter: list[Manifest]) -> None:
+    (policy,) = _of_kind(scatter, "NetworkPolicy")
+    ((who,),) = (rule["from"] for rule in policy["spec"]["ingress"])
+    assert who["podSelector"]["matchLabels"].items() <= _candidate(scatter)["metadata"]["labels"].items()
+    assert policy["spec"]["egress"] == []
+
+
+def test_the_overlay_for_podman_leaves_the_root_as_it_is_but_for_what_podman_cannot_do(
+    scatter: list[Manifest],
+) -> None:
+    (native,) = _candidate(scatter)["spec"]["initContainers"]
+    pod = _candidate(_render("scattergather-podman-ci"))
+    (moved,) = (c for c in pod["spec"]["containers"] if c["name"] == pod["metadata"]["annotations"]["sidecars"])
+    for lost in ("restartPolicy", "ports", "livenessProbe"):
+        assert native.pop(lost)
     assert moved | {"image": ""} == native | {"image": ""}

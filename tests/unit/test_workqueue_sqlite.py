@@ -11,6 +11,7 @@ import pytest
 
 from retinue_server.runtime.errors import Unavailable
 from retinue_server.workqueue.engine import QueueRow, QueueSettings, QueueState, State, Task, TaskBody, TaskRow
+from retinue_server.workqueue.engines import sqlite
 from retinue_server.workqueue.engines.sqlite import SqliteEngine
 
 if TYPE_CHECKING:
@@ -50,6 +51,20 @@ async def test_an_engine_that_cannot_read_its_file_answers_every_caller_and_reco
         assert await engine.read(lambda view: view.queue("q")) is None
         await engine.write(add_a_queue)
         assert await engine.read(lambda view: view.queue("q")) is not None
+    await engine.stop()
+
+
+@pytest.mark.parametrize("arrays", [True, False])
+async def test_a_build_of_sqlite_without_arrays_stores_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, arrays: bool
+) -> None:
+    monkeypatch.setattr(sqlite, "_HAS_ARRAYS", arrays)
+    engine = SqliteEngine(tmp_path / "queue.db", no_fatal)
+    await engine.start()
+    await engine.write(add_a_queue)
+    tasks = [Task(TaskRow(i, f"t{i}", "q", State.READY, 0, 1, 1), TaskBody(bytes(i))) for i in range(1, 121)]
+    await engine.write(lambda tx: tx.insert(tasks))
+    assert await engine.write(lambda tx: tx.ready("q", 200)) == tasks
     await engine.stop()
 
 

@@ -83,12 +83,12 @@ func (p *poll) wait(election *client.Election) <-chan *client.Term {
 	return elected
 }
 
-func within[V any](p *poll, events <-chan V) (event V) {
-	p.Helper()
+func within[V any](t testing.TB, events <-chan V) (event V) {
+	t.Helper()
 	select {
 	case event = <-events:
 	case <-time.After(patience):
-		p.Fatal("it did not happen")
+		t.Fatal("it did not happen")
 	}
 	return event
 }
@@ -117,8 +117,13 @@ func (p *poll) reasons() (found []pb.EndReason) {
 
 func (p *poll) expect(what string, got, want any) {
 	p.Helper()
+	expect(p, what, got, want)
+}
+
+func expect(t testing.TB, what string, got, want any) {
+	t.Helper()
 	if got != want {
-		p.Errorf("%v is %v, not %v", what, got, want)
+		t.Errorf("%v is %v, not %v", what, got, want)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	scattergatherv1 "retinue/scattergather/v1"
 	workqueuev1 "retinue/workqueue/v1"
 )
 
@@ -27,6 +28,9 @@ type Error struct {
 	Fields []Field
 	// RetryAfter is when trying again is worth it; 0 = the server did not say that it is.
 	RetryAfter time.Duration
+	// Missing tells how much had answered, and which shards are missing, of a scatter that failed although leaves were asked;
+	// nil of others.
+	Missing *scattergatherv1.ScatterFailure
 }
 
 // Field is one field that is wrong.
@@ -62,6 +66,8 @@ func (e *Error) add(detail any) {
 		e.Reason, e.Metadata = detail.Reason, detail.Metadata
 	case *errdetails.RetryInfo:
 		e.RetryAfter = detail.RetryDelay.AsDuration()
+	case *scattergatherv1.ScatterFailure:
+		e.Missing = detail
 	case *errdetails.BadRequest:
 		for _, violation := range detail.FieldViolations {
 			e.Fields = append(e.Fields, Field{violation.Field, violation.Description})

@@ -124,11 +124,9 @@ func (b *bench) run(handle client.Handler) (stop func() error) {
 	return func() error { cancel(); return <-over }
 }
 
-func (b *bench) expect(what, got, want any) {
+func (b *bench) expect(what string, got, want any) {
 	b.Helper()
-	if got != want {
-		b.Errorf("%v is %v, not %v", what, got, want)
-	}
+	expect(b, what, got, want)
 }
 
 func untilDone(ctx context.Context, causes chan<- error) (client.Result, error) {

@@ -75,6 +75,11 @@ class LeaderElectionSettings(msgspec.Struct, frozen=True, kw_only=True):
     scope: Literal["pod"] | None = None
     """`pod` says that an election within one pod or host is meant, where an engine that reaches no further would refuse
     to start because it runs in a pod."""
+    pod_labels: tuple[str, ...] = ()
+    """`ELECTION=LABEL`: in Kubernetes, with whatever engine, the pod of the server whose app leads gets the label with
+    the value `true`, so that a Service can select it. The API server is reached as `kubernetes` says."""
+    pod_name: str = ""
+    """The pod that is labelled; empty = the host's name, which in a pod is its own."""
     elections: tuple[str, ...] = ()
     """The elections that this server serves; empty = all."""
     lease_seconds: Annotated[float, msgspec.Meta(ge=1, le=600)] = 15.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 from retinue.leaderelection.v1 import election_pb2 as pb
@@ -108,9 +109,9 @@ def event(happened: Event) -> api.CampaignResponse:  # noqa: PLR0911 - one for e
     """What a candidate is told."""
     match happened:
         case Ack():
-            ack = api.CampaignHeartbeatAck(sequence=happened.sequence)
-            if happened.valid_ms is not None:
-                ack.valid_duration.CopyFrom(wire.to_duration(happened.valid_ms))
+            valid_ms = happened.valid_ms
+            valid = None if valid_ms is None else _duration(valid_ms)
+            ack = api.CampaignHeartbeatAck(sequence=happened.sequence, valid_duration=valid)
             return api.CampaignResponse(heartbeat_ack=ack)
         case Elected():
             return api.CampaignResponse(elected=leadership(happened.leadership))
@@ -127,6 +128,10 @@ def event(happened: Event) -> api.CampaignResponse:  # noqa: PLR0911 - one for e
             return api.CampaignResponse(draining=api.CampaignDraining(grace_duration=grace))
         case StepDownRequested():
             return api.CampaignResponse(step_down_requested=api.CampaignStepDownRequested())
+
+
+_duration = lru_cache(1024)(wire.to_duration)
+"""A leader is told the same again and again. For copying only: all who ask get the same message."""
 
 
 def leadership(held: Leadership) -> pb.Leadership:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retinue_server.leaderelection import journal, metrics, service
 from retinue_server.leaderelection.config import LeaderElectionSettings, PostgresSettings
+from retinue_server.leaderelection.core import limits
 from retinue_server.leaderelection.core.elections import SERVER_ID_BYTES, Elections
 from retinue_server.leaderelection.engine import Scope
 from retinue_server.leaderelection.proof import Proofs
@@ -20,17 +22,21 @@ from retinue_server.runtime.files import make_directory
 from retinue_server.runtime.lifecycle import DataDirLock, fatal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from grpc import ChannelCredentials
 
     from retinue_server.leaderelection.config import EtcdSettings
+    from retinue_server.leaderelection.core.requests import Transition
     from retinue_server.leaderelection.engine import Capabilities, Engine
+    from retinue_server.leaderelection.podlabels import PodLabels
     from retinue_server.runtime.config import Settings, Upstream
 
 SETTINGS = LeaderElectionSettings
 NAME = "leaderelection"
 _ENDPOINT = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
+_LABEL = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+"""A key of a label, with its prefix or without."""
 _REACH = {
     Scope.PROCESS: "within this process",
     Scope.HOST: "among the servers of this host that share the file",
@@ -45,6 +51,7 @@ async def wire(settings: Settings, section: LeaderElectionSettings) -> Pattern:
     directory = settings.data_dir.absolute() / NAME
     engine = _engine(section, directory)
     _check_scope(engine.capabilities, section, os.environ, in_pod=_in_pod())
+    labels = _pod_labels(section)
     elections = Elections(
         engine,
         names=section.elections,
@@ -52,7 +59,7 @@ async def wire(settings: Settings, section: LeaderElectionSettings) -> Pattern:
         max_observers=section.max_observers,
         drain_ms=int(settings.drain_seconds * 1000),
         server_id=_server_id(directory),
-        journal=journal.note,
+        journal=partial(_tell, [journal.note, *(labels.note for labels in labels)]),
     )
     proofs = Proofs(section.proof_dir or directory / "proofs")
     make_directory(proofs.directory)
@@ -61,13 +68,36 @@ async def wire(settings: Settings, section: LeaderElectionSettings) -> Pattern:
     return Pattern(
         name=NAME,
         services=(Service(service.DESCRIPTOR, servicer, service.ROLES),),
-        parts=(DataDirLock(directory), engine, elections),
+        parts=(DataDirLock(directory), engine, *labels, elections),
         health=elections,
         quiesce=elections.quiesce,
         pages={"leader": servicer.page},
         metrics=partial(metrics.families, elections),
         notices=lambda: [f"engine {engine.capabilities.engine}: elects {_REACH[engine.capabilities.scope]}"],
     )
+
+
+def _tell(listeners: Sequence[Callable[[Transition], None]], transition: Transition) -> None:
+    for listener in listeners:
+        listener(transition)
+
+
+def _pod_labels(section: LeaderElectionSettings) -> Sequence[PodLabels]:
+    """One or none."""
+    if not section.pod_labels:
+        return ()
+    try:
+        from retinue_server.leaderelection.podlabels import PodLabels  # noqa: PLC0415 - where it is asked for
+    except ImportError as error:
+        raise ConfigError(
+            "cannot use leaderelection.pod_labels: install it with pip install 'retinue-server[kubernetes]'"
+        ) from error
+    labels = dict(text.partition("=")[::2] for text in section.pod_labels)
+    for election_id, label in labels.items():
+        if not limits.IDENTIFIER.fullmatch(election_id) or not _LABEL.fullmatch(label):
+            raise ConfigError(f"cannot use leaderelection.pod_labels: {election_id}={label} is not ELECTION=LABEL")
+    said = section.kubernetes
+    return (PodLabels(labels, section.pod_name or socket.gethostname(), said.kubeconfig, said.namespace),)
 
 
 def _in_pod() -> bool:

@@ -6,6 +6,7 @@ the caller gave.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from google.protobuf.message import DecodeError
@@ -53,6 +54,12 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
     raise Malformed("no varint where one must be")
 
 
+@lru_cache(maxsize=65536)
+def _shard_id(shard_id: str) -> bytes:
+    """The field; the same shards are asked again and again."""
+    return field(_SHARD_ID, shard_id.encode())
+
+
 class Inputs(NamedTuple):
     """What each shard is asked."""
 
@@ -92,7 +99,7 @@ class LeafQuestion:
         parent = self._plain_parent
         if shard.pool:
             parent = field(_PARENT, self._parent + field(b"\x0a", shard.pool.encode()))
-        return payload + field(_SHARD_ID, shard.shard_id.encode()) + _ATTEMPT[attempt & 0x7F] + parent
+        return payload + _shard_id(shard.shard_id) + _ATTEMPT[attempt & 0x7F] + parent
 
     def _batched(self, shards: Sequence[Shard]) -> bytes:
         own = self._inputs.by_shard is not None
@@ -107,7 +114,7 @@ class LeafQuestion:
         if not data:
             return Reply(b"")
         if data[:1] == _PAYLOAD:
-            size, at = read_varint(data, 1)
+            size, at = (data[1], 2) if len(data) > 1 and data[1] < _SMALL else read_varint(data, 1)
             if at + size == len(data):
                 return Reply(data[at:])
         try:

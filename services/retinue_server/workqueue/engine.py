@@ -8,7 +8,7 @@ Units: wall times (`…_ms` that name an instant) are milliseconds since the Uni
 """
 # Annotations are no text here, as in runtime/config.py: stores decode some of these records.
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from enum import IntEnum
 from typing import NamedTuple, Protocol, TypeVar
@@ -328,7 +328,7 @@ class Engine(Protocol):
     async def stop(self) -> None:
         """Closes it; every acknowledged write is durable."""
 
-    async def write(self, step: Callable[[Transaction], T]) -> T:
+    def write(self, step: Callable[[Transaction], T]) -> Awaitable[T]:
         """Runs the step atomically and returns its value once it is durable; what the step raises undoes it alone.
 
         Steps take effect one after the other, in the order of the calls. Once begun a step is not cancelled: a

@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import grpc
 
 from bench.elections.calls import acquire, keep_alive
 from bench.elections.failures import app_crash, server_crash
 from bench.elections.handover import client_go, etcd_election, handover
 from bench.elections.many import many
-from bench.processes import Failure
-from bench.results import Played
+from bench.turns import Cell, Player
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Sequence
 
-    from bench.elections.players import Figures
-
-    Play = Callable[[str, int], Mapping[str, Figures]]
+    from bench.turns import Play
 
 _DURABLE = ("sqlite", "etcd", "postgres")
 _ALL = (*_DURABLE, "kubernetes")
-
-
-@dataclass(frozen=True)
-class Player:
-    """Plays a cell once: given a name and how often to do it, it gives the figures of one system or several."""
-
-    play: Play
-    count: int
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A workload and who plays it; `rounds` at most."""
-
-    title: str
-    note: str
-    systems: Mapping[str, Player]
-    rounds: int = 100
 
 
 def _engines(play: Play, count: int, names: Sequence[str] = _DURABLE) -> dict[str, Player]:
@@ -90,25 +66,3 @@ CELLS = {
         rounds=1,
     ),
 }
-
-
-def play(cell: Cell, names: Sequence[str], rounds: int) -> dict[str, Played]:
-    """Round by round, in an order that turns; a system that fails is void and plays no more."""
-    played: dict[str, Played] = {}
-    for number in range(min(rounds, cell.rounds)):
-        turn = number % max(len(names), 1)
-        for name in [*names[turn:], *names[:turn]]:
-            if not (name in played and played[name].void):
-                _play(name, cell.systems[name], played)
-    return {name: played[name] for name in sorted(played, key=lambda name: [*names, name].index(name))}
-
-
-def _play(name: str, player: Player, played: dict[str, Played]) -> None:
-    try:
-        for system, figures in player.play(name, player.count).items():
-            played.setdefault(system, Played(player.count)).rounds.append(dict(figures))
-            print(f"  {system}: " + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()), flush=True)
-    except (Failure, AssertionError, OSError, TimeoutError, grpc.RpcError) as error:
-        reason = " ".join(str(error).split())[:200].replace("|", "/") or type(error).__name__
-        played.setdefault(name, Played(player.count)).void = reason
-        print(f"  {name}: void: {reason}", flush=True)

@@ -36,6 +36,8 @@ class Mode(Enum):
     """Nothing passes, and nobody is told: as when a cable is pulled."""
     REFUSE = "refuse"
     """New connections are reset; those that are open go on."""
+    STALL = "first byte, then nothing"
+    """Of what the server sends on a connection the first byte passes, and no more until the mode changes."""
 
 
 class Proxy:
@@ -45,6 +47,7 @@ class Proxy:
         self._host, _, port = upstream.rpartition(":")
         self._port, self._delay_s = int(port), delay_s
         self._mode = Mode.PASS
+        self._changed = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._links: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -69,6 +72,14 @@ class Proxy:
         """Resets all connections that are open, and says how many; new ones are taken."""
         return self._do(self._cut())
 
+    def refuse(self) -> None:
+        """Resets all connections and refuses others, until `accept`."""
+        self._do(self._refuse())
+
+    def accept(self) -> None:
+        """Takes connections again, on the same port."""
+        self._do(self._listen(self.address))
+
     @property
     def connections(self) -> int:
         """How many are open."""
@@ -79,9 +90,9 @@ class Proxy:
 
     # On the loop
 
-    async def _listen(self) -> None:
-        self._changed = asyncio.Event()
-        self._server = await asyncio.start_server(self._take, "127.0.0.1", 0)
+    async def _listen(self, address: str = "127.0.0.1:0") -> None:
+        host, _, port = address.rpartition(":")
+        self._server = await asyncio.start_server(self._take, host, int(port))
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def _close(self) -> None:
@@ -89,6 +100,10 @@ class Proxy:
         links = list(self._links)
         await self._cut()
         await asyncio.gather(*links, return_exceptions=True)
+
+    async def _refuse(self) -> None:
+        self._server.close()
+        await self._cut()
 
     async def _set(self, mode: Mode) -> None:
         self._mode = mode
@@ -130,10 +145,12 @@ class Proxy:
                     end.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, blocked_by: Mode) -> None:
+        began = False
         while piece := await reader.read(_PIECE):
             while piece:
-                while self._mode in (blocked_by, Mode.HALF_OPEN):
+                while self._mode in (blocked_by, Mode.HALF_OPEN) or (began and self._mode is Mode.STALL):
                     await self._changed.wait()
+                began = self._mode is Mode.STALL and blocked_by is Mode.REQUESTS_ONLY
                 size = await self._slowed(len(piece), replies=blocked_by is Mode.REQUESTS_ONLY)
                 writer.write(piece[:size])
                 await writer.drain()
@@ -146,4 +163,6 @@ class Proxy:
         if self._mode == Mode.TRICKLE:
             await asyncio.sleep(0.001)
             return _DROP
+        if self._mode == Mode.STALL and replies:
+            return 1
         return size

@@ -15,6 +15,7 @@ from lightkube.config.client_adapter import Client, ConnectionParams
 APIS = {
     "leases": "/apis/coordination.k8s.io/v1/namespaces",
     "endpointslices": "/apis/discovery.k8s.io/v1/namespaces",
+    "pods": "/api/v1/namespaces",
 }
 """Where which resources are."""
 _numbers = itertools.count()
@@ -53,6 +54,20 @@ class Api:
         """Stores what was made from the latest."""
         code, said = self.request("PUT", f"{namespace}/leases/{lease['metadata']['name']}", lease)
         assert code == 200, said
+
+    def create_pod(self, namespace: str, name: str, **labels: str) -> None:
+        """One that nobody runs."""
+        spec = {"containers": [{"name": "app", "image": "none"}]}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels}, "spec": spec}
+        code, said = self.request("POST", f"{namespace}/pods", pod)
+        assert code == 201, said
+
+    def labels(self, namespace: str, name: str) -> dict[str, str]:
+        """Of a pod."""
+        code, (said,) = self.request("GET", f"{namespace}/pods/{name}")
+        assert code == 200, said
+        labels: dict[str, str] = said["metadata"].get("labels") or {}
+        return labels
 
     def namespace(self) -> str:
         """A new one of its own."""

@@ -1,8 +1,8 @@
-"""An EMULATED API server: what is used of Leases and EndpointSlices, for machines where the real one is not built.
+"""An EMULATED API server: what is used of Leases, EndpointSlices and pods, where the real one is not built.
 
-It has the requests, codes and bodies that the transcripts recorded of the real one. It has no RBAC, discovery, PATCH,
-paging, finalizers or managedFields, sends bookmarks only when it is told to, and refuses what it does not know with
-501. All is in memory and in one thread; it is no peer to measure against.
+It has the requests, codes and bodies that the transcripts recorded of the real one. It has no RBAC, discovery, paging,
+finalizers, managedFields, or PATCH but of labels, sends bookmarks only when it is told to, and refuses what it does not
+know with 501. All is in memory and in one thread; it is no peer to measure against.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from support.certificates import Authority
 from support.kubernetes.api import APIS, Api, new_name, write_kubeconfig
 from support.kubernetes.store import RESOURCES, Refusal, Resource, Selection, Store, Thing, read
 
-_PATH = re.compile(r"(/apis/.+/namespaces)/([^/]+)/([a-z]+)(?:/([^/]+))?")
+_PATH = re.compile(r"(/apis?/.+/namespaces)/([^/]+)/([a-z]+)(?:/([^/]+))?")
 _PARAMETERS = {
     "watch",
     "timeoutSeconds",
@@ -105,13 +105,15 @@ class App:
                 return 201, store.create(of, namespace, read(of, body, namespace, None))
             case "PUT", False:
                 return store.put(of, namespace, read(of, body, namespace, name))
+            case "PATCH", False:
+                return 200, store.patch(of, namespace, name, body)
             case "DELETE", False:
                 return 200, _deleted(of, store.delete(of, namespace, name))
         raise Refusal(501, "NotImplemented", f"not emulated: {method} of {name}")
 
     def _listed(self, wanted: Selection) -> Any:
         items = [_without_kind(thing) for thing in self.store.list(wanted)]
-        kind, version = wanted.resource.kind, f"{wanted.resource.group}/v1"
+        kind, version = wanted.resource.kind, wanted.resource.version
         meta = {"resourceVersion": str(self.store.version)}
         return {"kind": f"{kind}List", "apiVersion": version, "metadata": meta, "items": items}
 
@@ -157,7 +159,7 @@ class App:
 
 def _bookmark(of: Resource, version: int) -> Any:
     meta = {"resourceVersion": str(version), "creationTimestamp": None}
-    return {"type": "BOOKMARK", "object": {"kind": of.kind, "apiVersion": f"{of.group}/v1", "metadata": meta}}
+    return {"type": "BOOKMARK", "object": {"kind": of.kind, "apiVersion": of.version, "metadata": meta}}
 
 
 def _without_kind(thing: Thing) -> Any:

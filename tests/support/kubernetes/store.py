@@ -93,7 +93,24 @@ class EndpointSlice(msgspec.Struct, rename="camel"):
     ports: list[Port] | None = None
 
 
-Thing = Lease | EndpointSlice
+class Pod(msgspec.Struct, rename="camel"):
+    """As it is stored: its labels are what is of interest."""
+
+    kind: str = "Pod"
+    api_version: str = "v1"
+    metadata: Metadata = msgspec.field(default_factory=Metadata)
+    spec: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+Thing = Lease | EndpointSlice | Pod
+
+
+class _LabelPatch(msgspec.Struct, forbid_unknown_fields=True):
+    labels: dict[str, str | None]
+
+
+class _Patch(msgspec.Struct, forbid_unknown_fields=True):
+    metadata: _LabelPatch
 
 
 class Resource(NamedTuple):
@@ -102,16 +119,21 @@ class Resource(NamedTuple):
     plural: str
     kind: str
     group: str
-    type: type[Lease | EndpointSlice]
+    type: type[Thing]
 
     @property
     def full(self) -> str:
-        return f"{self.plural}.{self.group}"
+        return f"{self.plural}.{self.group}" if self.group else self.plural
+
+    @property
+    def version(self) -> str:
+        return f"{self.group}/v1" if self.group else "v1"
 
 
 RESOURCES = {
     "leases": Resource("leases", "Lease", "coordination.k8s.io", Lease),
     "endpointslices": Resource("endpointslices", "EndpointSlice", "discovery.k8s.io", EndpointSlice),
+    "pods": Resource("pods", "Pod", "", Pod),
 }
 
 
@@ -222,6 +244,19 @@ class Store:
         meta.generation += int(of.type is EndpointSlice)
         return 200, self._store(of, "MODIFIED", thing)
 
+    def patch(self, of: Resource, namespace: str, name: str, body: bytes) -> Thing:
+        """Merges labels; raises Refusal for any other change."""
+        before = self.get(of, namespace, name)
+        try:
+            said = msgspec.json.decode(body, type=_Patch).metadata.labels
+        except msgspec.MsgspecError as error:
+            raise Refusal(501, "NotImplemented", f"not emulated: {error}") from error
+        labels = {key: value for key, value in {**(before.metadata.labels or {}), **said}.items() if value is not None}
+        if labels == (before.metadata.labels or {}):
+            return before
+        meta = msgspec.structs.replace(before.metadata, labels=labels or None)
+        return self._store(of, "MODIFIED", msgspec.structs.replace(before, metadata=meta))
+
     def _check(self, of: Resource, before: Thing, meta: Metadata) -> None:
         if not meta.resource_version:
             if of.type is EndpointSlice:
@@ -319,6 +354,8 @@ def read(of: Resource, body: bytes, namespace: str, name: str | None) -> Thing:
 def _wrong(thing: Thing) -> str | None:
     if not _NAME.fullmatch(thing.metadata.name):
         return "metadata.name: Invalid value"
+    if isinstance(thing, Pod):
+        return None
     return _wrong_lease(thing.spec) if isinstance(thing, Lease) else _wrong_slice(thing)
 
 

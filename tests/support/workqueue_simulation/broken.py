@@ -115,8 +115,8 @@ _LAPSED = rules.lapsed
 class MutteringQueue(WorkQueue):
     """Tells nobody what a cancelled caller wrote."""
 
-    async def _write(self, step: Any, *, unheard: Any = None) -> Any:
-        return await self._written(step)
+    def _see_through(self, work: asyncio.Future[Any], then: Callable[[Any], None] = lambda _: None) -> None:
+        work.add_done_callback(lambda work: work.cancelled() or work.exception())
 
 
 @contextmanager

@@ -22,10 +22,16 @@ export function address(pattern: string): string {
  */
 export function connect(pattern: string): Transport {
   const found = address(pattern);
-  if (!found.startsWith("unix:")) return createGrpcTransport({ baseUrl: `http://${found}` });
-  const path = found.slice("unix:".length).replace(/^\/\/(?=\/)/, "");
+  const path = socketPath(found);
+  if (path === undefined) return createGrpcTransport({ baseUrl: `http://${found}` });
   return createGrpcTransport({
     baseUrl: "http://localhost",
     nodeOptions: { createConnection: () => net.connect(path) },
   });
+}
+
+/** The path of unix:PATH, or of a path that is absolute; undefined of HOST:PORT. */
+export function socketPath(address: string): string | undefined {
+  if (address.startsWith("/")) return address;
+  return address.startsWith("unix:") ? address.slice("unix:".length).replace(/^\/\/(?=\/)/, "") : undefined;
 }

@@ -1,6 +1,7 @@
 import { durationMs } from "@bufbuild/protobuf/wkt";
 import { Code, ConnectError } from "@connectrpc/connect";
 import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "../google/rpc/error_details_pb.js";
+import { ScatterFailureSchema, type ScatterFailure } from "../retinue/scattergather/v1/scattergather_service_pb.js";
 import type { ItemStatus } from "../retinue/workqueue/v1/task_pb.js";
 
 /** One field that is wrong, and what would be right. */
@@ -25,6 +26,11 @@ export class RetinueError extends Error {
     readonly fields: Field[] = [],
     /** When trying again is worth it, in milliseconds; 0 = the server did not say that it is. */
     readonly retryAfterMs: number = 0,
+    /**
+     * How much had answered, and which shards are missing, of a scatter that failed although leaves were asked; undefined of
+     * others.
+     */
+    readonly missing?: ScatterFailure,
   ) {
     super(message);
   }
@@ -68,6 +74,7 @@ export class RetinueError extends Error {
       info?.metadata,
       fields.map(({ field, description }) => ({ path: field, description })),
       delay && durationMs(delay),
+      from.findDetails(ScatterFailureSchema)[0],
     );
   }
 

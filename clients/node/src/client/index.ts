@@ -1,9 +1,15 @@
-/** What the generated stubs leave to every program: where the server is, its errors, the loop of a worker, and leadership. */
-export { createClient, type Client } from "@connectrpc/connect";
+/**
+ * What the generated stubs leave to every program: where the server is, its errors, the loop of a worker, leadership, and both sides of a
+ * scatter.
+ */
+export { Code, ConnectError, createClient, type Client, type ConnectRouter } from "@connectrpc/connect";
 export { DEFAULT_ADDRESS, address, connect } from "./connection.js";
 export { Election, TermLost } from "./election.js";
 export type { ElectionEvent, ElectionOptions, Term } from "./election.js";
 export { RetinueError, type Field } from "./errors.js";
+export { Leaf, type LeafOptions } from "./leaf.js";
 export { bytes, json, jsonOf, text } from "./payload.js";
+export type { LeafAnswer, LeafContext } from "./queries.js";
+export { Answer, Pool, type PoolOptions, type Question } from "./scatter.js";
 export { Failure, LeaseLost, Release, Stopping, TaskCancelled, Worker } from "./worker.js";
 export type { Handler, Result, WorkerOptions } from "./worker.js";

@@ -13,11 +13,12 @@ Try it:
   retinue work greetings --exit-when-empty -- tr a-z A-Z
   retinue queue tasks greetings                     see what became of it
   retinue elect backup -- ./backup.sh               one of all who run this runs the script
+  retinue scatter search --json '{"text": "sea"}'   ask all shards of a pool, get one answer
 
 \b
 Where the server is:
-  RETINUE_WORKQUEUE_ADDRESS or RETINUE_LEADERELECTION_ADDRESS,
-  RETINUE_ADDRESS, else 127.0.0.1:7070
+  RETINUE_WORKQUEUE_ADDRESS, RETINUE_LEADERELECTION_ADDRESS or
+  RETINUE_SCATTERGATHER_ADDRESS, then RETINUE_ADDRESS, else 127.0.0.1:7070
   Operators' commands dial RETINUE_CONTROL_ADDRESS, else the nearest
   .retinue/control.sock here or in a directory above.
   RETINUE_TOKEN_FILE, RETINUE_TLS_CA_FILE: a token and the CA for servers elsewhere.
@@ -25,7 +26,8 @@ Where the server is:
 \b
 Exit codes:
   0 done   1 a defect   2 wrong usage   3 the server can't be reached
-  4 refused by the server   5 out of time, or not healthy   130 interrupted
+  4 refused by the server   5 out of time, or not healthy
+  6 a partial answer   7 too few shards answered   130 interrupted
 """
 
 
@@ -59,12 +61,14 @@ app = Branch(
         "work": ("work:work", "Run a command for each task of a queue: input file in, output file out."),
         "elect": ("elect:elect", "Run a command while we lead an election, and never longer."),
         "election": ("election:election", "Who leads: ls, leader, watch, check, history, step-down."),
+        "scatter": ("scatter:scatter", "Ask all shards of a pool, get one answer; see what became of past requests."),
+        "topology": ("topology:topology", "The pools of a root, their shards and who serves them: ls, show, watch."),
         "blob": ("blob:blob", "Content too large for a message: put, get, stat."),
         "call": ("call:call", "Call any method of any server by reflection, with JSON."),
         "status": ("status:status", "The health of every service."),
     },
     name="retinue",
-    help="Queues, workers, elections and tools for Retinue's servers.",
+    help="Queues, workers, elections, scatter/gather and tools for Retinue's servers.",
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     no_args_is_help=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -15,19 +16,22 @@ import click
 
 from retinue.client import address as addresses
 from retinue.client.channel import Connection
-from retinue.client.queue import Queue
-from retinue.workqueue.v1 import task_pb2 as pb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from google.protobuf.message import Message
 
+    from retinue.client.queue import Queue
+
 Row = dict[str, Any]
 
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
-_INTEGERS = frozenset({"lease_epoch", "size_bytes", "max_tasks", "max_payload_bytes", "max_blob_bytes"})
+_INTEGERS = frozenset(
+    {"lease_epoch", "size_bytes", "max_tasks", "max_payload_bytes", "max_blob_bytes"}
+    | {"expected", "answered", "topology_version", "gathered_bytes", "reply_bytes"}
+)
 
 
 class DurationType(click.ParamType[float]):
@@ -71,16 +75,6 @@ class PairType(click.ParamType[tuple[str, str]]):
 
 
 DURATION, INSTANT, PAIR = DurationType(), InstantType(), PairType()
-STATES = [name.removeprefix("TASK_STATE_").lower() for name in pb.TaskState.keys()[1:]]
-STATE = click.Choice(STATES, case_sensitive=False)
-
-
-def state_number(name: str) -> pb.TaskState.ValueType:
-    return pb.TaskState.Value(f"TASK_STATE_{name.upper()}")
-
-
-def state_name(number: pb.TaskState.ValueType) -> str:
-    return pb.TaskState.Name(number).removeprefix("TASK_STATE_").lower()
 
 
 @dataclass(frozen=True)
@@ -92,6 +86,8 @@ class Server:
     output: str | None
 
     def queue(self, queue_id: str = "") -> Queue:
+        from retinue.client.queue import Queue  # noqa: PLC0415 - other patterns need none of it
+
         return Queue(queue_id, address=self.address, timeout=self.timeout, patient=False)
 
     def for_apps(self, pattern: str = "workqueue") -> Connection:
@@ -175,6 +171,12 @@ _COLOURS = {
     "leased": "cyan",
     "leads": "green",
     "steps_down": "yellow",
+    "connected": "green",
+    "complete": "green",
+    "answered": "green",
+    "partial": "yellow",
+    "nobody": "red",
+    "failed": "red",
 }
 
 
@@ -198,23 +200,26 @@ def _with_integers(row: Row) -> Row:
     for key, value in row.items():
         if isinstance(value, dict):
             _with_integers(value)
+        elif isinstance(value, list):
+            _ = [_with_integers(item) for item in value if isinstance(item, dict)]
         elif key in _INTEGERS and isinstance(value, str):
             row[key] = int(value)
     return row
-
-
-def task_row(task: pb.Task) -> Row:
-    """A task as a row: what it was told and what became of it, side by side."""
-    row = plain(task)
-    spec = row.pop("spec", {})
-    row["state"] = state_name(task.state)
-    return {**row, **{key: value for key, value in spec.items() if key not in row}}
 
 
 def since(moment: datetime) -> str:
     """How long ago, roughly."""
     seconds = max((datetime.now(UTC) - moment).total_seconds(), 0)
     return duration_text(seconds)
+
+
+def spent(seconds: float) -> str:
+    """A short time, to three digits: 850µs, 12.3ms, 1.25s."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            number = seconds / size
+            return f"{number:.{max(2 - int(math.log10(number)), 0)}f}{unit}"
+    return f"{seconds * 1e6:.0f}µs"
 
 
 def duration_text(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,7 +11,10 @@ from retinue.client import address
 from retinue.client.channel import ConfigurationError
 from retinue.client.errors import DeadlineExceeded, RetinueError, Unavailable
 
-USAGE, UNREACHABLE, REFUSED, OUT_OF_TIME = 2, 3, 4, 5
+if TYPE_CHECKING:
+    from retinue.client.pool import ShardFailure
+
+USAGE, UNREACHABLE, REFUSED, OUT_OF_TIME, PARTIAL, FAILED = 2, 3, 4, 5, 6, 7
 
 _HINTS = {
     "ROLE_REQUIRED": "this is for operators: name the control socket in RETINUE_CONTROL_ADDRESS or with --address",
@@ -28,7 +32,19 @@ _HINTS = {
     "ELECTION_NOT_FOUND": "this server serves named elections only: see leaderelection.elections in its configuration",
     "CANDIDATE_EXISTS": "another live candidate has that name: choose one with --candidate, or leave it to chance",
     "STALE_TOKEN": "the term is over: see `retinue election leader`",
+    "POOL_NOT_FOUND": "see `retinue topology ls`; pools stand in the root's pool file",
+    "POOL_EMPTY": "give it shards in the root's pool file",
+    "POOL_NOT_IDEMPOTENT": "its answers are never partial: leave out --min-coverage and --first-k",
+    "COVERAGE_NOT_MET": "see `retinue scatter recent {scatter_id}`; --min-coverage takes a part for an answer",
+    "LEAF_REFUSED": "the leaves don't take this question, or not from you: see what they expect",
+    "SCATTER_LIMIT": "ask again later, or raise the pool's limits in the pool file",
+    "GATHER_TOO_LARGE": "ask for less, or raise the pool's max_gathered_bytes",
+    "MERGE_FAILED": "see what the leaves reply: the merge of the pool can't use it",
 }
+
+
+_PATTERNS = dict.fromkeys(("elect", "election"), "leaderelection")
+_PATTERNS |= dict.fromkeys(("scatter", "topology"), "scattergather")
 
 
 def report(error: Exception) -> int:
@@ -43,21 +59,32 @@ def report(error: Exception) -> int:
     _tell("error", error.message)
     for violation in error.violations:
         _tell("field", f"{violation.field}: {violation.description}")
+    for shard in getattr(error, "failures", ()):
+        tell_missing(shard)
     _tell("reason", " ".join([error.reason or error.code.name, *(f"{k}={v}" for k, v in error.metadata.items())]))
     if hint := _hint(error):
         _tell("to do", hint)
     return _exit_code(error)
 
 
+def tell_missing(shard: ShardFailure) -> None:
+    """What became of a shard that is missing, or answered in part."""
+    part = f"{shard.coverage} answered" if shard.coverage else shard.code.name
+    if shard.code.name == "CANCELLED":
+        part = "not waited for any more"
+    _tell("shard", f"{shard.shard_id}: {part}" + (f", {shard.message}" if shard.message else ""))
+
+
 def _hint(error: RetinueError) -> str:
     if isinstance(error, Unavailable) and not error.reason:
-        elections = sys.argv[1:2] in (["elect"], ["election"])
-        where = address.app_address("leaderelection" if elections else "workqueue")
+        where = address.app_address(_PATTERNS.get("".join(sys.argv[1:2]), "workqueue"))
         return f"start a server with `retinue-server`, or say where it is: RETINUE_ADDRESS (now {where}) or --address"
-    return _HINTS.get(error.reason, "")
+    return _HINTS.get(error.reason, "").format(scatter_id=error.metadata.get("scatter_id", ""))
 
 
 def _exit_code(error: RetinueError) -> int:
+    if hasattr(error, "failures") and error.reason != "LEAF_REFUSED":
+        return FAILED
     match error:
         case Unavailable():
             return UNREACHABLE

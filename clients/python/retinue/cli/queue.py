@@ -10,7 +10,7 @@ import click
 
 from retinue.cli import common
 from retinue.cli.app import Branch
-from retinue.cli.common import DURATION, INSTANT, PAIR, STATE, Server, asynchronous, server_options
+from retinue.cli.common import DURATION, INSTANT, PAIR, Server, asynchronous, server_options
 from retinue.cli.failures import OUT_OF_TIME, REFUSED
 from retinue.client.queue import TERMINAL, duration
 from retinue.workqueue.v1 import queue_pb2
@@ -53,6 +53,8 @@ queue = Branch(
     no_args_is_help=True,
 )
 
+STATES = [name.removeprefix("TASK_STATE_").lower() for name in pb.TaskState.keys()[1:]]
+STATE = click.Choice(STATES, case_sensitive=False)
 _COUNTS = ("ready", "leased", "scheduled", "retrying", "succeeded", "dead", "cancelled", "expired")
 
 
@@ -117,7 +119,7 @@ async def tasks(
     """The tasks of QUEUE, newest first."""
     rows = []
     async with server.queue(queue_id) as queue_:
-        numbers = [common.state_number(name) for name in states]
+        numbers = [_state_number(name) for name in states]
         found = queue_.list(states=numbers, labels=dict(labels), task_type=task_type, page_size=min(limit, 500))
         async for task in found:
             rows.append(_task_line(task))
@@ -126,8 +128,24 @@ async def tasks(
     server.show(rows, ["task_id", "state", "attempt", "age", "labels", "last_failure"])
 
 
+def _state_number(name: str) -> pb.TaskState.ValueType:
+    return pb.TaskState.Value(f"TASK_STATE_{name.upper()}")
+
+
+def _state_name(number: pb.TaskState.ValueType) -> str:
+    return pb.TaskState.Name(number).removeprefix("TASK_STATE_").lower()
+
+
+def _task_row(task: pb.Task) -> common.Row:
+    """A task as a row: what it was told and what became of it, side by side."""
+    row = common.plain(task)
+    spec = row.pop("spec", {})
+    row["state"] = _state_name(task.state)
+    return {**row, **{key: value for key, value in spec.items() if key not in row}}
+
+
 def _task_line(task: pb.Task) -> common.Row:
-    row = common.task_row(task)
+    row = _task_row(task)
     row["age"] = common.since(task.create_time.ToDatetime(tzinfo=UTC))
     if task.HasField("last_failure"):
         row["last_failure"] = f"{task.last_failure.reason}: {task.last_failure.message}"[:200]
@@ -145,7 +163,7 @@ async def get(server: Server, *, task_id: str) -> None:
 
 
 def _show_task(task: pb.Task, server: Server) -> None:
-    row = common.task_row(task)
+    row = _task_row(task)
     if common.as_json(server.output):
         common.emit(row)
         return
@@ -199,7 +217,7 @@ def _selected(options: dict[str, Any]) -> dict[str, Any]:
         return {"task_ids": options["task_ids"], "dry_run": options["dry_run"]}
     chosen = pb.TaskFilter(
         queue_id=options["queue_id"],
-        states=[common.state_number(name) for name in options["states"]],
+        states=[_state_number(name) for name in options["states"]],
         labels=dict(options["labels"]),
         task_type=options["task_type"],
     )

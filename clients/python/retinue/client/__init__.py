@@ -1,7 +1,8 @@
-"""Helpers over the generated stubs: queues, workers, elections, typed errors.
+"""Helpers over the generated stubs: queues, workers, elections, scatter/gather, typed errors.
 
     from retinue.client import Queue, Worker
     from retinue.client import election
+    from retinue.client import Pool, serve_leaf
 
 Names are loaded on first use: `retinue.client.errors` costs no worker, `retinue.client` no command line.
 """
@@ -28,11 +29,14 @@ if TYPE_CHECKING:
         Unavailable,
         Unimplemented,
     )
+    from retinue.client.leaf import LeafServer, Merging, Partial, Query, Refusal, serve_leaf, serve_merge
+    from retinue.client.pool import Answer, Pool, ScatterFailed, ShardFailure, ShardReply
     from retinue.client.queue import Enqueued, Queue
     from retinue.client.worker import Done, Failed, Job, Released, Worker, WorkerEvent
 
 __all__ = [
     "AlreadyExists",
+    "Answer",
     "Connection",
     "DeadlineExceeded",
     "Done",
@@ -43,14 +47,23 @@ __all__ = [
     "FailedPrecondition",
     "InvalidArgument",
     "Job",
+    "LeafServer",
     "LeaseLost",
+    "Merging",
     "NotElected",
     "NotFound",
+    "Partial",
     "PermissionDenied",
+    "Pool",
+    "Query",
     "Queue",
+    "Refusal",
     "Released",
     "ResourceExhausted",
     "RetinueError",
+    "ScatterFailed",
+    "ShardFailure",
+    "ShardReply",
     "Term",
     "TermLost",
     "Unauthenticated",
@@ -58,10 +71,14 @@ __all__ = [
     "Unimplemented",
     "Worker",
     "WorkerEvent",
+    "serve_leaf",
+    "serve_merge",
 ]
 
 _HOMES = {"Connection": "channel", "Enqueued": "queue", "Queue": "queue"}
 _HOMES |= dict.fromkeys(("Election", "ElectionEvent", "NotElected", "Term", "TermLost"), "election")
+_HOMES |= dict.fromkeys(("Answer", "Pool", "ScatterFailed", "ShardFailure", "ShardReply"), "pool")
+_HOMES |= dict.fromkeys(("LeafServer", "Merging", "Partial", "Query", "Refusal", "serve_leaf", "serve_merge"), "leaf")
 _HOMES |= dict.fromkeys(("Done", "Failed", "Job", "Released", "Worker", "WorkerEvent"), "worker")
 
 

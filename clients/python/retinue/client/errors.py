@@ -149,6 +149,11 @@ def from_rpc_error(error: Any) -> RetinueError:
     )
 
 
+def unpack(error: Any, into: Any) -> bool:
+    """Fills a message from the details of what grpc raised; False if they have none of its type."""
+    return any(detail.Unpack(into) for detail in _details(error.trailing_metadata() or ()))
+
+
 def from_item_status(status: ItemStatus) -> RetinueError:
     """The typed form of one refused item of a batch."""
     code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)

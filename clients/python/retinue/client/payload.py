@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from google.protobuf import struct_pb2
 
+from retinue.client.values import EXACT, plain
 from retinue.workqueue.v1 import task_pb2 as pb
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ Content: TypeAlias = "pb.Payload | str | bytes | bool | float | Sequence[Any] | 
 
 INLINE_BYTES = 256 * 1024
 TEXT, JSON = "text/plain; charset=utf-8", "application/json"
-_EXACT = 2**53
 
 
 def payload(content: Content, content_type: str = "") -> pb.Payload:
@@ -66,7 +66,7 @@ def _exact(content: Any) -> bool:
         case bool() | str() | None:
             return True
         case int():
-            return abs(content) <= _EXACT
+            return abs(content) <= EXACT
         case float():
             return math.isfinite(content)
         case dict():
@@ -144,20 +144,3 @@ def blob_content_type(content: pb.Payload) -> str:
     """The media type that lets a blob load as the value it would have been inline."""
     fallback = {"text": TEXT, "json": JSON}.get(content.WhichOneof("content") or "", "")
     return content.content_type or fallback
-
-
-def plain(content: struct_pb2.Value) -> Any:
-    """The Python value of a JSON value; whole numbers as int."""
-    match content.WhichOneof("kind"):
-        case "number_value":
-            number = content.number_value
-            return int(number) if number.is_integer() and abs(number) <= _EXACT else number
-        case "struct_value":
-            return {key: plain(item) for key, item in content.struct_value.fields.items()}
-        case "list_value":
-            return [plain(item) for item in content.list_value.values]
-        case "string_value":
-            return content.string_value
-        case "bool_value":
-            return content.bool_value
-    return None

@@ -13,8 +13,11 @@
 
     run_leader("nightly-report", lead)                   # lead(term), each time it leads, until SIGTERM or Ctrl-C
 
-Every method takes and raises what that of `retinue.client.queue.Queue` or `retinue.client.election.Election` does.
-Either may be shared by threads.
+    with Pool("search") as pool:
+        answer = pool.scatter(json={"text": "sea"}, min_coverage=0.9)
+
+Every method takes and raises what that of `retinue.client.queue.Queue`, `retinue.client.election.Election` or
+`retinue.client.pool.Pool` does. Each may be shared by threads.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from retinue.client.deadline import boot_seconds
 from retinue.client.worker import DEFAULT_GRACE, Handler, Worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 
     from retinue.client.election import Campaign, Seconds, Term
 
@@ -74,10 +77,14 @@ class _Blocking:
             future.cancel()  # the caller was interrupted
             raise
 
-    def _iterate(self, items: AsyncIterator[T]) -> Iterator[T]:
+    def _iterate(self, items: AsyncGenerator[T]) -> Iterator[T]:
         end = object()
-        while (item := self._await(_next(items, end))) is not end:
-            yield item  # type: ignore[misc] # the sentinel is excluded above
+        try:
+            while (item := self._await(_next(items, end))) is not end:
+                yield item  # type: ignore[misc] # the sentinel is excluded above
+        finally:
+            if not self._loop.is_closed():
+                self._await(items.aclose())
 
     def close(self) -> None:
         """Waits for what is under way, closes the connection and ends the thread. Safe to repeat."""
@@ -122,6 +129,15 @@ class Election(_Blocking):
             self._await(campaign.end())
         if term.lost:
             raise campaign.loss()
+
+
+class Pool(_Blocking):
+    """The blocking face of a pool; see the module."""
+
+    def __init__(self, pool_id: str, *, address: str | None = None, **options: Any) -> None:
+        from retinue.client.pool import Pool as Asynchronous  # noqa: PLC0415 - workers and leaders need none of it
+
+        super().__init__(Asynchronous, pool_id, address=address, **options)
 
 
 class _Watch:

@@ -80,15 +80,12 @@ def _otel_context() -> SpanContext | None:
     )
 
 
-class consuming:  # noqa: N801 - a context manager, used like a function
-    """Runs its body as the work on one task, a child of the producer's span; gives the work, which knows the
-    body's `traceparent`.
-    """
+class _Scope:
+    """Runs its body in a place of a trace; gives the work, which knows the body's `traceparent`."""
 
     __slots__ = ("_token", "_work")
 
-    def __init__(self, queue_id: str, task_id: str, traceparent: str) -> None:
-        span = _consumer_span(queue_id, task_id, traceparent) if "opentelemetry.trace" in sys.modules else None
+    def __init__(self, traceparent: str, span: Any) -> None:
         self._work = _Work(traceparent, span)
 
     def __enter__(self) -> _Work:
@@ -103,8 +100,30 @@ class consuming:  # noqa: N801 - a context manager, used like a function
             self._work.span.__exit__(*error)
 
 
+class consuming(_Scope):  # noqa: N801 - a context manager, used like a function
+    """Runs its body as the work on one task, a child of the producer's span."""
+
+    __slots__ = ()
+
+    def __init__(self, queue_id: str, task_id: str, traceparent: str) -> None:
+        super().__init__(traceparent, _consumer_span(queue_id, task_id, traceparent) if _records() else None)
+
+
+class answering(_Scope):  # noqa: N801 - the same
+    """Runs its body as the answer to one call, a child of the caller's span. `method` is SERVICE/METHOD."""
+
+    __slots__ = ()
+
+    def __init__(self, method: str, traceparent: str, **attributes: str | int) -> None:
+        super().__init__(traceparent, _server_span(method, traceparent, attributes) if _records() else None)
+
+
+def _records() -> bool:
+    return "opentelemetry.trace" in sys.modules
+
+
 class _Work:
-    """The work on one task. Its place in the trace is worked out when somebody asks: most handlers never do."""
+    """The work on one task or call. Its place in the trace is worked out when somebody asks: most handlers never do."""
 
     __slots__ = ("_context", "_parent", "span")
 
@@ -135,6 +154,18 @@ def _consumer_span(queue_id: str, task_id: str, traceparent: str) -> Any:
             "messaging.destination.name": queue_id,
             "messaging.message.id": task_id,
         },
+    )
+
+
+def _server_span(method: str, traceparent: str, attributes: dict[str, str | int]) -> Any:
+    from opentelemetry import trace as api  # noqa: PLC0415 - only where it is loaded already
+
+    caller = _remote_span(traceparent)
+    return api.get_tracer("retinue").start_as_current_span(
+        method,
+        context=api.set_span_in_context(api.NonRecordingSpan(caller)) if caller else None,
+        kind=api.SpanKind.SERVER,
+        attributes={"rpc.system": "grpc", "rpc.method": method, **attributes},
     )
 
 

@@ -457,11 +457,13 @@ class Contest:
     async def _release_if_due(self, lead: Lead, now_ms: int) -> bool:
         if now_ms < lead.release_ms:
             return False
-        await self._release(lead, lead.ending or EndReason.UNKNOWN)
+        released = await self._release(lead, lead.ending or EndReason.UNKNOWN)
         self._leave(lead, lead.ending or EndReason.UNKNOWN)
+        if released and not self.line:
+            self.look_later()  # nobody claims, and what a look would tell is known
         return True
 
-    async def _release(self, lead: Lead, reason: EndReason) -> None:
+    async def _release(self, lead: Lead, reason: EndReason) -> bool:
         async with self._engine_turn:
             released = await self._engine.release(lead.hold, reason, self._clock.now().wall_ms)
             self._heard(None)
@@ -469,6 +471,7 @@ class Contest:
                 vacant = replace(self.record, candidate_id="", session_id="", value="", step_down=False, version="")
                 self.record, self._seen_ms = vacant, self._clock.now().boot_ms
                 self._tell_watchers()
+        return released
 
     def _leave(self, lead: Lead, reason: EndReason) -> None:
         """The term is over here; its session goes to the end of the line, if it lives."""
@@ -492,17 +495,19 @@ class Contest:
         now = self._clock.now().boot_ms
         could_stand = session.may_stand(now)
         session.hear(sequence, now, healthy=healthy)
-        session.tell(Ack(sequence, self.extend(session)))
+        session.tell(Ack(sequence, self._extend(session, now)))
         if session.may_stand(now) != could_stand:
             self.wake()
 
     def extend(self, session: Session) -> int | None:
         """Moves the deadline of a session that leads; what to tell it, None if it does not lead."""
+        return self._extend(session, self._clock.now().boot_ms)
+
+    def _extend(self, session: Session, now_ms: int) -> int | None:
         lead = self.lead
         if lead is None or lead.session is not session:
             return None
-        now = self._clock.now().boot_ms
-        if self.stop_granting_ms is not None and now >= self.stop_granting_ms:
+        if self.stop_granting_ms is not None and now_ms >= self.stop_granting_ms:
             return None
         return lead.grant()
 

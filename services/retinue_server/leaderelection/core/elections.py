@@ -44,6 +44,7 @@ _PING_S = 5.0
 _PING_AGAIN_S = 0.5
 _RENEW_BATCH = 1_000
 _LIMIT_RETRY_MS = 1_000
+_NOT_ABOVE = Violation("heartbeat.sequence", "must be above the last one")
 SERVER_ID_BYTES, _SESSION_ID_BYTES = 6, 16
 """A session_id begins with the id of its server, which survives the process: no other server resumes the session, which
 might be alive here."""
@@ -247,8 +248,9 @@ class Elections:
 
     def heartbeat(self, session: Session, sequence: int, *, healthy: bool, found: Found = ()) -> None:
         """A sign of life; it is answered by an Ack."""
-        wrong = [] if sequence > session.sequence else [Violation("heartbeat.sequence", "must be above the last one")]
-        limits.refuse("take a heartbeat", [*found, *wrong])
+        if found or sequence <= session.sequence:
+            wrong = [] if sequence > session.sequence else [_NOT_ABOVE]
+            limits.refuse("take a heartbeat", [*found, *wrong])
         self._contest(session.asked.election_id).heartbeat(session, sequence, healthy=healthy)
 
     def say(self, session: Session, value: str) -> None:

@@ -18,7 +18,7 @@ MIN_APP_LEASE_MS = 100
 MAX_DELAY_MS = 600_000
 MAX_PAGE, DEFAULT_PAGE = 500, 50
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SESSION = re.compile(r"[0-9a-f]{32}")
 
 Violations = Iterator[Violation]
@@ -33,7 +33,7 @@ def refuse(what: str, violations: Sequence[Violation]) -> None:
 
 def name(value: str, field: str) -> Violations:
     """An election's or a candidate's name."""
-    if not _ID.fullmatch(value):
+    if not IDENTIFIER.fullmatch(value):
         yield Violation(field, "must be 1 to 128 of A-Z a-z 0-9 . _ - and begin with a letter or digit")
 
 

@@ -4,7 +4,9 @@ The kernel is one, so a deadline on its boot clock means the same to all of them
 and in the same time namespace; each row says in which it was written. A row of another is watched instead.
 
 Servers hear of each other's changes by inotify: who has committed one touches the file, since the writes to the log
-come before it can be seen. A counter in each row tells changes from renewals.
+come before it can be seen. A counter in each row tells changes from renewals. A touch leaves a time that its server
+knows again: it looks only if another has changed something before that, which its transaction and a glance after the
+touch have seen, or after it, which leaves another time.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +36,7 @@ from retinue_server.leaderelection.engine import (
 )
 from retinue_server.leaderelection.engines.inotify import Inotify
 from retinue_server.leaderelection.engines.memory import boot_ms
+from retinue_server.leaderelection.engines.own_thread import OwnThread
 from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.errors import Reason, ResourceExhausted, RetinueError, Unavailable
 from retinue_server.runtime.files import make_directory
@@ -108,7 +111,7 @@ class SqliteEngine:
         self._now_ms, self._kernel_id = now_ms, kernel
         self._kernel = self._domain = ""
         self._db: apsw.Connection
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread: OwnThread | None = None
         self._told: Callable[[str], None] = lambda _: None
         self._watched: set[str] = set()
         self._changed = 0
@@ -117,13 +120,15 @@ class SqliteEngine:
         self._looking: asyncio.Task[None] | None = None
         self._news = False
         """The file was touched since the last look began."""
-        self._touch = False
-        """The transaction changes what others watch."""
+        self._change = 0
+        """The number of the transaction's change, if it makes one that others watch."""
+        self._touched_ns = 0
+        """When the file was last touched from here."""
 
     async def start(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "leaderelection-store")
+        self._thread = OwnThread("leaderelection-store")
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._open)
+            await self._thread.call(self._open)
         except (apsw.Error, OSError) as error:
             raise StartError(
                 f"cannot open {self._path}: {error}; mend it, or choose another with leaderelection.sqlite.path"
@@ -136,8 +141,8 @@ class SqliteEngine:
             return
         if self._inotify is not None:
             self._inotify.close()
-        await asyncio.get_running_loop().run_in_executor(thread, self._db.close)
-        thread.shutdown()
+        thread.call(self._close)
+        await thread.end()
 
     def listen(self, told: Callable[[str], None]) -> None:
         self._told = told
@@ -190,6 +195,9 @@ class SqliteEngine:
 
     # On the thread
 
+    def _close(self) -> None:
+        self._db.close()
+
     def _open(self) -> None:
         make_directory(self._path.parent)
         self._kernel = self._kernel_id()
@@ -202,7 +210,7 @@ class SqliteEngine:
         with self._transaction():
             self._migrate()
             self._domain = self._find_domain()
-        self._changed = db.execute("SELECT coalesce(max(changed), 0) FROM election").get
+        self._changed = self._latest()
 
     def _migrate(self) -> None:
         version = int(self._db.pragma("user_version"))
@@ -289,8 +297,11 @@ class SqliteEngine:
         return self._record(election_id) if self._db.changes() else None
 
     def _next_change(self) -> int:
-        self._touch = True
-        return int(self._db.execute("SELECT coalesce(max(changed), 0) + 1 FROM election").get)
+        self._change = self._change or self._latest() + 1
+        return self._change
+
+    def _latest(self) -> int:
+        return int(self._db.execute("SELECT coalesce(max(changed), 0) FROM election").get)
 
     def _end_term(self, election_id: str, epoch: int, reason: EndReason, wall_ms: int) -> None:
         sql = "UPDATE term SET end_ms = ?, reason = ? WHERE election_id = ? AND epoch = ?"
@@ -328,16 +339,26 @@ class SqliteEngine:
 
     async def _write(self, step: Callable[[], T]) -> T:
         def run() -> T:
-            self._touch = False
+            self._change = 0
             with self._transaction():
                 result = step()
-            if self._touch:
-                with suppress(OSError):  # others look by themselves, if later
-                    os.utime(self._path)
+            if self._change:
+                self._touch()
             self._checkpoint_if_due()
             return result
 
         return await self._call(run)
+
+    def _touch(self) -> None:
+        """Tells the others, and looks itself if they have changed something, too."""
+        self._touched_ns = time.time_ns()
+        with suppress(OSError):  # others look by themselves, if later
+            os.utime(self._path, ns=(self._touched_ns, self._touched_ns))
+        alone = self._changed == self._change - 1 and self._latest() == self._change
+        if alone:
+            self._changed = self._change
+        elif self._thread is not None:
+            self._thread.tell(self._look_soon)
 
     async def _call(self, step: Callable[[], T]) -> T:
         if self._thread is None:
@@ -351,7 +372,7 @@ class SqliteEngine:
                     self._fatal(error)
                 raise _translated(error) from error
 
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, run))
+        return await self._thread.call(run)
 
     def _transaction(self) -> _Transaction:
         return _Transaction(self._db)
@@ -371,6 +392,12 @@ class SqliteEngine:
     # Changes by others
 
     def _file_changed(self) -> None:
+        with suppress(OSError):
+            if self._path.stat().st_mtime_ns == self._touched_ns:
+                return
+        self._look_soon()
+
+    def _look_soon(self) -> None:
         self._news = True
         if self._watched and self._looking is None:
             self._looking = asyncio.create_task(self._look())

@@ -34,11 +34,11 @@ class Clock(Protocol):
 
 
 class LoopClock:
-    """The event loop's; to be made while it runs."""
+    """The clock of the event loop's timers; to be made while it runs."""
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
-        self.now = loop.time
+        self.now = time.monotonic  # not loop.time: uvloop's shows the millisecond in which the turn began
         self.at = loop.call_at
         self.soon = loop.call_soon
 

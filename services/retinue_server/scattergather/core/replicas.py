@@ -29,8 +29,8 @@ class Replica:
 
     def observe(self, seconds: float, now: float) -> None:
         """A call ended after so long."""
-        before = self.latency_s(now) if self.seen else seconds
-        self._latency_s = before + _NEW * (seconds - before)
+        before = self._latency_s if now - self._at < 1 else self.latency_s(now)
+        self._latency_s = before + _NEW * (seconds - before) if self.seen else seconds
         self._at, self.seen = now, True
 
     def latency_s(self, now: float) -> float:

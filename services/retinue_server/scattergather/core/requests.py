@@ -41,7 +41,7 @@ class Coverage(NamedTuple):
     complete: bool
 
 
-class Reply(NamedTuple):
+class Reply(msgspec.Struct, frozen=True):
     """A leaf's answer, unwrapped."""
 
     payload: bytes

@@ -7,7 +7,6 @@ import logging
 import os
 from collections import deque
 from functools import partial
-from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from retinue_server.runtime.errors import Code, Reason, ResourceExhausted, Unavailable
@@ -16,7 +15,7 @@ from retinue_server.scattergather.core.pool import LivePool, Member, Topology
 from retinue_server.scattergather.core.replicas import Replica
 from retinue_server.scattergather.core.requests import Malformed
 from retinue_server.scattergather.core.rules import leaf_timeout_s
-from retinue_server.scattergather.core.scatter import End, Scatter, ScatterError
+from retinue_server.scattergather.core.scatter import End, Kind, Scatter, ScatterError
 from retinue_server.scattergather.core.topology import MergeKind
 from retinue_server.scattergather.engine import Target
 
@@ -274,8 +273,7 @@ class Root:
         live.ended[end] += 1
         live.expected += known.coverage.expected
         live.answered += known.coverage.answered
-        for attempt in scatter.attempts:
-            live.attempts[attempt.kind.name.lower(), (attempt.end or End.LOST).name.lower()] += 1
+        _count(live, scatter.attempts)
         if code is Code.OK:
             _measure(live, scatter, self._clock.now())
         self._noted += 1
@@ -321,15 +319,22 @@ def _merged(merge: Merge, gathered: Gathered) -> Any:
         raise failure from None
 
 
+def _count(live: LivePool, attempts: Sequence[Attempt]) -> None:
+    """By kind and outcome; nearly all are first calls that were answered."""
+    others = [one for one in attempts if one.end is not End.WON or one.kind is not Kind.PRIMARY]
+    live.attempts["primary", "won"] += len(attempts) - len(others)
+    for one in others:
+        live.attempts[one.kind.name.lower(), (one.end or End.LOST).name.lower()] += 1
+
+
 def _measure(live: LivePool, scatter: Scatter, now: float) -> None:
     """The root's own part of the time, and how far the slowest reply was behind the middle one."""
-    times = [attempt.ended_at for attempt in scatter.attempts if attempt.end is End.WON]
-    if not times:
+    if not scatter.won:
         return
-    last = max(times)
+    last, middle = scatter.won[-1].ended_at, scatter.won[len(scatter.won) // 2].ended_at
     live.measured += 1
-    live.overhead_s += now - last + min(attempt.started_at for attempt in scatter.attempts) - scatter.begun_at
-    live.straggler_s += last - median(times)
+    live.overhead_s += now - last + scatter.attempts[0].started_at - scatter.begun_at
+    live.straggler_s += last - middle
 
 
 class _Kept:

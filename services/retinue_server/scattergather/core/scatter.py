@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from enum import IntEnum
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from retinue_server.runtime.errors import Code, Reason, RetinueError
 from retinue_server.scattergather.core import rules
@@ -25,9 +28,10 @@ if TYPE_CHECKING:
     from retinue_server.scattergather.core.requests import Ask
     from retinue_server.scattergather.engine import Metadata
 
-_SLICE = 16
-"""Calls that are begun before others get their turn: about a millisecond."""
+_SLICE = 64
+"""Calls that are begun before others get their turn: some milliseconds."""
 MAX_FAILURES = 16
+_ONE = Coverage(1, 1, complete=True)
 _MESSAGE_BYTES = 256
 
 
@@ -57,56 +61,39 @@ class ScatterError(RetinueError):
         self.code = code  # type: ignore[misc] # the one error whose code depends on what happened
 
 
-class Attempt:
+class Attempt(msgspec.Struct, eq=False):
     """A call to a leaf."""
 
-    __slots__ = ("cancel", "code", "end", "ended_at", "kind", "part", "replica", "reply_bytes", "started_at", "trace")
+    part: Part
+    kind: Kind
+    replica: Replica
+    started_at: float
+    ended_at: float
+    end: End | None = None
+    code: int = 0
+    reply_bytes: int = 0
+    cancel: Callable[[], None] | None = None
+    trace: object = None
+    """The observer's."""
 
-    def __init__(self, part: Part, kind: Kind, replica: Replica, now: float) -> None:
-        self.part, self.kind, self.replica, self.started_at = part, kind, replica, now
-        self.end: End | None = None
-        self.code = 0
-        self.ended_at = now
-        self.reply_bytes = 0
-        self.cancel: Callable[[], None] | None = None
-        self.trace: object = None
-        """The observer's."""
 
-
-class Part:
+class Part(msgspec.Struct, eq=False):
     """What is asked together: a shard, or those of a batch."""
 
-    __slots__ = (
-        "attempts",
-        "begun_at",
-        "code",
-        "coverage",
-        "done",
-        "hedged",
-        "members",
-        "message",
-        "open",
-        "replicas",
-        "retries",
-        "tried",
-    )
-
-    def __init__(self, members: Sequence[Member], replicas: Sequence[Replica], begun_at: float) -> None:
-        self.members, self.replicas, self.begun_at = members, replicas, begun_at
-        self.tried: list[Replica] = []
-        self.open: list[Attempt] = []
-        self.attempts = 0
-        self.retries = 0
-        self.hedged = False
-        self.done = False
-        self.code = int(Code.CANCELLED)
-        self.message = ""
-        self.coverage: Coverage | None = None
-
-    @property
-    def weight(self) -> int:
-        """Leaves beneath it."""
-        return sum(member.shard.weight for member in self.members)
+    members: Sequence[Member]
+    replicas: Sequence[Replica]
+    weight: int
+    """Leaves beneath it."""
+    begun_at: float
+    tried: list[Replica] = []
+    open: list[Attempt] = []
+    attempts: int = 0
+    retries: int = 0
+    hedged: bool = False
+    done: bool = False
+    code: int = int(Code.CANCELLED)
+    message: str = ""
+    coverage: Coverage | None = None
 
 
 class Observer(Protocol):
@@ -158,12 +145,15 @@ class Scatter:
         self._unsent: deque[tuple[Part, Replica | None]] = deque()
         hedges = self._pool.idempotent and not self._policy.no_hedge
         self._hedge_delay = live.hedge_delay_s(self.begun_at) if hedges else None
-        self._hedges: deque[tuple[float, Attempt]] = deque()
+        self._hedges: deque[Attempt] = deque()
+        """Those that may yet get company, in the order of their beginning."""
         self._hedge_timer: Timer | None = None
         self._timers: list[Timer] = []
         self._soft_over = False
         self._gathered_bytes = 0
         self.attempts: list[Attempt] = []
+        self.won: list[Attempt] = []
+        """In the order in which they were answered."""
         self.error: RetinueError | None = None
         self.gathered: Gathered | None = None
         self.code = Code.OK
@@ -195,19 +185,23 @@ class Scatter:
         if self._pool.batch:
             self._unsent.extend(self._batches())
         else:
-            self._unsent.extend((Part((member,), member.replicas, self.begun_at), None) for member in self.members)
+            self._unsent.extend([(self._part(member), None) for member in self.members])
         self._parts = [part for part, _ in self._unsent]
+
+    def _part(self, member: Member) -> Part:
+        return Part((member,), member.replicas, member.shard.weight, self.begun_at)
 
     def _batches(self) -> Iterator[tuple[Part, Replica | None]]:
         groups: dict[Replica, list[Member]] = {}
         for member in self.members:
             replica = self._choose(member.replicas, ())
             if replica is None:
-                yield Part((member,), member.replicas, self.begun_at), None
+                yield self._part(member), None
             else:
                 groups.setdefault(replica, []).append(member)
         for replica, group in groups.items():
-            yield Part(tuple(group), _common(group, replica), self.begun_at), replica
+            weight = sum(member.shard.weight for member in group)
+            yield Part(tuple(group), _common(group, replica), weight, self.begun_at), replica
 
     def _send(self) -> None:
         for _ in range(_SLICE):
@@ -221,8 +215,7 @@ class Scatter:
 
     def _try(self, part: Part, kind: Kind, replica: Replica | None = None) -> None:
         """Asks a replica, or finds that there is none."""
-        if replica is None:
-            replica = self._choose(part.replicas, part.tried)
+        replica = replica or self._choose(part.replicas, part.tried)
         if replica is not None:
             self._call(part, kind, replica)
             return
@@ -231,13 +224,12 @@ class Scatter:
         self._settle_failure(part, Code.RESOURCE_EXHAUSTED if full else Code.UNAVAILABLE, found)
 
     def _choose(self, replicas: Sequence[Replica], tried: Sequence[Replica]) -> Replica | None:
-        live = self._live
         limit = self._pool.limits.max_calls_per_endpoint
-        return choose(replicas, tried, self._clock.now(), live.draw, limit)
+        return choose(replicas, tried, self._clock.now(), self._live.draw, limit)
 
     def _call(self, part: Part, kind: Kind, replica: Replica) -> None:
         now = self._clock.now()
-        attempt = Attempt(part, kind, replica, now)
+        attempt = Attempt(part, kind, replica, now, now)
         part.attempts += 1
         part.tried.append(replica)
         part.open.append(attempt)
@@ -248,14 +240,10 @@ class Scatter:
         metadata = question.metadata(shards, part.attempts)
         if self._observer is not None:
             metadata = (*metadata, *self._observer.asked(attempt))
-
-        def done(code: int, message: str, reply: bytes | None) -> None:
-            self._done(attempt, code, message, reply)
-
-        data = question.data(shards, part.attempts)
-        attempt.cancel = replica.line.call(data, max(self._leaf_deadline - now, 0.001), metadata, done)
+        data, left = question.data(shards, part.attempts), max(self._leaf_deadline - now, 0.001)
+        attempt.cancel = replica.line.call(data, left, metadata, partial(self._done, attempt))
         if self._hedge_delay is not None and kind is not Kind.HEDGE:
-            self._hedges.append((now + self._hedge_delay, attempt))
+            self._hedges.append(attempt)
             if self._hedge_timer is None:
                 self._hedge_timer = self._clock.at(now + self._hedge_delay, self._hedge)
 
@@ -284,7 +272,8 @@ class Scatter:
         try:
             reply = self.ask.question.read(data)
             covered = _coverage(part.weight, reply.coverage)
-            self._check_first(covered)
+            if self._is_first:
+                self._check_first(covered)
             self._merge.add(part.members[0].place, reply.payload)
         except Malformed as error:
             self._failed(attempt, Code.DATA_LOSS, f"a malformed reply: {error}", now)
@@ -293,11 +282,12 @@ class Scatter:
         self._live.latencies.add(took)
         self._gathered_bytes += len(data)
         attempt.end = End.WON
+        self.won.append(attempt)
         self._settle_answer(part, attempt, reply, covered)
 
     def _check_first(self, covered: Coverage) -> None:
         """One reply stands for all shards only if it is good enough: another's may be."""
-        if self._is_first and (not covered.answered or (self._policy.strict and not covered.complete)):
+        if not covered.answered or (self._policy.strict and not covered.complete):
             raise Malformed("it is the answer of a part only")
 
     def _over_budget(self) -> str:
@@ -306,7 +296,8 @@ class Scatter:
 
     def _settle_answer(self, part: Part, attempt: Attempt, reply: Reply, covered: Coverage) -> None:
         part.done, part.code, part.coverage = True, 0, covered
-        self._give_up(part)
+        if part.open:
+            self._give_up(part)
         self._pending -= 1
         self._live.open_calls -= 1
         self._answered += covered.answered
@@ -347,7 +338,7 @@ class Scatter:
 
     def _split(self, batch: Part) -> Sequence[Part]:
         """The shards of a batch that failed, each by itself; those in front that nobody else has."""
-        parts = [Part((member,), member.replicas, self.begun_at) for member in batch.members]
+        parts = [self._part(member) for member in batch.members]
         for part in parts:
             part.retries, part.attempts, part.tried = batch.retries, batch.attempts, list(batch.tried)
         self._parts.remove(batch)
@@ -377,13 +368,14 @@ class Scatter:
 
     def _hedge(self) -> None:
         self._hedge_timer = None
-        now = self._clock.now()
-        while self._hedges and self._hedges[0][0] <= now:
-            self._hedge_one(self._hedges.popleft()[1])
-        while self._hedges and self._hedges[0][1].end is not None:
-            self._hedges.popleft()
-        if self._hedges and not self._over:
-            self._hedge_timer = self._clock.at(self._hedges[0][0], self._hedge)
+        assert self._hedge_delay is not None
+        hedges, delay, now = self._hedges, self._hedge_delay, self._clock.now()
+        while hedges and hedges[0].started_at + delay <= now:
+            self._hedge_one(hedges.popleft())
+        while hedges and hedges[0].end is not None:
+            hedges.popleft()
+        if hedges and not self._over:
+            self._hedge_timer = self._clock.at(hedges[0].started_at + delay, self._hedge)
 
     def _hedge_one(self, slow: Attempt) -> None:
         part = slow.part
@@ -401,9 +393,9 @@ class Scatter:
             return
         if not self._pending:
             self._finish() if self._is_enough() else self._fall_short()
-        elif not self._can_be_enough():
+        elif (self._lost or self._degraded) and not self._can_be_enough():
             self._fall_short()
-        elif self._is_enough() and self._wants_no_more():
+        elif self._wants_no_more() and self._is_enough():
             self._finish()
 
     def _wants_no_more(self) -> bool:
@@ -489,7 +481,8 @@ class Scatter:
         self._unsent.clear()
         self._hedges.clear()
         for part in self._parts:
-            self._give_up(part)
+            if part.open:
+                self._give_up(part)
         self.gathered = self._gather()
         if self._observer is not None:
             self._observer.ended(self)
@@ -498,8 +491,6 @@ class Scatter:
 
     def _give_up(self, part: Part) -> None:
         """Cancels what is still under way for it."""
-        if not part.open:
-            return
         now = self._clock.now()
         for attempt in part.open:
             waited = now - attempt.started_at  # it takes at least so long
@@ -534,15 +525,14 @@ class Scatter:
         )
 
     def _stats(self) -> Stats:
-        kinds = [attempt.kind for attempt in self.attempts]
-        won = [attempt for attempt in self.attempts if attempt.end is End.WON]
-        slowest = max(won, key=lambda attempt: attempt.ended_at, default=None)
+        more = [attempt.kind for attempt in self.attempts if attempt.kind is not Kind.PRIMARY]
+        slowest = self.won[-1] if self.won else None
         return Stats(
             shards=len(self.members),
-            attempts=len(kinds),
-            hedges=kinds.count(Kind.HEDGE),
-            hedges_won=sum(attempt.kind is Kind.HEDGE for attempt in won),
-            retries=kinds.count(Kind.RETRY),
+            attempts=len(self.attempts),
+            hedges=more.count(Kind.HEDGE),
+            hedges_won=sum([attempt.kind is Kind.HEDGE for attempt in self.won]) if more else 0,
+            retries=more.count(Kind.RETRY),
             gathered_bytes=self._gathered_bytes,
             elapsed_s=self._clock.now() - self.begun_at,
             slowest_s=slowest.ended_at - self.begun_at if slowest else 0.0,
@@ -565,7 +555,7 @@ def _cut(message: str) -> str:
 def _coverage(weight: int, said: Coverage | None) -> Coverage:
     """Of a leaf that says more than it has been asked for, no more than that counts."""
     if said is None:
-        return Coverage(weight, weight, complete=True)
+        return _ONE if weight == 1 else Coverage(weight, weight, complete=True)
     expected = said.expected or weight
     answered = min(max(said.answered, 0), expected)
     share = weight * answered // expected if said.expected != weight else answered

@@ -92,7 +92,8 @@ class EventRing:
         self._events: deque[Noted] = deque(maxlen=size)
         self._last = 0
         self._closed = False
-        self._news = asyncio.Event()
+        self._news: asyncio.Event | None = None
+        """What watchers wait for, if there are any."""
 
     @property
     def last(self) -> int:
@@ -113,8 +114,9 @@ class EventRing:
         self._wake()
 
     def _wake(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        news, self._news = self._news, None
+        if news is not None:
+            news.set()
 
     async def after(self, number: int, limit: int = 512) -> list[Event]:
         """The events after that number, waiting for the first; raises OutOfRange if some of them are forgotten and
@@ -124,6 +126,7 @@ class EventRing:
                 raise Unavailable(
                     "cannot go on watching: the server is stopping", reason=Reason.SHUTTING_DOWN, retry_ms=500
                 )
+            self._news = self._news or asyncio.Event()
             await self._news.wait()
         first = self._last - len(self._events) + 1
         if not first - 1 <= number < self._last:

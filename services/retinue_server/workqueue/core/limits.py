@@ -107,8 +107,12 @@ def enqueue(asked: Enqueue, now_ms: int) -> Violations:
     """A producer's batch."""
     yield from batch(len(asked.tasks), "tasks")
     yield from text(asked.request_id, 128, "request_id")
+    passed = ""
     for index, task in enumerate(asked.tasks[:MAX_BATCH]):
+        if task.plain and task.queue_id == passed:
+            continue
         yield from new_task(task, f"tasks[{index}]", now_ms)
+        passed = task.queue_id if _QUEUE_ID.fullmatch(task.queue_id) else ""
 
 
 def new_task(task: NewTask, at: str, now_ms: int) -> Violations:  # noqa: C901 - one look per field, all alike

@@ -392,22 +392,23 @@ class WorkQueue:
         A caller that is cancelled changes nothing of that: the step takes effect, and who waits for it must be told;
         `unheard` then gets the answer.
         """
-        writing = asyncio.ensure_future(self._written(step))
-        try:
-            return await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            self._see_through(writing, unheard)
-            raise
 
-    async def _written(self, step: Callable[[Transaction, steps.Context], T]) -> T:
         def run(tx: Transaction) -> tuple[T, list[Noted]]:
             now = tx.now() or self.now()
             ctx = steps.Context(now, Ledger(now.wall_ms), self._chance.jitter, self.strict_queues)
             return step(tx, ctx), ctx.ledger.events
 
-        result, events = await self.engine.write(run)
-        self._publish(events)
-        return result
+        def publish(written: tuple[T, list[Noted]]) -> T:
+            self._publish(written[1])
+            return written[0]
+
+        writing = asyncio.ensure_future(self.engine.write(run))
+        try:
+            written = await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            self._see_through(writing, lambda written: unheard(publish(written)))
+            raise
+        return publish(written)
 
     def _see_through(self, work: asyncio.Future[T], then: Callable[[T], None] = lambda _: None) -> None:
         """Lets work end that nobody awaits; its errors were for the caller who went."""
@@ -423,15 +424,15 @@ class WorkQueue:
     def _publish(self, events: list[Noted]) -> None:
         self.events.publish(events)
         self._alarm.note([row for _, row, _ in events])
-        happened: Counter[tuple[str, EventType]] = Counter((row.queue_id, kind) for kind, row, _ in events)
-        self.happened.update(happened)
         if self._ended:
             for kind, row, _ in events:
                 if kind in ENDS:
                     self._ended.wake(row.task_id, 1 << 30)
-        ready = Counter(row.queue_id for kind, row, _ in events if row.state is State.READY and kind in STARTS)
-        for queue_id, count in ready.items():
-            self._ready.wake(queue_id, count)
+        alike = Counter([(row.queue_id, kind, row.state) for kind, row, _ in events])
+        for (queue_id, kind, state), count in alike.items():
+            self.happened[queue_id, kind] += count
+            if state is State.READY and kind in STARTS:
+                self._ready.wake(queue_id, count)
 
     async def _lacking(self, blob_ids: Iterable[str]) -> steps.Lacking:
         """Those of the blobs that are not there; the others live on for a while."""

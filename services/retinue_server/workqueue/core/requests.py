@@ -53,7 +53,9 @@ class NewTask(Struct, frozen=True):
     idempotency_key: str = ""
     reject_conflict: bool = False
     inline_bytes: int = 0
-    """The size of an inline payload; 0 for a blob."""
+    """The size of an inline payload, or of all the input if that is within the limit; 0 for a blob."""
+    plain: bool = False
+    """Whether it says nothing beside queue and inline payload, as most tasks do: nothing else need be looked at."""
 
 
 class Enqueue(Struct, frozen=True):

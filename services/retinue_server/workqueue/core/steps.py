@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 REQUEST_MEMORY_MS = 3_600_000
 _SWEEP, _RECOVERY = 500, 2_000
 """How many tasks a sweep, or a block of the recovery, touches in one step."""
+_READY = State.READY  # looking a member up takes as long as making a row
 _ROW_BYTES = 1_024
 """More than a lease takes on the wire beside input and labels; about what a task takes on disk beside its input."""
 
@@ -182,17 +183,19 @@ def _insert(
         result = Enqueued(task.task_id, error=lost) if lost else admission.check(task, task.task_id or made_id)
         results.append(result)
         if result.error is None and not result.existing:
-            new = _new_row(task, result.task_id, ctx.now, parent)
+            new = _new_task(task, result.task_id, ctx.now, parent)
             admission.admit(new)
             taken.append(new)
-            ctx.ledger.add(EventType.ENQUEUED, new.row)
     if taken and parent is None:
-        tx.claim_room(sum(_ROW_BYTES + len(task.body.input) for task in taken))
+        tx.claim_room(_ROW_BYTES * len(taken) + sum([len(task.body.input) for task in taken]))
     tx.insert(taken)
+    ctx.ledger.add_all(EventType.ENQUEUED, [task.row for task in taken])
     return results
 
 
-def _new_row(task: NewTask, task_id: str, now: Instant, parent: TaskRow | None) -> Task:
+def _new_task(task: NewTask, task_id: str, now: Instant, parent: TaskRow | None) -> Task:
+    if task.plain and parent is None:
+        return Task(TaskRow(0, task_id, task.queue_id, _READY, 0, now.wall_ms, now.wall_ms), task.body)
     start_ms = task.start_ms if task.start_ms is not None else now.wall_ms + (task.delay_ms or 0)
     expire_ms = now.wall_ms + task.expire_delay_ms if task.expire_delay_ms is not None else task.expire_ms
     ready = start_ms <= now.wall_ms
@@ -224,11 +227,15 @@ class _Admission:
         self._look_up_keys(tasks)
 
     def check(self, task: NewTask, task_id: str) -> Enqueued:
-        queue = self._queue(task.queue_id)
+        queue = self._queues.get(task.queue_id) or self._queue(task.queue_id)
         if isinstance(queue, RetinueError):
             return Enqueued(task.task_id, error=queue)
         if error := limits.payload_error(task.inline_bytes):
             return Enqueued(task.task_id, error=error)
+        return Enqueued(task_id) if task.plain and not self._room else self._among_others(task, task_id, queue)
+
+    def _among_others(self, task: NewTask, task_id: str, queue: QueueRow) -> Enqueued:
+        """Whether what it says of itself, or the queue's limit, keeps it out."""
         if task.idempotency_key and (known := self._by_key.get((task.queue_id, task.idempotency_key))):
             return self._same_key(task, *known)
         if task.task_id in self._taken_ids:
@@ -257,9 +264,8 @@ class _Admission:
         return Enqueued(task_id, error=error)
 
     def _queue(self, queue_id: str) -> QueueRow | RetinueError:
-        if queue_id not in self._queues:
-            self._queues[queue_id] = self._admitting(queue_id)
-        return self._queues[queue_id]
+        self._queues[queue_id] = found = self._admitting(queue_id)
+        return found
 
     def _admitting(self, queue_id: str) -> QueueRow | RetinueError:
         queue = self._tx.queue(queue_id)

@@ -65,12 +65,11 @@ class Steps:
     def __init__(self) -> None:
         self._waiting: queues.SimpleQueue[Step | None] = queues.SimpleQueue()
 
-    async def do(self, step: Callable[[Transaction], T]) -> T:
-        """Hands it to the writers; what came of it."""
+    def do(self, step: Callable[[Transaction], T]) -> asyncio.Future[T]:
+        """Hands it to the writers; what comes of it. Cancelling that changes nothing: the step is done."""
         job = Step(step)
         self._waiting.put(job)
-        result: T = await asyncio.shield(job.done)
-        return result
+        return job.done
 
     def end(self) -> None:
         """One writer ends when it has done what waits before this."""

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from itertools import chain
+from itertools import chain, groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,6 +93,20 @@ _BODY_VALUES = f"({', '.join('?' * (1 + len(_BODY)))})"
 _given = attrgetter(*_GIVEN)
 _BLOCK = 50
 """How many rows one statement inserts at most; it stays in the statement cache."""
+_MANY = 8
+"""From how many neighbours on that differ in task_id and input alone one statement takes them as arrays."""
+_HAS_ARRAYS = hasattr(apsw, "carray") and "ENABLE_CARRAY" in apsw.compile_options
+_ROW_SHAPE = [name for name in TaskRow.__struct_fields__ if name not in ("seq", "task_id")]
+_BODY_SHAPE = [name for name in TaskBody.__struct_fields__ if name != "input"]
+_row_shape, _body_shape = attrgetter(*_ROW_SHAPE), attrgetter(*_BODY_SHAPE)
+_ALIKE_TASKS = (
+    f"INSERT INTO task (task_id, seq, {', '.join(_ROW_SHAPE).replace('queue_id', 'queue')})"  # noqa: S608 - constants
+    f" SELECT value, ? + rowid, {', '.join('?' * len(_ROW_SHAPE))} FROM carray(?)"
+)
+_ALIKE_BODIES = (
+    f"INSERT INTO body (input, seq, {', '.join(_BODY_SHAPE)})"  # noqa: S608 - constants
+    f" SELECT value, ? + rowid, {', '.join('?' * len(_BODY_SHAPE))} FROM carray(?)"
+)
 
 _fields = msgspec.structs.astuple
 _encode = msgspec.json.Encoder().encode
@@ -147,10 +161,10 @@ class SqliteEngine:
             await asyncio.to_thread(self._reader.shutdown)
         await asyncio.to_thread(self._close)
 
-    async def write(self, step: Callable[[Transaction], T]) -> T:
+    def write(self, step: Callable[[Transaction], T]) -> asyncio.Future[T]:
         if self._writer is None:
             raise Unavailable("cannot write: the engine is stopped", reason=Reason.ENGINE_UNAVAILABLE, retry_ms=500)
-        return await self._steps.do(step)
+        return self._steps.do(step)
 
     async def read(self, query: Callable[[View], T]) -> T:
         if self._reader is None or self._writer is None:
@@ -215,6 +229,7 @@ class SqliteEngine:
 
     def _commit(self, group: list[Step]) -> None:
         self._store.db.execute("BEGIN IMMEDIATE")
+        self._store.alone = len(group) == 1
         for step in group:
             step.run(self._store, (apsw.Error,))
         self._store.db.execute("COMMIT")
@@ -437,6 +452,8 @@ class _Store(_View):
         self._leased: dict[int, TaskRow] = {}
         """Rows that the last transactions left LEASED, as they are now; the oldest first."""
         self._next_seq = 1
+        self.alone = False
+        """Whether the next savepoint is that of the transaction's only step."""
         self.queue_changes = 0
         self.reload()
 
@@ -460,7 +477,8 @@ class _Store(_View):
         """The server's clocks count."""
 
     def savepoint(self) -> AbstractContextManager[None]:
-        return _Savepoint(self)
+        whole, self.alone = self.alone, False
+        return _Savepoint(self, whole=whole)
 
     def counts(self, queue_id: str) -> dict[State, int]:
         return self.tally.of(self.tally.current, self._no(queue_id))
@@ -560,14 +578,29 @@ class _Store(_View):
     def insert(self, tasks: Sequence[Task]) -> None:
         if not tasks:
             return
-        seqs = range(self._next_seq, self._next_seq + len(tasks))
-        self._next_seq += len(tasks)
-        nos = [self._queues[row.queue_id][0] for row, _ in tasks]
-        rows = [(seq, no, *_given(row)) for seq, no, (row, _) in zip(seqs, nos, tasks, strict=True)]
-        self._insert_in_blocks(_INSERT_TASK, _TASK_VALUES, rows)
-        bodies = [(seq, *_body_values(body)) for seq, (_, body) in zip(seqs, tasks, strict=True)]
-        self._insert_in_blocks(_INSERT_BODY, _BODY_VALUES, bodies)
-        self.tally.add(Counter((no, int(row.state)) for no, (row, _) in zip(nos, tasks, strict=True)))
+        others: list[tuple[int, Task]] = []
+        for _, neighbours in groupby(tasks, _shape):
+            run = list(neighbours)
+            seq, self._next_seq = self._next_seq, self._next_seq + len(run)
+            if len(run) >= _MANY and _HAS_ARRAYS:
+                self._insert_alike(seq, run)
+            else:
+                others.extend(enumerate(run, seq))
+            row = run[0].row
+            self.tally.add({(self._queues[row.queue_id][0], int(row.state)): len(run)})
+        self._insert_in_blocks(
+            _INSERT_TASK, _TASK_VALUES, [(seq, self._queues[row.queue_id][0], *_given(row)) for seq, (row, _) in others]
+        )
+        self._insert_in_blocks(_INSERT_BODY, _BODY_VALUES, [(seq, *_body_values(body)) for seq, (_, body) in others])
+
+    def _insert_alike(self, seq: int, run: Sequence[Task]) -> None:
+        """Tasks that differ in task_id and input alone, with one statement for each table."""
+        row, body = run[0]
+        no, shape = self._queues[row.queue_id][0], _row_shape(row)
+        ids = apsw.carray(tuple([row.task_id for row, _ in run]))
+        self.db.execute(_ALIKE_TASKS, (seq - 1, no, *shape[1:], ids))
+        inputs = apsw.carray(tuple([body.input for _, body in run]))
+        self.db.execute(_ALIKE_BODIES, (seq - 1, *_body_values(body)[1:], inputs))
 
     def _insert_in_blocks(self, insert: str, values: str, rows: Sequence[tuple[Any, ...]]) -> None:
         for start in range(0, len(rows), _BLOCK):
@@ -658,27 +691,35 @@ class _Store(_View):
         return [self._row(row) for row in self.db.execute(f"SELECT {_ROW} FROM task WHERE {where}", values)]  # noqa: S608 - constants
 
 
+_NAMED = "SAVEPOINT step", "RELEASE step", "ROLLBACK TO step; RELEASE step"
+_TRANSACTION = "", "", "ROLLBACK; BEGIN IMMEDIATE"
+"""Statements to begin, to end and to undo: the only step of a transaction needs no savepoint in it."""
+
+
 class _Savepoint:
     """Undoes, in the database and in what the store knows by heart, when left by an exception.
 
     An error of the database itself is left alone: SQLite may have ended the transaction, and the group is undone whole.
     """
 
-    def __init__(self, store: _Store) -> None:
+    def __init__(self, store: _Store, *, whole: bool) -> None:
         self._store = store
+        self._begin, self._end, self._take_back = _TRANSACTION if whole else _NAMED
         self._tally_mark, self._queue_mark = store.tally.mark(), store.queue_changes
 
     def __enter__(self) -> None:
-        self._store.db.execute("SAVEPOINT step")
+        if self._begin:
+            self._store.db.execute(self._begin)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is None:
-            self._store.db.execute("RELEASE step")
+            if self._end:
+                self._store.db.execute(self._end)
         elif not issubclass(kind, apsw.Error):
             self._undo()
 
     def _undo(self) -> None:
-        self._store.db.execute("ROLLBACK TO step; RELEASE step")
+        self._store.db.execute(self._take_back)
         self._store.tally.undo(self._tally_mark)
         self._store.forget_rows()
         if self._store.queue_changes != self._queue_mark:
@@ -797,6 +838,11 @@ def _task_row(queue_id: str, row: Sequence[Any]) -> TaskRow:
     fields[_STATE], fields[_OUTCOME] = _STATES[fields[_STATE]], _OUTCOMES[fields[_OUTCOME]]
     fields[_CANCEL] = fields[_CANCEL] == 1
     return TaskRow(*fields[:_WIDTH])
+
+
+def _shape(task: Task) -> tuple[Any, ...]:
+    """All but task_id and input."""
+    return _row_shape(task.row), _body_shape(task.body)
 
 
 def _body_values(body: TaskBody) -> tuple[Any, ...]:

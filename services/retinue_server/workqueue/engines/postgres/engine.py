@@ -127,10 +127,10 @@ class PostgresEngine:
             for _ in range(_READERS):
                 self._readers.get().close()
 
-    async def write(self, step: Callable[[Transaction], T]) -> T:
+    def write(self, step: Callable[[Transaction], T]) -> asyncio.Future[T]:
         if not self._writers:
             raise Unavailable("cannot write: the engine is stopped", reason=Reason.ENGINE_UNAVAILABLE, retry_ms=500)
-        return await self._steps.do(step)
+        return self._steps.do(step)
 
     async def read(self, query: Callable[[AnyView], T]) -> T:
         if self._reading is None:

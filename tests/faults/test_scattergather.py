@@ -1,0 +1,217 @@
+"""Every fault in every mode, broken roots that the checker must catch, callers that leave, and a short campaign."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from support.scatter_faults.behaviour import Behaviour, Kind
+from support.scatter_faults.checks import check
+from support.scatter_faults.history import Call, Fault, Story
+from support.scatter_faults.matrix import DEADLINE_S, MODES, ROWS, Cells, Matrix, table
+from support.scatter_faults.pools import STRICT, Policy, Pool
+from support.scatter_faults.stage import Stage
+from workers import eventually
+
+SLACK_NS = int(DEADLINE_S * 1e9)
+"""As much again as a request may take: an upper bound, on a machine that does much else."""
+
+Seen = tuple[str, ...]
+ALL, THREE = ("OK, 4 of 4",), ("OK, 3 of 4",)
+LATE = ("DEADLINE_EXCEEDED, s1 DEADLINE_EXCEEDED",)
+SHED = ("RESOURCE_EXHAUSTED (SCATTER_LIMIT)",)
+
+
+def without(code: str) -> Seen:
+    return (f"OK, 3 of 4, s1 {code}",)
+
+
+def failed(code: str, of_leaf: str = "") -> Seen:
+    return (f"{code}, s1 {of_leaf or code}",)
+
+
+def modes(  # noqa: PLR0917 - a row of the table
+    strict: Seen, partial: Seen, soft: Seen, hedged: Seen, once: Seen, first: Seen = THREE
+) -> dict[str, Seen]:
+    return {
+        "strict": strict,
+        "partial": partial,
+        "soft deadline": soft,
+        "hedged": hedged,
+        "not idempotent": once,
+        "first 3": first,
+    }
+
+
+def at_once(code: str, of_leaf: str = "", hedged: Seen = ALL) -> dict[str, Seen]:
+    """The fault is known at once: who can do without the shard does, and others needn't wait."""
+    gone, rest = failed(code, of_leaf), without(of_leaf or code)
+    return modes(gone, rest, rest, hedged, gone)
+
+
+FINE = modes(ALL, ALL, ALL, ALL, ALL)
+HANGS = modes(LATE, without("DEADLINE_EXCEEDED"), without("CANCELLED"), ALL, LATE)
+REFUSED = failed("INVALID_ARGUMENT (LEAF_REFUSED)", "INVALID_ARGUMENT")
+OVERLOADED = failed("RESOURCE_EXHAUSTED")
+HALF = failed("INTERNAL", "OK")
+NOTHING = ("UNAVAILABLE",)
+
+EXPECTED = {
+    "none": FINE,
+    "refused": at_once("UNAVAILABLE"),
+    "stopped process": HANGS,
+    "nothing passes": HANGS,
+    "slow": modes(ALL, ALL, without("CANCELLED"), ALL, ALL),
+    "first byte, then nothing": HANGS,
+    "headers, then nothing": HANGS,
+    "error at once": at_once("UNAVAILABLE"),
+    "internal error": at_once("INTERNAL"),
+    "flapping": at_once("UNAVAILABLE"),
+    # A hedge that was sent already is waited for; without one, overload is no reason to ask another.
+    "reply too large": at_once("RESOURCE_EXHAUSTED", hedged=OVERLOADED + ALL),
+    "corrupt reply": at_once("INTERNAL", "DATA_LOSS"),
+    "half an answer": modes(HALF, without("OK"), without("OK"), HALF + ALL, HALF, (*THREE, "OK, 2 of 4")),
+    "overloaded leaf": at_once("RESOURCE_EXHAUSTED", hedged=OVERLOADED + ALL),
+    "leaf refuses": modes(REFUSED, REFUSED, REFUSED, REFUSED, REFUSED, (*THREE, "INVALID_ARGUMENT (LEAF_REFUSED)")),
+    "late reply": modes(ALL, ALL, ALL + without("CANCELLED"), ALL, ALL),
+    "killed under way": at_once("UNAVAILABLE")
+    | {"soft deadline": without("UNAVAILABLE") + without("CANCELLED")},  # should it be killed late
+    "pool file points elsewhere": at_once("UNAVAILABLE"),
+    "name resolves elsewhere": at_once("UNAVAILABLE"),
+    "name resolves no more": FINE,
+    "root overloaded": modes(SHED, SHED, SHED, SHED, SHED, SHED),
+    "all down": modes(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING),
+}
+
+
+def test_each_fault_shows_in_each_mode_as_it_should_and_breaks_no_rule(tmp_path: Path) -> None:
+    with Matrix(tmp_path) as matrix:
+        cells = matrix.play()
+        story, errors = matrix.stage.story(), matrix.stage.log_errors()
+    assert not wrong(cells), "\n".join(table(cells))
+    assert len(cells) == len(ROWS) * len(MODES)
+    assert again(cells) == dict.fromkeys(FINE.keys() - {"first 3"}, *ALL), "what is flapping answers when it can"
+    assert check(story, SLACK_NS) == []
+    assert errors == []
+    assert_calls(matrix, story)
+
+
+def wrong(cells: Cells) -> dict[tuple[str, str], str]:
+    """Cells that are not as expected. Whom the first three leave out is chance, and so it is with all down."""
+    found = {}
+    for (fault, mode), [cell, *_] in cells.items():
+        text = str(cell._replace(hit="") if mode == "first 3" or fault == "all down" else cell)
+        if text not in EXPECTED[fault][mode]:
+            found[fault, mode] = text
+    return found
+
+
+def again(cells: Cells) -> dict[str, str]:
+    """What came of the second request to what is flapping."""
+    return {mode: str(more[1]) for (fault, mode), more in cells.items() if fault == "flapping" and mode != "first 3"}
+
+
+def assert_calls(matrix: Matrix, story: Story) -> None:
+    """What leaves have got."""
+
+    def calls(fault: str, mode: str) -> list[Call]:
+        return story.by_request.get(matrix.asked[fault, mode][-1].asked.request, [])
+
+    reached = [row.name for row in ROWS if row.reached and not row.holds]
+    once = {
+        fault: sum(call.got.leaf == matrix.scenes[fault].victim for call in calls(fault, "not idempotent"))
+        for fault in reached
+    }
+    assert once == dict.fromkeys(reached, 1), "one call each, whatever became of it"
+    both = [call for call in calls("late reply", "hedged") if call.got.shard == "s1"]
+    assert [call.gave and call.gave.end for call in both] == ["answered"] * 2, "the loser of the hedge answered, too"
+    told = matrix.asked["late reply", "hedged"][-1].told
+    assert {piece.serial for piece in told.pieces if piece.shard == "s1"} == {
+        call.got.serial for call in both if call.got.leaf == "twin"
+    }
+    assert not any(calls("root overloaded", mode.name) for mode in MODES), "who is refused by the root asks no leaf"
+
+
+DEFECTS = {
+    "merge_the_loser_too": "merged_once",
+    "leak_losers": "ended",
+    "call_complete_what_is_not": "truthful",
+    "repeat_what_must_not_be_repeated": "bounded",
+    "ask_the_same_again": "bounded",
+    "spend_without_end": "bounded",
+    "answer_without_the_minimum": "enough",
+    "wait_too_long": "in_time",
+    "go_on_without_the_caller": "ended",
+    "expect_who_is_there": "truthful",
+}
+BROKEN_SLACK_NS = 1_500_000_000
+LONG_S = 10.0
+"""So long that what goes on is not ended by its deadline before it is seen."""
+
+
+def test_a_root_that_breaks_a_rule_is_caught(tmp_path: Path) -> None:
+    """Each pool breaks the rule that is its name, but for one."""
+    with Stage(tmp_path, module="faults.broken_scatters") as stage:
+        house = stage.village.build("good", "slow", "twin", "late", "stalls", "fails", "fails2", "gone")
+        for kind, delay_s, names in (
+            (Kind.ANSWER, 0.3, ["late"]),
+            (Kind.ANSWER, 0.8, ["slow"]),
+            (Kind.STALL, 0.0, ["stalls"]),
+            (Kind.FAIL, 0.0, ["fails", "fails2"]),
+        ):
+            house.tell(Behaviour(kind, delay_s), *names)
+        stage.open(*broken_pools(), connected=False)
+        stage.village.links["gone"].refuse()
+        stage.notes.add(Fault("ailing", 1, 0, ("late", "stalls", "fails", "fails2", "gone")))
+        ask_broken(stage)
+        eventually(lambda: caught(stage).items() >= DEFECTS.items(), "all are caught")
+        assert "right" not in caught(stage)
+
+
+def broken_pools() -> list[Pool]:
+    hedged: dict[str, Any] = {"hedge_s": 0.1, "timeout_s": LONG_S}
+
+    def pool(name: str, *hit: str, first: str = "good", **settings: Any) -> Pool:
+        return Pool(name, {"s0": (first,), "s1": hit}, **{"timeout_s": 1.0} | settings)
+
+    return [
+        pool("right", "stalls", "twin", **hedged),
+        pool("merge_the_loser_too", "late", "twin", first="slow", **hedged),
+        pool("leak_losers", "stalls", "twin", **hedged),
+        pool("call_complete_what_is_not", "gone"),
+        pool("repeat_what_must_not_be_repeated", "fails", "good", idempotent=False),
+        pool("ask_the_same_again", "fails"),
+        pool("spend_without_end", "fails", "fails2", ratio=0.0, burst=1.0),
+        pool("answer_without_the_minimum", "gone"),
+        pool("wait_too_long", "stalls"),
+        pool("go_on_without_the_caller", "stalls", timeout_s=LONG_S),
+        pool("expect_who_is_there", "gone"),
+    ]
+
+
+def ask_broken(stage: Stage) -> None:
+    """Two requests at once to each pool, so that of two replicas each is asked first by one."""
+    caller = stage.caller()
+    pending = {}
+    for pool in stage.pools.values():
+        policy = Policy(0.5) if pool.name == "call_complete_what_is_not" else STRICT
+        pending[pool.name] = [caller.begin(pool, policy) for _ in (1, 2)]
+    leaving = pending.pop("go_on_without_the_caller")
+    wanted = {one.asked.request for one in leaving}
+    eventually(lambda: wanted <= {call.got.request for call in stage.story().calls}, "the leaves are asked")
+    for one in leaving:
+        one.leave()
+    for some in pending.values():
+        for one in some:
+            one.result()
+
+
+def caught(stage: Stage) -> dict[str, str]:
+    """What is found in each pool; where that is several, what is expected comes first."""
+    story = stage.story()
+    found: dict[str, str] = {}
+    for one in check(story, BROKEN_SLACK_NS):
+        pool = story.asked[one.request].pool if one.request in story.asked else one.request
+        if found.get(pool) != DEFECTS.get(pool):
+            found[pool] = one.check
+    return found
