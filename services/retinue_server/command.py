@@ -59,6 +59,26 @@ Settings come from --config FILE (YAML), then RETINUE_… variables, then flags:
 `data_dir: D` in the file and RETINUE_DATA_DIR=D in the environment.
 """
 
+_ABOUT = {
+    "scattergather": """\
+
+The pool file says which shards there are, and counts anew when it changes. scattergather.pools names it, or
+RETINUE_SCATTERGATHER__POOLS; otherwise it is DATA_DIR/scattergather/pools.yaml:
+
+  pools:
+    search:
+      merge: top_k
+      top_k: 10
+      shards:
+        - {shard_id: s0, endpoints: ["10.0.0.1:9000", "10.0.0.2:9000"]}
+        - {shard_id: s1, endpoints: ["dns:search-1.example.:9000"]}
+        - {shard_id: s2, endpoints: ["kubernetes:search-2:grpc"]}
+
+All keys, where endpoints are found, and TLS: deploy/scattergather/README.md
+""",
+}
+"""What the help says of a pattern that is named beside it."""
+
 
 class Loaded(msgspec.Struct):
     """A pattern that was asked for, with its settings."""
@@ -68,12 +88,12 @@ class Loaded(msgspec.Struct):
     section: msgspec.Struct
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line; a flag that was not given is None."""
+def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The command line; a flag that was not given is None. The help is about the patterns among the arguments."""
     p = argparse.ArgumentParser(
         prog="retinue-server",
         description="Serves the container design patterns over gRPC.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES + "".join(text for name, text in _ABOUT.items() if name in arguments),
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=_HELP_WIDTH),
     )
     p.add_argument("patterns", nargs="*", metavar="PATTERN", help=f"{', '.join(PATTERNS)} (default: all)")
@@ -180,7 +200,8 @@ def say(*lines: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 after a signal, 1 when it cannot start, 2 for wrong settings."""
-    flags = parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    flags = parser(arguments).parse_args(arguments)
     _choose_transport(os.environ)
     try:
         settings, loaded = load(flags, dict(os.environ))

@@ -7,18 +7,22 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
-from servers import environment
+from grpc import aio
+from servers import environment, start_server
 from support.faults.proxy import Mode, Proxy
 from support.kubernetes import Api, Cluster, Emulator
 from support.kubernetes.slices import Body, body, endpoint, put, remove
 from support.kubernetes.transcript import SLICES_FILE, play_slices
 
+from retinue.scattergather.v1.topology_service_pb2 import WatchTopologyRequest, WatchTopologyResponse
+from retinue.scattergather.v1.topology_service_pb2_grpc import TopologyServiceStub
 from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.discovery import kubernetes
 from retinue_server.runtime.discovery.kubernetes import KubernetesDiscovery
@@ -385,6 +389,43 @@ def test_a_server_whose_pools_need_it_does_not_start_without_it(tmp_path: Path) 
         "retinue-server: cannot find endpoints by Kubernetes: lightkube is missing;"
         " install it with pip install 'retinue-server[kubernetes]'" in done.stderr
     )
+
+
+async def test_a_server_finds_the_leaves_of_its_pools_and_takes_a_changed_file(
+    api: Api, namespace: str, tmp_path: Path
+) -> None:
+    await stores(api, namespace, body("a", "leaf", [endpoint("10.0.0.1")], [GRPC]))
+    pools = tmp_path / "pools.yaml"
+    pools.write_text("pools: {p: {shards: [{shard_id: a, endpoints: ['127.0.0.1:1']}]}}")
+    settings = {"POOLS": pools, "KUBERNETES__KUBECONFIG": api.kubeconfig, "KUBERNETES__NAMESPACE": namespace}
+    env = {f"RETINUE_SCATTERGATHER__{name}": str(value) for name, value in settings.items()}
+    server = await asyncio.to_thread(start_server, tmp_path, "scattergather", env=env)
+    try:
+        async with aio.insecure_channel(server.address) as channel, asyncio.timeout(PATIENCE_S):
+            watching = TopologyServiceStub(channel).WatchTopology(WatchTopologyRequest(pool_id="p"))
+            await _endpoints(watching, "127.0.0.1:1")
+            pools.write_text(POOL)
+            await _endpoints(watching, "10.0.0.1:9000")
+            await stores(api, namespace, body("a", "leaf", [endpoint("10.0.0.2")], [GRPC]))
+            await _endpoints(watching, "10.0.0.2:9000")
+            watching.cancel()
+    finally:
+        assert await asyncio.to_thread(server.stop) == 0
+    said = (tmp_path / "server.log").read_text()
+    assert "HTTP Request" not in said
+    assert "Traceback" not in said
+
+
+async def _endpoints(watching: AsyncIterable[WatchTopologyResponse], *addresses: str) -> None:
+    """Returns when the pool has these."""
+    async for said in watching:
+        if [one.address for shard in said.pool.shards for one in shard.endpoints] == list(addresses):
+            return
+
+
+def test_the_manifest_fits_the_schema_of_kubernetes() -> None:
+    for manifest in yaml.safe_load_all(MANIFEST.read_text()):
+        kubernetes_validate.validate(manifest, "1.37", strict=True)
 
 
 def test_a_root_without_use_for_it_loads_nothing_of_it() -> None:

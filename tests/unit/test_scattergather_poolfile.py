@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from retinue_server import command
 from retinue_server.runtime.addresses import StartError
 from retinue_server.scattergather import poolwatch, strict_yaml
 from retinue_server.scattergather.core.topology import LEAF_METHOD, Hedging, MergeKind, Merging, Pool, PoolLimits, Shard
 from retinue_server.scattergather.engine import Tls
-from retinue_server.scattergather.poolfile import PoolFileError, UnreadableError, read
+from retinue_server.scattergather.poolfile import (
+    BudgetEntry,
+    HedgingEntry,
+    LimitsEntry,
+    PoolEntry,
+    PoolFileError,
+    ShardEntry,
+    UnreadableError,
+    read,
+)
 from retinue_server.scattergather.poolwatch import PoolFile
 
 ONE = "pools: {p: {shards: [{shard_id: a, endpoints: ['leaf:1']}]}}"
@@ -575,3 +587,67 @@ async def test_a_file_that_is_there_and_cannot_be_read_is_no_missing_one(path: P
 
 def test_a_leaf_of_ours_is_the_default_method() -> None:
     assert Pool("p", ()).method == LEAF_METHOD
+
+
+# What operators are told
+
+
+README = Path(__file__).parents[2] / "deploy" / "scattergather" / "README.md"
+PARTS: dict[str, type[msgspec.Struct]] = {
+    "## The pool file": PoolEntry,
+    "### `shards`": ShardEntry,
+    "### `hedging`": HedgingEntry,
+    "### `budget`": BudgetEntry,
+    "### `limits`": LimitsEntry,
+    "## TLS to leaves": Tls,
+}
+
+
+def rows_of(title: str) -> list[str]:
+    """Of the first table after a heading."""
+    lines = iter(README.read_text().splitlines())
+    assert any(line == title for line in lines), title
+    after = list(itertools.dropwhile(lambda line: not line.startswith("| key"), lines))
+    return list(itertools.takewhile(lambda line: line.startswith("|"), after))[2:]
+
+
+def documented(title: str) -> dict[str, str]:
+    """The default of each key, as the table has it."""
+    cells = [row.split(" | ") for row in rows_of(title)]
+    return {cell[0].strip("| `"): cell[1] for cell in cells}
+
+
+def told(default: object) -> str:
+    """A default as a table has it."""
+    if default is msgspec.NODEFAULT:
+        return "required"
+    if isinstance(default, msgspec.Struct):
+        return "below"
+    if default in ("", (), None):
+        return "none"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+@pytest.mark.parametrize("title", PARTS)
+def test_every_key_of_the_schema_is_documented_with_its_default(title: str) -> None:
+    fields = {field.name: told(field.default) for field in msgspec.structs.fields(PARTS[title])}
+    said = {key: "below" if "[below]" in default else default for key, default in documented(title).items()}
+    assert said == fields
+
+
+def test_every_merge_is_documented() -> None:
+    (row,) = [row for row in rows_of("## The pool file") if row.startswith("| `merge` ")]
+    assert all(f"`{kind.name.lower()}`" in row for kind in MergeKind)
+
+
+def test_the_examples_of_readme_and_help_are_pool_files(path: Path) -> None:
+    readme = README.read_text().partition("## The pool file")[2].partition("```yaml\n")[2].partition("```")[0]
+    shown = command.parser(["scattergather", "--help"]).format_help().partition("  pools:\n")[2].partition("\nAll")[0]
+    for example in (readme, f"  pools:\n{shown}"):
+        path.write_text(example)
+        (pool,) = read(path)
+        assert [shard.shard_id for shard in pool.shards] == ["s0", "s1", "s2"]
+
+
+def test_the_help_about_another_pattern_says_nothing_of_pools() -> None:
+    assert "pool file" not in command.parser(["workqueue", "--help"]).format_help()

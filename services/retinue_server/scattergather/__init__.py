@@ -2,7 +2,7 @@
 
 A request goes `service.py` (translate) -> `core/root.py` (pools, admission) -> `core/scatter.py` (one request) ->
 `engines/` (calls to leaves). Whom there is to ask comes the other way: `poolfile.py` says which shards are expected,
-`engines/` of discovery who serves them, `core/root.py` makes a topology of both.
+and `poolwatch.py` when that changes; `runtime/discovery` who serves them; `core/root.py` makes a topology of both.
 
 States of a shard in a request
 ------------------------------
@@ -41,6 +41,8 @@ fails is charged what it kept waiting, so that failing fast attracts nobody. Lea
 it had failed. All replicas of a shard gone: the shard is missing, at once; it stays expected. Leaf overloaded
 (RESOURCE_EXHAUSTED): the shard is missing; asking more would feed the overload. Many slow leaves: the budget (a
 twentieth of the calls, 50 at once) ends hedging before it doubles the load. Too many requests: refused as a whole,
-before the first leaf is asked. Caller leaves: all its attempts are cancelled. Pool file broken: the last good one
-counts, and the log and a metric say so. Discovery away: the endpoints found last stay. Root dies: its requests fail;
-nothing is stored, nothing need be recovered. Late replies of losers: the call was cancelled; nobody listens."""
+before the first leaf is asked. Caller leaves: all its attempts are cancelled. Pool file broken, gone or still being
+written: the last good one counts, and the log and a metric say so. Discovery away: the endpoints found last stay;
+only an answer that there are none leaves a shard without. New certificates that don't work: the connections that do
+stay. Root dies: its requests fail; nothing is stored, nothing need be recovered. Late replies of losers: the call was
+cancelled; nobody listens."""

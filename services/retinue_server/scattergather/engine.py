@@ -77,10 +77,11 @@ class Discovery(Protocol):
     """Finds the addresses of one name, again and again."""
 
     def watch(self, name: str, found: Callable[[Sequence[str]], None]) -> Callable[[], None]:
-        """Calls `found` with all addresses, HOST:PORT, sorted, at first and whenever they changed; gives what ends it.
+        """Calls `found` with all addresses, HOST:PORT, sorted and each once; gives what ends it.
 
-        While nothing can be found out, what was found last stands, and the log says so once. `found` is called on the
-        event loop and never within `watch`.
+        It is called at first and whenever they changed, with none if there are none any more. While nothing can be
+        found out, which is another matter, what was found last stands, and the log says so once. `found` is called on
+        the event loop and never within `watch`.
         """
 
     async def start(self) -> None:

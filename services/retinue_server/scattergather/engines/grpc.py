@@ -15,9 +15,10 @@ from retinue_server.runtime import tls
 from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.config import UpstreamTls
 from retinue_server.runtime.errors import Code
+from retinue_server.scattergather.engines.handshakes import plainly
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from retinue_server.scattergather.engine import Done, Line, Metadata, Target, Tls
 
@@ -34,28 +35,22 @@ _OPTIONS = (
 )
 _LOOK_S = 5.0
 """How often certificates are looked at."""
+_NO_CONNECTION = "there is no connection, since its certificates cannot be used: see the root's log"
 _GRACE_S = 30.0
 """What calls under way have when their connection gets another certificate."""
 
 
-def credentials(said: Tls | None) -> grpc.ChannelCredentials | None:
-    """For plaintext None; raises StartError naming the file that is wrong."""
-    if said is None:
-        return None
-    paths = [Path(name) if name else None for name in (said.ca_file, said.cert_file, said.key_file)]
-    return tls.channel_credentials(UpstreamTls(ca_file=paths[0], cert_file=paths[1], key_file=paths[2]))
-
-
-def open_channel(address: str, said: Tls | None, max_reply_bytes: int) -> aio.Channel:
-    """A channel that connects when it is used."""
+def open_channel(
+    address: str, shown: grpc.ChannelCredentials | None, max_reply_bytes: int, server_name: str = ""
+) -> aio.Channel:
+    """A channel that connects when it is used; plaintext without credentials."""
     options: list[tuple[str, Any]] = [*_OPTIONS, ("grpc.max_receive_message_length", max_reply_bytes)]
     if address.startswith("unix:"):  # else it is the path, which is no host: Rust's servers refuse it, Node's fail
         options.append(("grpc.default_authority", "localhost"))
-    shown = credentials(said)
     if shown is None:
         return aio.insecure_channel(address, options=options)
-    if said is not None and said.server_name:
-        options.append(("grpc.ssl_target_name_override", said.server_name))
+    if server_name:
+        options.append(("grpc.ssl_target_name_override", server_name))
     return aio.secure_channel(address, shown, options=options)
 
 
@@ -68,25 +63,45 @@ class GrpcLine:
         self._channel: aio.Channel | None = None
         self._method: Any = None
         self._watching: asyncio.Task[None] | None = None
+        self._next: aio.Channel | None = None
+        """Is to take the other's place."""
+        self._replacing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self.reopen()
 
-    def reopen(self) -> None:
-        """Another channel, with the certificates as they are now; calls under way end on the old one."""
-        try:
-            channel = open_channel(self.target.address, self.target.tls, self.target.max_reply_bytes)
-        except StartError as error:
-            log.warning("%s", error)
+    def connect(self, shown: grpc.ChannelCredentials | None) -> None:
+        """Connects, or connects anew: then what is connected serves on until the new connection is there."""
+        target = self.target
+        name = target.tls.server_name if target.tls is not None else ""
+        channel = open_channel(target.address, shown, target.max_reply_bytes, name)
+        self._discard_next()
+        if not self.connected:
+            self._take(channel)
             return
+        self._next = channel
+        self._replacing = asyncio.create_task(self._replace(channel))
+
+    async def _replace(self, channel: aio.Channel) -> None:
+        while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+            await channel.wait_for_state_change(state)
+        self._take(channel)
+
+    def _take(self, channel: aio.Channel) -> None:
+        """Calls that are under way end on the channel that was there."""
         self._leave(_GRACE_S)
+        self._next, replacing, self._replacing = None, self._replacing, None
+        if replacing is not None:
+            replacing.cancel()
         self._channel = channel
         self._method = channel.unary_unary(self.target.method)
         self._watching = asyncio.create_task(self._watch(channel))
+        self._set(connected=channel.get_state() is grpc.ChannelConnectivity.READY)
 
     def call(self, data: bytes, timeout_s: float, metadata: Metadata, done: Done) -> Callable[[], None]:
         if self._channel is None:
-            asyncio.get_running_loop().call_soon(done, int(Code.UNAVAILABLE), "there is no connection", None)
+            asyncio.get_running_loop().call_soon(done, int(Code.UNAVAILABLE), _NO_CONNECTION, None)
             return _nothing
+        if self.target.tls is not None:
+            done = partial(plainly, done)
         call = self._method(data, timeout=timeout_s, metadata=metadata)
         waiting = call.__await__()
         next(waiting).add_done_callback(partial(_tell, done, waiting))
@@ -94,23 +109,37 @@ class GrpcLine:
         return cancel
 
     def close(self) -> None:
+        self._discard_next()
         self._leave(0)
         self._channel = None
+        self._set(connected=False)
         self._closed(self)
 
     def _leave(self, grace_s: float) -> None:
         if self._watching is not None:
             self._watching.cancel()
         if self._channel is not None:
-            task = asyncio.create_task(self._channel.close(grace_s))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        self._set(connected=False)
+            self._end(self._channel, grace_s)
+
+    def _discard_next(self) -> None:
+        channel, self._next = self._next, None
+        if self._replacing is not None:
+            self._replacing.cancel()
+        if channel is not None:
+            self._end(channel, 0)
+
+    def _end(self, channel: aio.Channel, grace_s: float) -> None:
+        task = asyncio.create_task(channel.close(grace_s))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _watch(self, channel: aio.Channel) -> None:
         while True:
             state = channel.get_state(try_to_connect=True)
             self._set(connected=state is grpc.ChannelConnectivity.READY)
+            if self._next is not None and not self.connected:
+                self._take(self._next)  # what is there is no better
+                return
             await channel.wait_for_state_change(state)
 
     def _set(self, *, connected: bool) -> None:
@@ -138,15 +167,27 @@ def _nothing() -> None:
 class GrpcLeaves:
     """A part; see the module."""
 
-    def __init__(self) -> None:
+    def __init__(self, look_s: float = _LOOK_S) -> None:
+        self._look_s = look_s
         self._lines: set[GrpcLine] = set()
+        self._shown: dict[Tls, _Shown] = {}
         self._looking: asyncio.Task[None] | None = None
-        self._stamps: dict[str, tuple[int, int]] = {}
 
     def open(self, target: Target, changed: Callable[[], None]) -> Line:
         line = GrpcLine(target, changed, self._lines.discard)
         self._lines.add(line)
+        if target.tls is None:
+            line.connect(None)
+        elif (shown := self._credentials(target.tls)) is not None:
+            line.connect(shown)
         return line
+
+    def _credentials(self, said: Tls) -> grpc.ChannelCredentials | None:
+        """The same for all lines; None while they can't be had."""
+        if said not in self._shown:
+            self._shown[said] = _Shown(said)
+            self._shown[said].read()
+        return self._shown[said].credentials
 
     async def start(self) -> None:
         if self._looking is None:
@@ -163,27 +204,56 @@ class GrpcLeaves:
     async def _look(self) -> None:
         """Certificates that changed are taken."""
         while True:
-            await asyncio.sleep(_LOOK_S)
-            secure = [line for line in self._lines if line.target.tls is not None]
-            names = {name for line in secure for name in _files(line.target.tls)}
-            stamps = await asyncio.to_thread(_stamps, names)
-            changed = {name for name, stamp in stamps.items() if self._stamps.get(name, stamp) != stamp}
-            self._stamps = stamps
-            for line in secure:
-                if changed.intersection(_files(line.target.tls)):
-                    line.reopen()
+            await asyncio.sleep(self._look_s)
+            used = {line.target.tls for line in self._lines}
+            for said in set(self._shown) - used:
+                del self._shown[said]
+            for shown in list(self._shown.values()):
+                if await asyncio.to_thread(shown.read):
+                    self._connect(shown)
+
+    def _connect(self, shown: _Shown) -> None:
+        for line in [line for line in self._lines if line.target.tls == shown.said]:
+            line.connect(shown.credentials)
 
 
-def _files(said: Tls | None) -> list[str]:
-    return [name for name in (said.ca_file, said.cert_file, said.key_file) if name] if said else []
+class _Shown:
+    """How one kind of connection checks leaves and shows itself, as its files say."""
 
+    def __init__(self, said: Tls) -> None:
+        self.said = said
+        self.credentials: grpc.ChannelCredentials | None = None
+        """None while they could not be read."""
+        self._paths = {name: Path(name) for name in (said.ca_file, said.cert_file, said.key_file) if name}
+        self._read: Sequence[tuple[int, ...]] | None = None
+        self._complaint = ""
 
-def _stamps(names: set[str]) -> dict[str, tuple[int, int]]:
-    found = {}
-    for name in names:
+    def read(self) -> bool:
+        """Whether there are others now. What is wrong goes to the log, once, and is tried again at the next call."""
+        stamps = [_stamp(path) for path in self._paths.values()]
+        if stamps == self._read:
+            return False
+        path, said = self._paths.get, self.said
+        files = UpstreamTls(ca_file=path(said.ca_file), cert_file=path(said.cert_file), key_file=path(said.key_file))
         try:
-            status = Path(name).stat()
-        except OSError:
-            continue  # being replaced; the next look has it
-        found[name] = status.st_mtime_ns, status.st_ino
-    return found
+            self.credentials = tls.channel_credentials(files)
+        except StartError as error:
+            self._complain(str(error))
+            return False
+        self._read, self._complaint = stamps, ""
+        return True
+
+    def _complain(self, text: str) -> None:
+        if text != self._complaint:
+            stays = "the connections stay as they are" if self.credentials else "there is no connection until then"
+            log.warning("%s; %s", text, stays)
+        self._complaint = text
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Changes with the content; empty while there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino
