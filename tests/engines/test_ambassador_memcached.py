@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import msgspec
+import pylibmc  # type: ignore[import-untyped]
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from support.upstreams import assignment, memcached, spec
 
 from retinue_server.ambassador.core.spec import Endpoint, OutlierDetection, Protocol, Spec, Timeouts
-from retinue_server.ambassador.engines.native.ketama import Ring
 from retinue_server.ambassador.engines.native.plane import NativePlane
 
 
@@ -56,7 +60,7 @@ async def talk(address: str, data: bytes, until: bytes, pieces: int = 1) -> byte
         writer.close()
 
 
-async def served(plane: NativePlane, *shards: str, **policy: object) -> tuple[Spec, str]:
+async def served(plane: NativePlane, *shards: str, **policy: Any) -> tuple[Spec, str]:
     wanted = spec(Protocol.MEMCACHED, **policy)
     await plane.put(assignment(wanted, *(Endpoint(shard) for shard in shards)))
     return wanted, f"127.0.0.1:{wanted.listen.port}"
@@ -141,31 +145,16 @@ def _comparable(said: bytes) -> list[bytes]:
 
 
 async def test_keys_are_where_libmemcached_looks_for_them(plane: NativePlane, shards: list[str]) -> None:
-    """The clients of libmemcached store on the shards themselves; what they stored is found through us."""
-    if shutil.which("memccp") is None:
-        pytest.skip("needs memccat: apt-get install libmemcached-tools")
-    ring = Ring([(shard, 1, shard) for shard in shards])
-    told = {ring.of(f"key-{number}".encode()) for number in range(100)}
-    assert told == set(shards)
-    assert [(shard, ring.of(key.encode())) for key, shard in REFERENCE_OF(shards).items()] == [
-        (shard, shard) for shard in REFERENCE_OF(shards).values()
-    ]
-
-
-def REFERENCE_OF(shards: list[str]) -> dict[str, str]:  # noqa: N802 - what libmemcached says
-    """Asked of libmemcached itself, by its own weighted ketama."""
-    pylibmc = pytest.importorskip("pylibmc", reason="needs pylibmc: pip install pylibmc")
-    client = pylibmc.Client(
-        shards, behaviors={"ketama_weighted": True, "hash": "md5", "distribution": "consistent ketama weighted"}
-    )
-    keys = [f"k{number}" for number in range(200)]
-    for key in keys:
-        client.set(key, b"x")
-    found = {}
-    for shard in shards:
-        alone = pylibmc.Client([shard])
-        found |= {key: shard for key in keys if alone.get(key) is not None}
-    return found
+    """What a client of libmemcached stored on the shards is found through us, and what we stored by the client."""
+    _, address = await served(plane, *shards)
+    client = pylibmc.Client(shards, behaviors={"ketama_weighted": True})
+    for number in range(200):
+        await asyncio.to_thread(client.set, f"theirs{number}", str(number))
+        said = await talk(address, f"get theirs{number}\r\n".encode(), b"END\r\n")
+        assert said.split(b"\r\n")[1:2] == [str(number).encode()]
+        await talk(address, f"set ours{number} 0 0 1\r\nx\r\n".encode(), b"STORED\r\n")
+        assert await asyncio.to_thread(client.get, f"ours{number}") == b"x"
+    assert all(one.requests > 100 for one in (await plane.counts())["it"].endpoints.values()), "each has its share"
 
 
 async def test_a_shard_that_is_added_takes_its_share_and_no_other_keys(plane: NativePlane, shards: list[str]) -> None:
@@ -284,5 +273,94 @@ async def test_figures_are_those_of_all_shards(plane: NativePlane, shards: list[
     _, address = await served(plane, *shards)
     for number in range(50):
         await talk(address, f"set k{number} 0 0 1\r\nx\r\n".encode(), b"\r\n")
-    said = await talk(address, b"stats\r\n", b"END\r\n")
-    assert b"STAT curr_items 50\r\n" in said
+    each = [_items(await talk(shard, b"stats\r\n", b"END\r\n")) for shard in shards]
+    assert all(each)
+    assert _items(await talk(address, b"stats\r\n", b"END\r\n")) == sum(each)
+
+
+def _items(said: bytes) -> int:
+    """How many have been stored, since it was started."""
+    (line,) = (line for line in said.split(b"\r\n") if line.startswith(b"STAT total_items "))
+    return int(line.split()[2])
+
+
+KEYS = st.sampled_from([b"a", b"b", b"n", b"key-with-more"])
+VALUES = st.binary(max_size=40) | st.sampled_from([b"1", b"18446744073709551615", b"\r\nEND\r\n", b"x" * 5000])
+QUIET = st.sampled_from([b"", b" q"])
+NOREPLY = st.sampled_from([b"", b" noreply"])
+
+
+@st.composite
+def command(draw: st.DrawFn) -> bytes:  # noqa: C901, PLR0911 - one case each
+    """One that memcached understands, of those that are the same at any time."""
+    key, value = draw(KEYS), draw(VALUES)
+    kind = draw(
+        st.sampled_from(["store", "get", "gets", "delete", "count", "touch", "gat", "mg", "ms", "md", "ma", "mn"])
+    )
+    quiet, noreply = draw(QUIET), draw(NOREPLY)
+    size = b"%d" % len(value)
+    match kind:
+        case "store":
+            verb = draw(st.sampled_from([b"set", b"add", b"replace", b"append", b"prepend"]))
+            return verb + b" " + key + b" 3 0 " + size + noreply + b"\r\n" + value + b"\r\n"
+        case "get" | "gets":
+            return b"get " + b" ".join(draw(st.lists(KEYS, min_size=1, max_size=5))) + b"\r\n"
+        case "delete":
+            return b"delete " + key + noreply + b"\r\n"
+        case "count":
+            return draw(st.sampled_from([b"incr ", b"decr "])) + key + b" 7" + noreply + b"\r\n"
+        case "touch":
+            return b"touch " + key + b" 0" + noreply + b"\r\n"
+        case "gat":
+            return b"gat 0 " + key + b" " + draw(KEYS) + b"\r\n"
+        case "mg":
+            return b"mg " + key + draw(st.sampled_from([b"", b" v", b" v k f s", b" O7 v"])) + quiet + b"\r\n"
+        case "ms":
+            mode = draw(st.sampled_from([b"", b" ME", b" MA", b" F9", b" k O1"]))
+            return b"ms " + key + b" " + size + mode + quiet + b"\r\n" + value + b"\r\n"
+        case "md":
+            return b"md " + key + quiet + b"\r\n"
+        case "ma":
+            return b"ma " + key + draw(st.sampled_from([b"", b" D5 v", b" MD", b" N0 J13 v"])) + quiet + b"\r\n"
+    return b"mn\r\n"
+
+
+@given(st.lists(command(), max_size=30), st.lists(st.integers(0, 4000), max_size=8))
+@settings(
+    max_examples=60,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_any_commands_cut_anywhere_are_answered_as_one_server_answers_them(
+    shards: list[str], commands: list[bytes], cuts: list[int]
+) -> None:
+    async def answers() -> tuple[bytes, bytes]:
+        plane = NativePlane()
+        await plane.start()
+        _, address = await served(plane, shards[0])
+        said = b"".join(commands) + b"bogus\r\nget last\r\n"
+        both = []
+        for where, at in ((shards[0], []), (address, sorted(cuts))):
+            await talk(shards[0], b"flush_all\r\n", b"OK\r\n")
+            both.append(await exchanged(where, said, at))
+        await plane.stop()
+        return both[0], both[1]
+
+    direct, through = asyncio.run(answers())
+    assert through == direct
+
+
+async def exchanged(address: str, said: bytes, cuts: list[int]) -> bytes:
+    """All that is answered to what is sent in pieces, each a segment of its own."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 24)
+    try:
+        for begin, end in itertools.pairwise([0, *cuts, len(said)]):
+            writer.write(said[begin:end])
+            await writer.drain()
+            await asyncio.sleep(0)
+        async with asyncio.timeout(30):
+            return await reader.readuntil(b"ERROR\r\nEND\r\n")
+    finally:
+        writer.close()

@@ -25,6 +25,7 @@ def bootstrap(node_id: str, xds: Path, admin: Path, otlp_endpoint: str = "") -> 
         "admin": {"address": {"pipe": {"path": str(admin), "mode": 0o600}}},
         "dynamic_resources": {"ads_config": _ads_config(), "cds_config": _ADS, "lds_config": _ADS},
         "static_resources": {"clusters": clusters},
+        "stats_flush_on_admin": True,  # who looks finds histograms as they were at the last look, not as of some timer
     }
 
 

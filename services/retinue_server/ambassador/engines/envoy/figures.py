@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +22,9 @@ FILTER = (
     r"|tcp\.[^.]+\.downstream_cx_(total|rx_bytes_total|tx_bytes_total|no_route)"
     r"|redis\.[^.]+\.(downstream_rq_(total|active)|downstream_cx_(active|rx_bytes_total|tx_bytes_total))"
     r"|listener\.[^.]+\.downstream_cx_(active|total)"
-    r"|rate_limit\.http_local_rate_limit\.rate_limited"
+    r"|[^.]+\.http_local_rate_limit\.rate_limited"
     r"|local_rate_limit\.[^.]+\.rate_limited)$"
 )
-_HISTOGRAM = re.compile(r"cluster\.([^.]+)\.upstream_(rq_time|cx_connect_ms)")
 _UNHEALTHY = (
     ("failed_active_health_check", "its health check fails"),
     ("failed_outlier_check", "it is kept off after failures"),
@@ -61,7 +59,7 @@ class Figures:
     def __init__(self, admin: Admin) -> None:
         self._admin = admin
         self._plain: dict[str, int] = {}
-        self._histograms: dict[str, Mapping[str, Any]] = {}
+        self._histograms: dict[str, Sequence[Mapping[str, Any]]] = {}
         self._clusters: dict[str, Mapping[str, Any]] = {}
         self._since_ms = 0
 
@@ -74,11 +72,14 @@ class Figures:
             self._since_ms = since
         stats = await self._admin.get(f"/stats?format=json&histogram_buckets=disjoint&filter={_quoted(FILTER)}")
         self._plain = {one["name"]: one["value"] for one in stats["stats"] if "name" in one}
-        for one in stats["stats"]:
-            for found in one.get("histograms", ()):
-                self._histograms[found["name"]] = found
+        histograms = [found for one in stats["stats"] for found in one.get("histograms", ())]
+        self._histograms = {found["name"]: found["buckets"] for found in histograms}
         clusters = await self._admin.get("/clusters?format=json")
         self._clusters = {one["name"]: one for one in clusters.get("cluster_statuses", ())}
+
+    def forget(self) -> None:
+        """Envoy has ended, and so has what it had."""
+        self._plain, self._histograms, self._clusters = {}, {}, {}
 
     def connections(self, upstream_id: str) -> int:
         """From apps."""
@@ -115,7 +116,8 @@ class Figures:
             )
             found.retries, found.retries_denied = cluster("upstream_rq_retry"), cluster("upstream_rq_retry_overflow")
             found.timeouts = cluster("upstream_rq_timeout")
-        found.rate_limited = self._plain.get(f"local_rate_limit.{name}.rate_limited", 0)
+        limiter = f"{name}.http_local_rate_limit" if spec.protocol in HTTP_LIKE else f"local_rate_limit.{name}"
+        found.rate_limited = self._plain.get(f"{limiter}.rate_limited", 0)
         self._add_latency(found, name, "cx_connect_ms" if spec.protocol is Protocol.TCP else "rq_time")
         return found
 
@@ -131,14 +133,19 @@ class Figures:
             yield known.address, EndpointCounts(requests, errors, stats.get("cx_active", 0), known.healthy)
 
     def _add_latency(self, found: Counts, name: str, kind: str) -> None:
-        """Envoy's are milliseconds, and their bounds are the same for all."""
-        said = self._histograms.get(f"cluster.{name}.upstream_{kind}")
-        if said is None:
+        """Envoy's are milliseconds, and their bounds are the same for all; of what is beyond the last it says nothing.
+
+        Nor does it tell the sum: as many as are in a bucket are taken to be in the middle of it.
+        """
+        if not (buckets := self._histograms.get(f"cluster.{name}.upstream_{kind}")):
             return
-        buckets = [one for one in said.get("totals", ()) if "lower_bound" in one]
-        found.bounds_s = tuple((one["lower_bound"] + one["width"]) / 1000 for one in buckets)
-        found.buckets = [*(one["count"] for one in buckets), 0]
-        found.sum_s = sum((one["lower_bound"] + one["width"] / 2) / 1000 * one["count"] for one in buckets)
+        found.bounds_s = tuple(one["upper_bound"] / 1000 for one in buckets)
+        counted = [int(one["cumulative"]) for one in buckets]  # its name for the total; ours are asked for disjoint
+        found.buckets = [*counted, 0]
+        lower = (0.0, *found.bounds_s)
+        found.sum_s = sum(
+            (low + high) / 2 * count for low, high, count in zip(lower, found.bounds_s, counted, strict=False)
+        )
 
 
 def _front(spec: Spec) -> str:

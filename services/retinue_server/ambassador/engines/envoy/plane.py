@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import ssl
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from retinue_server.ambassador.core.spec import HTTP_LIKE, Balancer, Protocol
 from retinue_server.ambassador.engine import Assignment, Counts, EndpointHealth, PlaneKind, Refused, State
 from retinue_server.ambassador.engines.envoy import render
+from retinue_server.ambassador.engines.envoy.accepting import Accepting
 from retinue_server.ambassador.engines.envoy.admin import Admin
 from retinue_server.ambassador.engines.envoy.bootstrap import bootstrap, tracing
 from retinue_server.ambassador.engines.envoy.child import Child, find
@@ -34,7 +34,8 @@ _LOOK_S, _LOOK_SOON_S = 5.0, 0.1
 """How often Envoy's figures are read by themselves, and while something drains."""
 _FILES_S = 1.0
 """How often certificates and passwords are looked at."""
-_LISTENING_S = 5.0
+_LISTENING_S, _DEAF_S = 10.0, 1.0
+"""How long a listener may take to accept, and to end."""
 _HTTP_POLICIES = [
     "policy.timeouts.request_duration",
     "policy.timeouts.per_try_duration",
@@ -105,14 +106,20 @@ class EnvoyPlane:
         admin = socket.with_name("admin.sock")
         self._admin = Admin(admin)
         self._figures = Figures(self._admin)
+        self._accepting = Accepting()
         endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
         self._tracing = tracing("retinue-ambassador") if endpoint and program else None
         self._program, self._directory = program, directory
         self._bootstrap = bootstrap("retinue", socket, admin, endpoint if program else "")
-        self._child = Child(program, directory, self._bootstrap, concurrency, self._came_or_went) if program else None
+        self._child = Child(program, directory, self._bootstrap, concurrency, self._ended) if program else None
         self.state = State(live=False, reason="Envoy has not come yet")
         self._served: dict[str, Assignment] = {}
+        self._files: dict[str, _Files] = {}
+        """What stood in the files of what is served."""
         self._locks: dict[str, asyncio.Lock] = {}
+        self._changing: dict[str, asyncio.Future[None]] = {}
+        self._complaints: dict[str, str] = {}
+        """What is wrong with files, so that the log says it once."""
         self._draining: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._look = asyncio.Event()
@@ -123,6 +130,10 @@ class EnvoyPlane:
     def listen(self, changed: Callable[[], None]) -> None:
         self._changed = changed
 
+    def _ended(self) -> None:
+        self._figures.forget()
+        self._came_or_went()
+
     def _came_or_went(self) -> None:
         live = self._xds.connected
         self.state = State(live, "" if live else "Envoy is away", self._xds.version)
@@ -131,17 +142,43 @@ class EnvoyPlane:
     # Serving
 
     async def put(self, wanted: Assignment) -> None:
+        async with self._lock(wanted.spec.upstream_id):
+            await self._change(wanted)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        """One change of an upstream at a time."""
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    async def _change(self, wanted: Assignment) -> None:
+        """In a task of its own, which `drain` and `remove` end: what they take away would be waited for for ever."""
         name = wanted.spec.upstream_id
-        async with self._locks.setdefault(name, asyncio.Lock()):
-            files = await asyncio.to_thread(_read, wanted.spec)
-            before = self._served.get(name)
-            try:
-                await self._put(wanted, files)
-            except Refused:
-                await self._put_back(name, before)
+        changing = self._changing[name] = asyncio.ensure_future(self._serve(wanted))
+        try:
+            await changing
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
                 raise
-            self._served[name] = wanted
-            self._draining.discard(name)
+            raise Refused("it was drained or removed before it was served") from None
+        finally:
+            del self._changing[name]
+
+    async def _serve(self, wanted: Assignment) -> None:
+        """To this from what was served before, or not at all."""
+        name = wanted.spec.upstream_id
+        files = await asyncio.to_thread(_read, wanted.spec)
+        try:
+            await self._put(wanted, files)
+        except Refused:
+            await self._put_back(name)
+            raise
+        self._served[name], self._files[name] = wanted, files
+        self._draining.discard(name)
+
+    async def _stop_changing(self, name: str) -> None:
+        if (changing := self._changing.get(name)) is not None:
+            changing.cancel()
+            await asyncio.wait({changing})
 
     async def _put(self, wanted: Assignment, files: _Files) -> None:
         """Each part after those that it needs."""
@@ -156,7 +193,13 @@ class EnvoyPlane:
         if spec.protocol in HTTP_LIKE:
             await xds.put(routes, render.routes(spec))
         if not has_listener:
-            await _listening(spec.listen)
+            await self._accepts(spec.listen)
+
+    async def _accepts(self, listen: Listen) -> None:
+        try:
+            await self._accepting.until(listen, _LISTENING_S, accepts=True)
+        except TimeoutError:
+            raise Refused("its listener does not accept: see Envoy's log") from None
 
     async def _put_cluster(self, wanted: Assignment, files: _Files) -> None:
         """Envoy takes a cluster only when it has its endpoints, and wants those of one that changes anew."""
@@ -180,25 +223,33 @@ class EnvoyPlane:
         if spec.tls is not None and spec.tls.cert_file:
             self._xds.want(Key(render.SECRET, f"{name}/cert"), render.cert_secret(name, files.cert, files.key))
 
-    async def _put_back(self, name: str, before: Assignment | None) -> None:
+    async def _put_back(self, name: str) -> None:
         """What was served before is wanted again; of what never was, nothing."""
-        if before is None:
+        if (before := self._served.get(name)) is None:
             self._xds.drop(_keys(name))
             return
         with contextlib.suppress(Refused):
-            await self._put(before, await asyncio.to_thread(_read, before.spec))
+            await self._put(before, self._files[name])
 
     async def drain(self, upstream_id: str) -> None:
+        await self._stop_changing(upstream_id)
         self._draining.add(upstream_id)
         self._xds.drop([Key(render.LISTENER, upstream_id)])
+        if (served := self._served.get(upstream_id)) is not None and self._xds.connected:
+            with contextlib.suppress(TimeoutError, Unavailable):
+                await self._accepting.until(served.spec.listen, _DEAF_S, accepts=False)
+                await self._figures.look()  # whoever asks for its connections now gets those that were accepted last
         self._look.set()
 
     async def remove(self, upstream_id: str) -> None:
-        """Its connections end with its cluster."""
+        await self._stop_changing(upstream_id)
         self._xds.drop(_keys(upstream_id))
         self._served.pop(upstream_id, None)
+        self._files.pop(upstream_id, None)
+        self._complaints.pop(upstream_id, None)
         self._draining.discard(upstream_id)
-        self._locks.pop(upstream_id, None)
+        if not self._lock(upstream_id).locked():
+            del self._locks[upstream_id]
 
     async def validate(self, wanted: Assignment) -> None:
         from retinue_server.ambassador.engines.envoy import validation  # noqa: PLC0415 - asked for seldom
@@ -244,24 +295,27 @@ class EnvoyPlane:
                 await asyncio.wait_for(self._look.wait(), _LOOK_SOON_S if self._draining else _LOOK_S)
 
     async def _keep_files(self) -> None:
-        """Certificates and passwords that change go out."""
-        known: dict[str, str] = {}
+        """Certificates and passwords that change go out; not of what is changing or draining anyway."""
         while True:
             for name, served in list(self._served.items()):
-                if served.spec.tls is None and served.spec.redis_auth is None:
-                    continue
-                try:
-                    files = await asyncio.to_thread(_read, served.spec)
-                except Refused as error:
-                    log.warning("upstream %s: %s; the former go on", name, error)
-                    continue
-                digest = hashlib.sha256(repr(files).encode()).hexdigest()
-                if known.get(name, digest) != digest:
-                    log.info("upstream %s: its files have changed", name)
-                    with contextlib.suppress(Refused):
-                        await self.put(served)
-                known[name] = digest
+                has_files = served.spec.tls is not None or served.spec.redis_auth is not None
+                if has_files and name not in self._draining and not self._lock(name).locked():
+                    async with self._lock(name):
+                        await self._renew(name, served)
             await asyncio.sleep(_FILES_S)
+
+    async def _renew(self, name: str, served: Assignment) -> None:
+        try:
+            files = await asyncio.to_thread(_read, served.spec)
+            if self._served.get(name) is not served or name in self._draining or files == self._files[name]:
+                return
+            log.info("upstream %s: its files have changed", name)
+            await self._change(served)
+            self._complaints.pop(name, None)
+        except Refused as error:
+            if self._complaints.get(name) != str(error):
+                log.warning("upstream %s: %s; the former go on", name, error)
+            self._complaints[name] = str(error)
 
     # Life
 
@@ -317,20 +371,3 @@ def _read(spec: Spec) -> _Files:
 
 
 _SYSTEM_CA = "/etc/ssl/certs/ca-certificates.crt"
-
-
-async def _listening(listen: Listen) -> None:
-    """Returns when the listener accepts, which Envoy does not tell: looks whether the kernel has it."""
-    end = asyncio.get_running_loop().time() + _LISTENING_S
-    while not await asyncio.to_thread(_is_listening, listen):
-        if asyncio.get_running_loop().time() > end:
-            raise Refused("its listener does not accept: see Envoy's log")
-        await asyncio.sleep(0.005)
-
-
-def _is_listening(listen: Listen) -> bool:
-    if listen.path:
-        return any(line.endswith(listen.path) for line in Path("/proc/net/unix").read_text().splitlines())
-    wanted = f"0100007F:{listen.port:04X}"
-    rows = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
-    return any(row[1] == wanted and row[3] == "0A" for row in rows)

@@ -411,7 +411,7 @@ def _rate_limit(spec: Spec) -> Json:
     assert rate is not None
     everything = {"default_value": percent(100)}
     said = {
-        "stat_prefix": "rate_limit",
+        "stat_prefix": spec.upstream_id,
         "token_bucket": _bucket(rate.requests, rate.per_s, rate.burst),
         "filter_enabled": everything,
         "filter_enforced": everything,

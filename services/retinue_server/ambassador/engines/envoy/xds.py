@@ -32,6 +32,10 @@ _REQUEST = "envoy.service.discovery.v3.DeltaDiscoveryRequest"
 _RESPONSE = "envoy.service.discovery.v3.DeltaDiscoveryResponse"
 _WILDCARD = frozenset({render.CLUSTER, render.LISTENER})
 """Types of which Envoy wants all; of the others it asks by name."""
+_ADOPTION_S = 30.0
+"""What an Envoy has of a server before this one goes on so long, and then ends unless it has been declared anew."""
+_ORDER = (render.LISTENER, render.ROUTES, render.CLUSTER, render.ENDPOINTS, render.SECRET)
+"""In which resources go: what needs another before it."""
 _OPTIONS = (("grpc.max_receive_message_length", 64 * 1024 * 1024), ("grpc.so_reuseport", 0))
 
 
@@ -61,6 +65,7 @@ class Xds:
         self._waiting: dict[Key, list[tuple[str, asyncio.Future[None]]]] = {}
         self._stream: _Stream | None = None
         self._server: aio.Server | None = None
+        self._sweeping: asyncio.TimerHandle | None = None
         self.version = ""
         """Of Envoy."""
 
@@ -92,7 +97,7 @@ class Xds:
         resource = _resource(key, said)
         before = self._wanted.get(key)
         self._wanted[key] = resource
-        if self._taken.get(key) == resource.version and self._stream is not None and not again:
+        if self._stream is not None and self._stream.has(key, resource.version) and not again:
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key, []).append((resource.version, future))
@@ -127,7 +132,7 @@ class Xds:
             self._stream.tell([key])
 
     def drop(self, keys: Iterable[Key]) -> None:
-        """Wants these no more."""
+        """Wants these no more; nobody may be waiting for one of them."""
         gone = [key for key in keys if self._wanted.pop(key, None) is not None]
         for key in gone:
             self._taken.pop(key, None)
@@ -147,6 +152,7 @@ class Xds:
 
     def refused(self, key: Key, version: str, message: str) -> None:
         """It does not take it."""
+        message = message.strip()
         log.warning("Envoy refuses %s %s: %s", key.kind.rpartition(".")[2], key.name, message)
         for wanted, future in self._waiting.get(key, []):
             if wanted == version and not future.done():
@@ -173,11 +179,25 @@ class Xds:
         """Whether an Envoy took this very one before."""
         return self._wanted[key].version == self._taken.get(key)
 
+    @property
+    def is_adopting(self) -> bool:
+        """Whether what Envoy has, and nobody has declared yet, is left to it."""
+        return self._sweeping is not None
+
+    def sweep(self) -> None:
+        """From now on Envoy has what is declared, and nothing else."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            self._sweeping = None
+        if self._stream is not None:
+            self._stream.sweep()
+
     # Life
 
     async def start(self) -> None:
         if self._server is not None:
             return
+        self._sweeping = asyncio.get_running_loop().call_later(_ADOPTION_S, self.sweep)
         self._socket.parent.mkdir(parents=True, exist_ok=True)
         self._socket.unlink(missing_ok=True)  # the data directory is locked: nobody answers on it
         self._server = aio.server(options=_OPTIONS)
@@ -195,6 +215,9 @@ class Xds:
 
     async def stop(self) -> None:
         server, self._server = self._server, None
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            self._sweeping = None
         if server is not None:
             await server.stop(None)
 
@@ -219,6 +242,10 @@ class _Stream:
         self._kinds: set[str] = set()
         self._known: dict[Key, str] = {}
         """What it has, or was sent."""
+        self._acknowledged: dict[Key, str] = {}
+        """What it has for certain."""
+        self._last: dict[Key, str] = {}
+        """The nonce of the latest response in which a resource was."""
         self._sent: dict[str, dict[Key, str]] = {}
         """By nonce: the versions that were in it; empty for what was removed."""
         self._nonces = itertools.count(1)
@@ -243,10 +270,11 @@ class _Stream:
     def _heard(self, request: Any) -> None:
         kind = request.type_url.removeprefix(bindings.type_url(""))
         if request.response_nonce:
-            self._answered(self._sent.pop(request.response_nonce, {}), request.error_detail.message)
+            sent = self._sent.pop(request.response_nonce, {})
+            self._answered(request.response_nonce, sent, request.error_detail.message)
         for name, version in request.initial_resource_versions.items():
             key = Key(kind, name)
-            self._known[key] = version
+            self._known[key] = self._acknowledged[key] = version
             self._xds.took(key, version)
         self._asked -= {Key(kind, name) for name in request.resource_names_unsubscribe}
         asked = [Key(kind, name) for name in request.resource_names_subscribe]
@@ -257,13 +285,25 @@ class _Stream:
         elif asked:
             self._send(key for key in asked if self._xds.has(key))
 
-    def _answered(self, sent: dict[Key, str], error: str) -> None:
+    def _answered(self, nonce: str, sent: dict[Key, str], error: str) -> None:
         for key, version in sent.items():
+            is_last = self._last.get(key) == nonce
             if error:
-                self._known.pop(key, None)
+                if is_last:
+                    self._known.pop(key, None)
                 self._xds.refused(key, version, error)
-            elif version:
+            elif version and is_last:  # else something newer is on the way: another content, or its removal
+                self._acknowledged[key] = version
                 self._xds.took(key, version)
+
+    def has(self, key: Key, version: str) -> bool:
+        """Whether Envoy has this for certain, and nothing newer is on the way."""
+        return self._known.get(key) == self._acknowledged.get(key) == version
+
+    def sweep(self) -> None:
+        """What is not wanted ends."""
+        gone = [key for key in self._known if not self._xds.has(key)]
+        self.tell(sorted(gone, key=lambda key: _ORDER.index(key.kind)))
 
     def _begin(self, kind: str) -> None:
         """A type is asked for first: all of it that this Envoy does not have, what is known to be good at once."""
@@ -271,6 +311,8 @@ class _Stream:
         differing = [key for key in wanted if self._known.get(key) != self._version(key)]
         good = [key for key in differing if self._xds.is_known_good(key)]
         gone = [key for key in self._known if key.kind == kind and not self._xds.has(key)]
+        if self._xds.is_adopting:
+            gone = []
         if good or gone or (not wanted and kind in _WILDCARD):
             self._respond(kind, good, gone)
         self._send(key for key in differing if key not in set(good))
@@ -310,10 +352,12 @@ class _Stream:
             sent[key] = found.version
         response.removed_resources.extend(key.name for key, version in sent.items() if not version)
         for key, version in sent.items():
+            self._last[key] = nonce
             if version:
                 self._known[key] = version
             else:
                 self._known.pop(key, None)
+                self._acknowledged.pop(key, None)
         self._sent[nonce] = sent
         self._queue.put_nowait(response)
 

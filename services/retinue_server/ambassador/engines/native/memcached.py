@@ -37,7 +37,7 @@ _MANY_KEYS = {b"get": 1, b"gets": 1, b"gat": 2, b"gats": 2}
 """Where their keys begin."""
 _TO_ALL = frozenset((b"flush_all", b"verbosity"))
 _META_COMMANDS = frozenset((b"mg", b"ms", b"md", b"ma", b"me"))
-_SUPPRESSED = {b"mg": (b"EN",), b"ms": (b"HD",), b"md": (b"HD", b"NF"), b"ma": (b"HD", b"NF"), b"me": (b"EN",)}
+_SUPPRESSED = {b"mg": (b"EN",), b"ms": (b"HD",), b"md": (b"HD",), b"ma": (b"HD", b"VA"), b"me": (b"EN",)}
 """Answers that a quiet command does not give."""
 _FIRST_ONLY = frozenset((b"pid", b"uptime", b"time", b"version", b"libevent", b"pointer_size", b"threads"))
 """Figures of `stats` that are no sums."""

@@ -27,7 +27,8 @@ class Front(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._back: Back | None = None
         self._ahead = bytearray()
-        self._ended = False
+        self.has_ended = False
+        """Whether the app has said all."""
         self._connecting: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -64,10 +65,13 @@ class Front(asyncio.Protocol):
             async with asyncio.timeout(served.assignment.spec.policy.timeouts.connect_s):
                 await connect(served, backend, back, self._context())
         except (OSError, TimeoutError) as error:
-            backend.active -= 1
+            back.abandon()
             served.count.timeouts += isinstance(error, TimeoutError)
             served.backends.failed(backend)
             return False
+        except asyncio.CancelledError:  # the app has gone
+            back.abandon()
+            raise
         served.backends.succeeded(backend)
         served.took(served.now() - began)
         self._join(back)
@@ -76,15 +80,16 @@ class Front(asyncio.Protocol):
     def _join(self, back: Back) -> None:
         self._back = back
         assert self._transport is not None
-        if self._transport.is_closing():
+        if self._transport.is_closing() or back.transport.is_closing():
             back.transport.abort()
+            self._transport.close()
             return
-        if self._ahead:
-            back.transport.write(self._ahead)
-            self._ahead = bytearray()
-        if self._ended:
-            back.end()
         self._transport.resume_reading()
+        if self._ahead:
+            back.transport.write(self._ahead)  # which may pause the reading again
+            self._ahead = bytearray()
+        if self.has_ended:
+            back.end()
         back.watch_idle()
 
     @property
@@ -104,7 +109,7 @@ class Front(asyncio.Protocol):
             self.transport.pause_reading()
 
     def eof_received(self) -> bool:
-        self._ended = True
+        self.has_ended = True
         if self._back is not None:
             self._back.end()
         return True
@@ -117,17 +122,22 @@ class Front(asyncio.Protocol):
         if self._back is not None and not self._back.transport.is_closing():
             self._back.transport.resume_reading()
 
-    def connection_lost(self, _: Exception | None) -> None:
+    def connection_lost(self, error: Exception | None) -> None:
         self._served.open.discard(self.transport)
         if self._connecting is not None:
             self._connecting.cancel()
-        if self._back is not None:
+        if self._back is not None and error is not None:
+            self._back.transport.abort()
+        elif self._back is not None:
             self._back.transport.close()
 
     def end(self) -> None:
-        """The endpoint has said all; the app may still say something."""
+        """The endpoint has said all; the app may still say something, unless it has said all too."""
         with contextlib.suppress(OSError, RuntimeError):
-            self.transport.write_eof()
+            if self.has_ended:
+                self.transport.close()
+            else:
+                self.transport.write_eof()
 
 
 class Back(asyncio.Protocol):
@@ -137,6 +147,7 @@ class Back(asyncio.Protocol):
         self._front, self._served, self._backend = front, served, backend
         self._transport: asyncio.Transport | None = None
         self._is_over = False
+        self._has_ended = False
         self._timer: asyncio.TimerHandle | None = None
         self.last = served.now()
 
@@ -155,6 +166,7 @@ class Back(asyncio.Protocol):
         self._front.transport.write(data)
 
     def eof_received(self) -> bool:
+        self._has_ended = True
         self._front.end()
         return True
 
@@ -166,9 +178,7 @@ class Back(asyncio.Protocol):
             self._front.transport.resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
-        if not self._is_over:
-            self._is_over = True
-            self._backend.active -= 1
+        self._is_done()
         if self._timer is not None:
             self._timer.cancel()
         if error is not None:
@@ -176,10 +186,21 @@ class Back(asyncio.Protocol):
         else:
             self._front.transport.close()
 
+    def _is_done(self) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._backend.active -= 1
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more."""
+        self._is_done()
+        if self._transport is not None:
+            self._transport.abort()
+
     def end(self) -> None:
-        """The app has said all; the endpoint may still answer."""
+        """The app has said all; the endpoint may still answer, unless it has said all too."""
         with contextlib.suppress(OSError, RuntimeError, NotImplementedError):
-            if self.transport.can_write_eof():
+            if self.transport.can_write_eof() and not self._has_ended:
                 self.transport.write_eof()
             else:  # TLS can't be closed by halves
                 self.transport.close()

@@ -16,12 +16,14 @@ Stamp = tuple[tuple[str, int, int], ...]
 
 def context(tls: Tls) -> ssl.SSLContext:
     """Raises Refused for files that can't be used; blocks."""
+    named = tls.ca_file
     try:
         made = ssl.create_default_context(cafile=tls.ca_file or None)
         if tls.cert_file:
+            named = f"{tls.cert_file} with {tls.key_file}"
             made.load_cert_chain(tls.cert_file, tls.key_file)
     except (OSError, ssl.SSLError) as error:
-        raise Refused(f"cannot use a file that tls names: {error}") from None
+        raise Refused(f"cannot use {named}: {error}") from None
     return made
 
 
