@@ -34,56 +34,78 @@ from support.postgres import free_port
 _START_S = 20.0
 
 
-class LineServer:
-    """Answers each line with its name and the line; real TCP."""
+class _Server:
+    """Real TCP; what it says is the subclass's."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.lines, self.connections = name, 0, 0
+        self.name, self.address = name, ""
         self._server: asyncio.Server | None = None
-        self.address = ""
+        self._open: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
+        self._stopped = asyncio.Event()
 
     async def start(self, context: ssl.SSLContext | None = None, port: int = 0) -> None:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, ssl=context)
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.connections += 1
-        with contextlib.suppress(ConnectionError):
-            while line := await reader.readline():
-                self.lines += 1
-                writer.write(f"{self.name} ".encode() + line)
-                await writer.drain()
-        writer.close()
+        task = asyncio.current_task()
+        assert task is not None
+        self._open[task] = writer
+        try:
+            with contextlib.suppress(OSError, h11.RemoteProtocolError):
+                await self._talk(reader, writer)
+        finally:
+            del self._open[task]
+            writer.close()
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        raise NotImplementedError
 
     def stop(self) -> None:
+        """Accepts no more, and cuts what is open."""
+        self._stopped.set()
         if self._server is not None:
             self._server.close()
+        for writer in self._open.values():
+            writer.transport.abort()
+
+    async def ended(self) -> None:
+        """Returns when nothing of it is under way."""
+        while self._open:
+            await asyncio.wait(set(self._open))
 
 
-class WebServer:
+class LineServer(_Server):
+    """Answers each line with its name and the line."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.lines = self.connections = 0
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        while line := await reader.readline():
+            self.lines += 1
+            writer.write(f"{self.name} ".encode() + line)
+            await writer.drain()
+
+
+class WebServer(_Server):
     """HTTP/1.1 as the test says: what each request is answered with."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        super().__init__(name)
         self.requests: list[tuple[str, dict[str, str]]] = []
         """Paths and headers, as they came."""
         self.status = 200
         self.delay_s = 0.0
         self.failing: Counter[str] = Counter()
         """Paths that fail with 503 so many times more."""
-        self._server: asyncio.Server | None = None
-        self.address = ""
 
-    async def start(self, context: ssl.SSLContext | None = None, port: int = 0) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port, ssl=context)
-        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = h11.Connection(h11.SERVER)
-        with contextlib.suppress(OSError, h11.RemoteProtocolError):
-            while await self._one(connection, reader, writer):
-                connection.start_next_cycle()
-        writer.close()
+        while await self._one(connection, reader, writer):
+            connection.start_next_cycle()
 
     async def _one(
         self, connection: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -98,7 +120,8 @@ class WebServer:
                 break
             elif isinstance(event, h11.ConnectionClosed):
                 return False
-        await asyncio.sleep(self.delay_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopped.wait(), self.delay_s)
         body = self.name.encode()
         head = h11.Response(status_code=status, headers=[("content-length", str(len(body)))])
         for part in (head, h11.Data(data=body), h11.EndOfMessage()):
@@ -113,10 +136,6 @@ class WebServer:
             self.failing[path] -= 1
             return 503
         return self.status
-
-    def stop(self) -> None:
-        if self._server is not None:
-            self._server.close()
 
 
 class Answer:
@@ -226,6 +245,8 @@ async def running(*servers: Any) -> AsyncIterator[None]:
     finally:
         for server in servers:
             server.stop()
+        for server in servers:
+            await server.ended()
 
 
 @contextlib.contextmanager
