@@ -121,7 +121,10 @@ class DataPlane(Protocol):
         """Accepts no new connections for it; the open ones go on. `put` ends the drain."""
 
     async def remove(self, upstream_id: str) -> None:
-        """Ends its listener and what connections are open. Removing what is not there does nothing."""
+        """Ends its listener and what connections are open. Removing what is not there does nothing.
+
+        An Envoy that is attached ends connections of raw TCP when its own drain time is over.
+        """
 
     def connections(self, upstream_id: str) -> int:
         """From apps, open now, as far as is known."""

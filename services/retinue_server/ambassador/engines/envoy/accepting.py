@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from retinue_server.ambassador.core.spec import Listen
 
 _LOOK_S = 0.005
-_LISTEN = "0A"
+LISTENING = "0A"
+"""A state of TCP, as the kernel has it."""
 
 
 class _Waiting(NamedTuple):
@@ -28,7 +29,7 @@ class Accepting:
 
     async def until(self, listen: Listen, seconds: float, *, accepts: bool) -> None:
         """Returns when it accepts, or no more; raises TimeoutError."""
-        waiting = _Waiting(_name(listen), accepts, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(name(listen), accepts, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look())
@@ -45,12 +46,12 @@ class Accepting:
             await asyncio.sleep(_LOOK_S)
 
 
-def _name(listen: Listen) -> str:
-    """As the kernel has it."""
+def name(listen: Listen) -> str:
+    """How the kernel's tables name it."""
     return listen.path or f"0100007F:{listen.port:04X}"
 
 
 def _known() -> set[str]:
     tcp = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
     unix = (line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:])
-    return {row[1] for row in tcp if row[3] == _LISTEN} | {row[-1] for row in unix}
+    return {row[1] for row in tcp if row[3] == LISTENING} | {row[-1] for row in unix}

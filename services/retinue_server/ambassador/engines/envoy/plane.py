@@ -17,6 +17,7 @@ from retinue_server.ambassador.engines.envoy.accepting import Accepting
 from retinue_server.ambassador.engines.envoy.admin import Admin
 from retinue_server.ambassador.engines.envoy.bootstrap import bootstrap, tracing
 from retinue_server.ambassador.engines.envoy.child import Child, find
+from retinue_server.ambassador.engines.envoy.cutting import cut
 from retinue_server.ambassador.engines.envoy.figures import Figures
 from retinue_server.ambassador.engines.envoy.xds import Key, Xds
 from retinue_server.runtime.errors import Unavailable
@@ -244,12 +245,29 @@ class EnvoyPlane:
     async def remove(self, upstream_id: str) -> None:
         await self._stop_changing(upstream_id)
         self._xds.drop(_keys(upstream_id))
-        self._served.pop(upstream_id, None)
+        served = self._served.pop(upstream_id, None)
         self._files.pop(upstream_id, None)
         self._complaints.pop(upstream_id, None)
         self._draining.discard(upstream_id)
         if not self._lock(upstream_id).locked():
             del self._locks[upstream_id]
+        if served is not None:
+            await self._cut(served)
+
+    async def _cut(self, served: Assignment) -> None:
+        """Once nobody is accepted any more."""
+        if self._child is None or not self._xds.connected:
+            return  # an Envoy beside us ends them when its drain time is over
+        with contextlib.suppress(TimeoutError):
+            await self._accepting.until(served.spec.listen, _DEAF_S, accepts=False)
+        try:
+            await asyncio.to_thread(cut, self._child.pid, served.spec.listen)
+        except OSError as error:
+            log.warning(
+                "upstream %s: its connections can't be cut (%s); they end within an hour",
+                served.spec.upstream_id,
+                error,
+            )
 
     async def validate(self, wanted: Assignment) -> None:
         from retinue_server.ambassador.engines.envoy import validation  # noqa: PLC0415 - asked for seldom
