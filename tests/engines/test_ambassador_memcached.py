@@ -284,6 +284,19 @@ def _items(said: bytes) -> int:
     return int(line.split()[2])
 
 
+async def test_a_value_that_comes_in_parts_after_another_command_is_waited_for_no_longer_than_needed(
+    plane: NativePlane, shards: list[str]
+) -> None:
+    _, address = await served(plane, *shards)
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"get none\r\nset a 0 0 4\r\nab")
+    assert await reader.readline() == b"END\r\n"
+    writer.write(b"cd\r\n")
+    assert await reader.readline() == b"STORED\r\n"
+    writer.close()
+
+
 KEYS = st.sampled_from([b"a", b"b", b"n", b"key-with-more"])
 VALUES = st.binary(max_size=40) | st.sampled_from([b"1", b"18446744073709551615", b"\r\nEND\r\n", b"x" * 5000])
 QUIET = st.sampled_from([b"", b" q"])

@@ -183,6 +183,7 @@ class Front(asyncio.Protocol):
                 break
             at = used
         self._buffer = self._buffer[at:]
+        self._needed = max(0, self._needed - at)
         if len(self._buffer) > _MAX_LINE and not self._needed:
             self._say(_TOO_LONG)
             self._end()
