@@ -3,7 +3,8 @@
 What an app sends is cut into commands, each goes to the shard of its key, and answers come back in the order of the
 app's commands. Shards answer in the order in which they are asked, so that a queue for each says whose answer it is.
 `noreply` and quiet flags are taken out on the way, and what they suppress is suppressed here: then there is one answer
-to each command, and an error can't be taken for another's.
+to each command, and an error can't be taken for another's. What is suppressed is what memcached 1.6.18 suppresses, with
+one difference: a quiet `ma` that creates its item is silent, as one that finds it is.
 """
 
 from __future__ import annotations
