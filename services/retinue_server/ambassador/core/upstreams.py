@@ -165,7 +165,7 @@ class Upstreams:
                     address=kept.address,
                 )
             return
-        other = next((one for one in self._kept.values() if _collide(one.declared.listen, wanted)), None)
+        other = next((one for one in self._kept.values() if _collide(one.listen, wanted)), None)
         if other is not None:
             raise AlreadyExists(
                 f"cannot declare {spec.upstream_id}: {other.upstream_id} listens on {other.address}",
