@@ -115,3 +115,12 @@ def heard(answers: TextIO) -> str:
         return answers.readline().strip()
     except ConnectionError:
         return ""
+
+
+def is_refused(address: str) -> bool:
+    """Whether nobody accepts there."""
+    try:
+        dial(address).close()
+    except (ConnectionRefusedError, FileNotFoundError):
+        return True
+    return False
