@@ -173,7 +173,13 @@ def test_every_field_that_is_wrong_is_named_at_once(declare: Declare, name: str)
 def test_output_fields_must_be_unset(ambassador_operator: Client, name: str) -> None:
     with pytest.raises(Refused) as error:
         ambassador_operator.DeclareUpstream(
-            upstream={"upstream_id": name, "protocol": "PROTOCOL_TCP", "pushed": {}, "status": {"state": 2}, "etag": "x"}
+            upstream={
+                "upstream_id": name,
+                "protocol": "PROTOCOL_TCP",
+                "pushed": {},
+                "status": {"state": 2},
+                "etag": "x",
+            }
         )
     assert error.value.fields == {"upstream.status", "upstream.etag"}
 
@@ -369,9 +375,7 @@ def test_an_answer_of_the_upstream_is_an_answer_whatever_its_status(
         assert ambassador.Invoke(upstream_id=name, path=f"/status/{status}").status == status
 
 
-def test_an_invocation_is_part_of_the_callers_trace(
-    declare: Declare, ambassador: Client, web: Web, name: str
-) -> None:
+def test_an_invocation_is_part_of_the_callers_trace(declare: Declare, ambassador: Client, web: Web, name: str) -> None:
     declare(name, web, protocol="PROTOCOL_HTTP")
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
     call = ambassador.begin("Invoke", upstream_id=name, metadata=[("traceparent", f"00-{trace}-00f067aa0ba902b7-01")])
@@ -453,7 +457,9 @@ def test_a_forbidden_address_is_refused_and_nothing_is_declared(
         ambassador_operator.SetEndpoints(upstream_id=name, endpoints=[{"address": address}])
 
 
-@pytest.mark.parametrize("address", ["2130706433:80", "0x7f.1:80", "127.1:80", "localhost:80", "[::1%lo]:80", "017700000001:80"])
+@pytest.mark.parametrize(
+    "address", ["2130706433:80", "0x7f.1:80", "127.1:80", "localhost:80", "[::1%lo]:80", "017700000001:80"]
+)
 def test_no_other_spelling_gets_past_it(declare: Declare, name: str, address: str) -> None:
     with pytest.raises(Refused, match="INVALID_ARGUMENT"):
         declare(name, static={"endpoints": [{"address": address}]})

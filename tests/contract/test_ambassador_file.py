@@ -215,9 +215,7 @@ def test_the_env_file_has_the_address_of_each_upstream_while_it_is_there(
 def test_standalone_stands_in_for_discovery_and_says_so(serve: Serve, servers: Any) -> None:
     one, two = servers
     stands_in = f"127.0.0.1:{port(one.address)}"
-    server = serve(
-        "ambassador", **{f"{PREFIX}STANDALONE": f"a={stands_in}", f"{PREFIX}DATA_PLANE": "native"}
-    )
+    server = serve("ambassador", **{f"{PREFIX}STANDALONE": f"a={stands_in}", f"{PREFIX}DATA_PLANE": "native"})
     with calls(server) as client:
         dns = {"hostname": "db.example.invalid", "port": 5432}
         tls = {"server_name": "db.example.invalid"}

@@ -151,7 +151,11 @@ def read(path: Path) -> Sequence[Spec]:
         raise UpstreamFileError(f"it can't be read: {error}") from None
     except yaml.YAMLError as error:
         raise UpstreamFileError(f"it is no YAML: {error}") from None
-    if not isinstance(values, dict) or set(values) - {"upstreams"} or not isinstance(values.get("upstreams") or [], list):
+    if (
+        not isinstance(values, dict)
+        or set(values) - {"upstreams"}
+        or not isinstance(values.get("upstreams") or [], list)
+    ):
         raise UpstreamFileError("it must be a mapping with the one key `upstreams`, a list")
     wrong: list[str] = []
     found = list(_specs(values.get("upstreams") or [], wrong))
