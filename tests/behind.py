@@ -51,7 +51,7 @@ class _LineHandler(socketserver.StreamRequestHandler):
 
 
 class Web(_Server):
-    """HTTP/1.1: `/status/N` answers so, `/size/N` with so many bytes, `/held` when `release` is set; others say what came."""
+    """HTTP/1.1: `/status/N` answers so, `/size/N` with N bytes, `/held` once `release` is set; others say what came."""
 
     def __init__(self, name: str) -> None:
         self.held = threading.Event()

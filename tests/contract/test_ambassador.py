@@ -395,9 +395,7 @@ def test_an_invocation_is_part_of_the_callers_trace(declare: Declare, ambassador
         ({"body": b"x" * (3 * 2**20 + 1)}, "body"),
     ],
 )
-def test_a_request_that_is_none_is_refused(
-    declare: Declare, ambassador: Client, web: Web, name: str, fields: Any, wrong: str
-) -> None:
+def test_a_request_that_is_none_is_refused(ambassador: Client, name: str, fields: Any, wrong: str) -> None:
     with pytest.raises(Refused) as error:
         ambassador.Invoke(upstream_id=name, **fields)
     assert (error.value.code, error.value.fields) == ("INVALID_ARGUMENT", {wrong})

@@ -52,6 +52,11 @@ def name() -> str:
     return f"u-{uuid.uuid4().hex[:20]}"
 
 
+def unserved(name: str) -> pb.Upstream:
+    """An upstream of which nobody is known."""
+    return pb.Upstream(upstream_id=name, protocol=pb.PROTOCOL_TCP, file=pb.FileDiscovery(path="/nonexistent"))
+
+
 # The client
 
 
@@ -82,7 +87,7 @@ async def test_to_wait_is_over_when_all_are_active(server: RunningServer, line: 
     async with Ambassador(server.address) as app, Ambassador(server.control) as operator:
         watching = app.watch(name)
         assert (await anext(watching)).upstream is None, "it is not declared yet"
-        await operator.declare(pb.Upstream(upstream_id=name, protocol=pb.PROTOCOL_TCP, file={"path": "/nonexistent"}))
+        await operator.declare(unserved(name))
         await anext(watching)
         await operator.declare(upstream(name, "TCP", [line.address]))
         await app.wait(name, timeout=30)
@@ -91,7 +96,7 @@ async def test_to_wait_is_over_when_all_are_active(server: RunningServer, line: 
 
 async def test_to_wait_says_of_each_why_it_is_not_active(server: RunningServer, name: str) -> None:
     async with Ambassador(server.address) as app, Ambassador(server.control) as operator:
-        await operator.declare(pb.Upstream(upstream_id=name, protocol=pb.PROTOCOL_TCP, file={"path": "/nonexistent"}))
+        await operator.declare(unserved(name))
         with pytest.raises(NotActive) as error:
             await app.wait(name, "nowhere", timeout=3)
     assert error.value.reasons == {name: "it is pending, and nobody serves it yet", "nowhere": "it is not declared"}

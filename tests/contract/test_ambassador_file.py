@@ -65,7 +65,7 @@ def serves(client: Client, upstream_id: str, server: str) -> None:
 
 def health(server: RunningServer, service: str = "") -> Any:
     with grpc.insecure_channel(server.address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         return stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=20).status
 
 
@@ -286,9 +286,10 @@ def test_the_servers_own_port_is_forbidden_though_loopback_is_allowed(serve: Ser
     first.stop()
     server = first.restart()
     try:
+        static = {"endpoints": [{"address": server.address}]}
+        upstream = {"upstream_id": "a", "protocol": "PROTOCOL_TCP", "static": static}
         with calls(server) as client, pytest.raises(Refused, match="ENDPOINT_FORBIDDEN"):
-            static = {"endpoints": [{"address": server.address}]}
-            client.DeclareUpstream(upstream={"upstream_id": "a", "protocol": "PROTOCOL_TCP", "static": static})
+            client.DeclareUpstream(upstream=upstream)
     finally:
         server.kill()
 

@@ -100,8 +100,9 @@ class UpstreamFile:
         log.info("read %d upstreams from %s", len(specs), self._path)
 
     async def _declare(self, specs: Sequence[Spec]) -> None:
-        """Those that others name first; then those go that are gone, in the opposite order. One that is refused keeps no
-        other from being served; raises UpstreamFileError with all that were.
+        """Those that others name first; then those go that are gone, in the opposite order.
+
+        One that is refused keeps no other from being served. Raises UpstreamFileError with all that were.
         """
         wrong: list[str] = []
         ordered = list(_referenced_first(specs))

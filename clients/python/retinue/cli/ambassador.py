@@ -101,16 +101,12 @@ async def show(server: Server, *, name: str) -> None:
         return
     server.show([_row(found)], _COLUMNS)
     click.echo()
-    rows = [
-        {
-            "endpoint": e.address,
-            "weight": e.weight,
-            "state": "healthy" if e.healthy else "unhealthy",
-            "reason": e.reason,
-        }
-        for e in found.status.endpoints
-    ]
-    server.show(rows, ["endpoint", "weight", "state", "reason"])
+    server.show(map(_endpoint_row, found.status.endpoints), ["endpoint", "weight", "state", "reason"])
+
+
+def _endpoint_row(one: pb.EndpointStatus) -> common.Row:
+    state = "healthy" if one.healthy else "unhealthy"
+    return {"endpoint": one.address, "weight": one.weight, "state": state, "reason": one.reason}
 
 
 @click.command()

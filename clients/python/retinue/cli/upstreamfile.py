@@ -1,4 +1,4 @@
-"""Files of upstreams, as the server reads them: YAML or JSON, `upstreams:` and a list of `retinue.ambassador.v1.Upstream`.
+"""Files of upstreams, as the server reads them: `upstreams:` and a list of `retinue.ambassador.v1.Upstream`.
 
 Names of enums may go without their prefix: `protocol: TCP`.
 """
@@ -54,10 +54,9 @@ def _field(value: Any, field: Any) -> Any:
         return _spelt_out(value, field.message_type)
     if field.enum_type is None:
         return value
-    values = (
-        [_named(one, field.enum_type) for one in value] if isinstance(value, list) else _named(value, field.enum_type)
-    )
-    return values
+    if isinstance(value, list):
+        return [_named(one, field.enum_type) for one in value]
+    return _named(value, field.enum_type)
 
 
 def _named(value: Any, enum: EnumDescriptor) -> Any:

@@ -45,7 +45,7 @@ class NotActive(Exception):
 
 
 class Change(NamedTuple):
-    """Of a watch: an upstream as it is now, or the name of one that is gone, or neither: all that there are were told."""
+    """Of a watch: an upstream as it is now, or the name of one that is gone, or neither: all there are were told."""
 
     upstream: pb.Upstream | None = None
     removed: str = ""
@@ -150,7 +150,7 @@ class Ambassador:
         return (await self._call("GetDataPlane", api.GetDataPlaneRequest())).data_planes  # type: ignore[no-any-return] # by the contract
 
     async def watch(self, *upstream_ids: str) -> AsyncGenerator[Change]:
-        """These or all as they are, an empty Change, then each change. Goes on over lost connections, from the start."""
+        """These or all as they are, an empty Change, then each change. Begins anew when a connection is lost."""
         request = api.WatchUpstreamsRequest(upstream_ids=upstream_ids)
         async for event in self._stream("WatchUpstreams", request):
             match event.WhichOneof("event"):
