@@ -32,6 +32,7 @@ from retinue_server.leaderelection.config import LeaderElectionSettings
 from retinue_server.leaderelection.core.elections import Elections
 from retinue_server.leaderelection.engine import EndReason
 from retinue_server.leaderelection.engines.memory import MemoryEngine
+from retinue_server.runtime.discovery.kubernetes import KubernetesDiscovery
 from retinue_server.runtime.metrics import Exposition, Metrics
 from retinue_server.scattergather import metrics as scatter_metrics
 from retinue_server.scattergather import poolfile
@@ -396,15 +397,17 @@ def _ambassador_guide() -> str:
 
 async def test_the_ambassadors_guide_tells_every_metric_and_no_others() -> None:
     told = set(re.findall(r"\bretinue_ambassador_[a-z_]+", _ambassador_guide()))
-    upstreams = Upstreams([native.NativePlane()], Finding(None), EndpointPolicy(), HostPorts())
+    upstreams = Upstreams(
+        [native.NativePlane()], Finding(KubernetesDiscovery(None, "", "test")), EndpointPolicy(), HostPorts()
+    )
     text = Exposition(Metrics([lambda: ambassador_metrics.families(upstreams, lambda: True)])).text().decode()
     assert told == set(re.findall(r"^# TYPE (retinue_ambassador_\w+)", text, re.MULTILINE)), "as they are exposed"
 
 
-def test_the_ambassadors_guide_tells_what_each_data_plane_can_do_for_each_protocol() -> None:
+async def test_the_ambassadors_guide_tells_what_each_data_plane_can_do_for_each_protocol(tmp_path: Path) -> None:
     rows = [line.strip("|").split("|") for line in _ambassador_guide().splitlines() if line.startswith("| ")]
     head = next(row for row in rows if "`TCP` native" in row[1])
-    planes = {"native": native.NativePlane, "envoy": envoy.EnvoyPlane}
+    planes = {"native": native.NativePlane(), "envoy": envoy.EnvoyPlane(tmp_path, tmp_path / "xds.sock", None)}
     told: dict[str, set[str]] = {cell.strip(): set() for cell in head[1:]}
     for row in rows[rows.index(head) + 1 :]:
         for column, cell in zip(head[1:], row[1:], strict=False):
@@ -412,7 +415,7 @@ def test_the_ambassadors_guide_tells_what_each_data_plane_can_do_for_each_protoc
                 told[column.strip()].add(row[0].strip(" `"))
     for column, found in told.items():
         protocol, plane = re.findall(r"`(\w+)` (\w+)", column)[0]
-        can = planes[plane].capabilities(None, Protocol[protocol])  # type: ignore[arg-type] # it looks at nothing of its own
+        can = planes[plane].capabilities(Protocol[protocol])
         assert found == can - {protocol.lower()}, column
 
 
