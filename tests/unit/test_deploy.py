@@ -22,6 +22,7 @@ from retinue_server.ambassador import upstreamfile
 from retinue_server.ambassador.core.endpoints import EndpointPolicy
 from retinue_server.ambassador.core.spec import Protocol
 from retinue_server.ambassador.core.upstreams import Upstreams
+from retinue_server.ambassador.engine import DataPlane
 from retinue_server.ambassador.engines.envoy import plane as envoy
 from retinue_server.ambassador.engines.envoy.bootstrap import bootstrap
 from retinue_server.ambassador.engines.finding import Finding
@@ -407,7 +408,10 @@ async def test_the_ambassadors_guide_tells_every_metric_and_no_others() -> None:
 async def test_the_ambassadors_guide_tells_what_each_data_plane_can_do_for_each_protocol(tmp_path: Path) -> None:
     rows = [line.strip("|").split("|") for line in _ambassador_guide().splitlines() if line.startswith("| ")]
     head = next(row for row in rows if "`TCP` native" in row[1])
-    planes = {"native": native.NativePlane(), "envoy": envoy.EnvoyPlane(tmp_path, tmp_path / "xds.sock", None)}
+    planes: dict[str, DataPlane] = {
+        "native": native.NativePlane(),
+        "envoy": envoy.EnvoyPlane(tmp_path, tmp_path / "xds.sock", None),
+    }
     told: dict[str, set[str]] = {cell.strip(): set() for cell in head[1:]}
     for row in rows[rows.index(head) + 1 :]:
         for column, cell in zip(head[1:], row[1:], strict=False):
