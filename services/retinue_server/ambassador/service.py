@@ -42,7 +42,7 @@ class AmbassadorService:
         self._upstreams = upstreams
 
     async def DeclareUpstream(self, request: api.DeclareUpstreamRequest, call: Call) -> api.DeclareUpstreamResponse:
-        read = translate.Reader()
+        read = translate.Reader("")
         wait_s = read.wait_s(request.wait_duration, call.time_remaining())
         spec = translate.Reader("upstream.", read.violations).upstream(request.upstream)
         kept = await self._upstreams.declare(spec, etag=request.etag, validate_only=request.validate_only)
@@ -66,7 +66,7 @@ class AmbassadorService:
         return api.GetUpstreamResponse(upstream=translate.upstream(self._get(request.upstream_id).view()))
 
     async def ListUpstreams(self, request: api.ListUpstreamsRequest, call: Call) -> api.ListUpstreamsResponse:
-        read = translate.Reader()
+        read = translate.Reader("")
         size = read.page_size(request.page_size, limits.PAGE_SIZES)
         limits.refuse(read.violations, "list upstreams")
         names = self._upstreams.names(_PAGES.decode(request.page_token) or "")
@@ -157,12 +157,12 @@ class AmbassadorService:
         return self._upstreams.get(upstream_id)
 
     def _named(self, upstream_id: str) -> translate.Reader:
-        read = translate.Reader()
+        read = translate.Reader("")
         limits.check_upstream_id(upstream_id, read.violations)
         return read
 
     def _each_named(self, names: Iterable[str]) -> translate.Reader:
-        read = translate.Reader()
+        read = translate.Reader("")
         for index, name in enumerate(names):
             limits.check_upstream_id(name, read.violations, f"upstream_ids[{index}]")
         return read

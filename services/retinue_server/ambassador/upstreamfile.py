@@ -172,7 +172,7 @@ def _specs(entries: Sequence[Any], wrong: list[str]) -> Iterator[Spec]:
         at = f"upstreams[{index}]"
         try:
             said = json_format.ParseDict(_spelt_out(entry, pb.Upstream.DESCRIPTOR), pb.Upstream())
-            yield translate.Reader().upstream(said)
+            yield translate.Reader("").upstream(said)
         except json_format.ParseError as error:
             wrong.append(f"{at}: {error}")
         except InvalidArgument as error:
