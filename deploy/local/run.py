@@ -11,13 +11,14 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 BIN = Path(".venv/bin")
+ALLOWED = {"RETINUE_AMBASSADOR__ENDPOINTS__ALLOW": "127.0.0.1:1024-65535"}
+"""On a laptop what stands behind an ambassador is often on loopback, too, which is forbidden otherwise."""
 
 
 def main() -> int:
     """Starts the server, prints the guide when it is ready, and ends with it."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "retinue_server", *sys.argv[1:]], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "retinue_server", *sys.argv[1:]]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ALLOWED | os.environ)
     assert server.stdout is not None
     try:
         ready = server.stdout.readline()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from contract.client import ELECTION, Client
+from contract.client import AMBASSADOR, ELECTION, Client
 from contract.line import Line
 from servers import RunningServer, start_server
 
@@ -47,6 +47,22 @@ def election_operator(target: Target) -> Iterator[Client]:
     if not target.control:
         pytest.skip("needs the role operator: give --control ADDRESS beside --target")
     with Client(target.control, services=ELECTION) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def ambassador(target: Target) -> Iterator[Client]:
+    """Calls of the ambassador with the role app."""
+    with Client(target.address, services=AMBASSADOR) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def ambassador_operator(target: Target) -> Iterator[Client]:
+    """Calls of the ambassador with the role operator."""
+    if not target.control:
+        pytest.skip("needs the role operator: give --control ADDRESS beside --target")
+    with Client(target.control, services=AMBASSADOR) as client:
         yield client
 
 

@@ -122,6 +122,14 @@ UNREACHABLE = {
         ),
         "leader election's: tests/e2e/test_leaderelection_errors.py and test_leaderelection.py",
     ),
+    **dict.fromkeys(
+        {
+            name.removeprefix("ERROR_REASON_")
+            for name, number in error_reason_pb2.ErrorReason.items()
+            if 100 <= number < 120
+        },
+        "the ambassador's: test_ambassador_errors.py",
+    ),
 }
 
 

@@ -123,7 +123,8 @@ def test_every_printed_line_works_as_printed(suite: Running) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert '"status"' not in done.stdout, "the completion was accepted"
+    assert '"status"' not in done.stdout.partition('"upstream"')[0], "the completion was accepted"
+    assert '"state": "UPSTREAM_STATE_ACTIVE"' in done.stdout, "the upstream is served"
     assert re.search(r'"coverage": {\s+"expected": "2",\s+"answered": "1"\s+}', done.stdout), "a leaf is missing"
     assert re.search(r'"failures": \[\s+{\s+"shard_id": "gone",\s+"code": 14,', done.stdout), "and named"
     assert "ERROR" not in done.stderr

@@ -17,11 +17,23 @@ import yaml
 from support.scattergather_core import HeldClock
 
 from retinue_server import command
+from retinue_server.ambassador import metrics as ambassador_metrics
+from retinue_server.ambassador import upstreamfile
+from retinue_server.ambassador.core.endpoints import EndpointPolicy
+from retinue_server.ambassador.core.spec import Protocol
+from retinue_server.ambassador.core.upstreams import Upstreams
+from retinue_server.ambassador.engine import DataPlane
+from retinue_server.ambassador.engines.envoy import plane as envoy
+from retinue_server.ambassador.engines.envoy.bootstrap import bootstrap
+from retinue_server.ambassador.engines.finding import Finding
+from retinue_server.ambassador.engines.native import plane as native
+from retinue_server.ambassador.ports import HostPorts
 from retinue_server.leaderelection import metrics
 from retinue_server.leaderelection.config import LeaderElectionSettings
 from retinue_server.leaderelection.core.elections import Elections
 from retinue_server.leaderelection.engine import EndReason
 from retinue_server.leaderelection.engines.memory import MemoryEngine
+from retinue_server.runtime.discovery.kubernetes import KubernetesDiscovery
 from retinue_server.runtime.metrics import Exposition, Metrics
 from retinue_server.scattergather import metrics as scatter_metrics
 from retinue_server.scattergather import poolfile
@@ -51,6 +63,11 @@ def default() -> list[Manifest]:
 @pytest.fixture
 def scatter() -> list[Manifest]:
     return _render("scattergather")
+
+
+@pytest.fixture
+def ambassador() -> list[Manifest]:
+    return _render("ambassador")
 
 
 @pytest.fixture
@@ -370,3 +387,73 @@ def test_the_overlay_for_podman_leaves_the_root_as_it_is_but_for_what_podman_can
     for lost in ("restartPolicy", "ports", "livenessProbe"):
         assert native.pop(lost)
     assert moved | {"image": ""} == native | {"image": ""}
+
+
+# The ambassador
+
+
+def _ambassador_guide() -> str:
+    return (DEPLOY / "ambassador" / "README.md").read_text()
+
+
+async def test_the_ambassadors_guide_tells_every_metric_and_no_others() -> None:
+    told = set(re.findall(r"\bretinue_ambassador_[a-z_]+", _ambassador_guide()))
+    upstreams = Upstreams(
+        [native.NativePlane()], Finding(KubernetesDiscovery(None, "", "test")), EndpointPolicy(), HostPorts()
+    )
+    text = Exposition(Metrics([lambda: ambassador_metrics.families(upstreams, lambda: True)])).text().decode()
+    assert told == set(re.findall(r"^# TYPE (retinue_ambassador_\w+)", text, re.MULTILINE)), "as they are exposed"
+
+
+async def test_the_ambassadors_guide_tells_what_each_data_plane_can_do_for_each_protocol(tmp_path: Path) -> None:
+    rows = [line.strip("|").split("|") for line in _ambassador_guide().splitlines() if line.startswith("| ")]
+    head = next(row for row in rows if "`TCP` native" in row[1])
+    planes: dict[str, DataPlane] = {
+        "native": native.NativePlane(),
+        "envoy": envoy.EnvoyPlane(tmp_path, tmp_path / "xds.sock", None),
+    }
+    told: dict[str, set[str]] = {cell.strip(): set() for cell in head[1:]}
+    for row in rows[rows.index(head) + 1 :]:
+        for column, cell in zip(head[1:], row[1:], strict=False):
+            if len(row) == len(head) and cell.strip() == "yes":
+                told[column.strip()].add(row[0].strip(" `"))
+    for column, found in told.items():
+        protocol, plane = re.findall(r"`(\w+)` (\w+)", column)[0]
+        can = planes[plane].capabilities(Protocol[protocol])
+        assert found == can - {protocol.lower()}, column
+
+
+def test_the_guides_bootstrap_is_that_of_a_child_but_for_its_paths() -> None:
+    (text,) = re.findall(r"```yaml\n(node:.*?)```", _ambassador_guide(), re.DOTALL)
+    run = Path("/run/retinue/ambassador")
+    assert yaml.safe_load(text) == bootstrap("my-app", run / "xds.sock", run / "admin.sock")
+
+
+def test_the_ambassador_is_a_native_sidecar_behind_a_startup_probe(ambassador: list[Manifest]) -> None:
+    (server,) = _candidate(ambassador)["spec"]["initContainers"]
+    assert server["restartPolicy"] == "Always"
+    assert server["startupProbe"]["grpc"] == {"port": 7173, "service": "retinue.ambassador.v1.AmbassadorService"}
+
+
+def test_the_app_of_an_ambassador_waits_for_what_the_file_declares_and_knows_only_localhost(
+    ambassador: list[Manifest], tmp_path: Path
+) -> None:
+    settings = _section("ambassador", ambassador, tmp_path / "config.yaml")
+    (text,) = (m["data"]["upstreams.yaml"] for m in _of_kind(ambassador, "ConfigMap") if "upstreams.yaml" in m["data"])
+    path = tmp_path / settings.upstreams.name
+    path.write_text(text)
+    (app,) = _candidate(ambassador)["spec"]["containers"]
+    names = [spec.upstream_id for spec in upstreamfile.read(path)]
+    assert f"retinue ambassador wait {' '.join(names)} " in app["command"][-1]
+    assert app["env"] == [{"name": "RETINUE_AMBASSADOR_ADDRESS", "value": "127.0.0.1:7073"}]
+    assert {mount["name"] for mount in app["volumeMounts"]} == {"tmp"}
+
+
+def test_the_ambassador_reads_the_file_that_is_mounted_under_a_name_that_stays(
+    ambassador: list[Manifest], tmp_path: Path
+) -> None:
+    settings = _section("ambassador", ambassador, tmp_path / "config.yaml")
+    spec = _candidate(ambassador)["spec"]
+    (server,) = spec["initContainers"]
+    (name,) = (m["name"] for m in server["volumeMounts"] if m["mountPath"] == str(settings.upstreams.parent))
+    assert {"name": name, "configMap": {"name": "ambassador-upstreams"}} in spec["volumes"], "without a hash"

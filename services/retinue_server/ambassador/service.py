@@ -42,9 +42,9 @@ class AmbassadorService:
         self._upstreams = upstreams
 
     async def DeclareUpstream(self, request: api.DeclareUpstreamRequest, call: Call) -> api.DeclareUpstreamResponse:
-        read = translate.Reader()
-        wait_s = translate.Reader("").wait_s(request.wait_duration, call.time_remaining())
-        spec = read.upstream(request.upstream)
+        read = translate.Reader("")
+        wait_s = read.wait_s(request.wait_duration, call.time_remaining())
+        spec = translate.Reader("upstream.", read.violations).upstream(request.upstream)
         kept = await self._upstreams.declare(spec, etag=request.etag, validate_only=request.validate_only)
         found = translate.upstream(kept.view())
         if request.validate_only:
@@ -76,7 +76,7 @@ class AmbassadorService:
         )
 
     async def WatchUpstreams(self, request: api.WatchUpstreamsRequest, call: Call) -> None:
-        self._check_names(request.upstream_ids, "watch upstreams")
+        limits.refuse(self._each_named(request.upstream_ids).violations, "watch upstreams")
         async for event in self._upstreams.watch(request.upstream_ids):
             if event is None:
                 await call.write(api.WatchUpstreamsResponse(synced=api.Synced()))
@@ -86,7 +86,7 @@ class AmbassadorService:
                 await call.write(api.WatchUpstreamsResponse(removed_upstream_id=event.removed))
 
     async def WatchUpstreamStats(self, request: api.WatchUpstreamStatsRequest, call: Call) -> None:
-        read = self._check_names(request.upstream_ids, "watch the counts")
+        read = self._each_named(request.upstream_ids)
         interval = read.interval_s(request)
         limits.refuse(read.violations, "watch the counts")
         while not self._upstreams.stopping:
@@ -136,8 +136,8 @@ class AmbassadorService:
         from retinue_server.ambassador import invoke  # noqa: PLC0415 - as above
 
         read = self._named(request.upstream_id)
-        if request.method and not _METHOD.fullmatch(request.method):
-            read.wrong("method", "must be capitals, up to 32")
+        if request.method and (not _METHOD.fullmatch(request.method) or request.method == "CONNECT"):
+            read.wrong("method", "must be capitals, up to 32, and not CONNECT")
         if request.path and not _PATH.fullmatch(request.path):
             read.wrong("path", "must begin with / and be escaped")
         for index, header in enumerate(request.headers):
@@ -145,6 +145,11 @@ class AmbassadorService:
                 read.wrong(f"headers[{index}].name", "must be the name of a header that does not govern a connection")
             if not _VALUE.fullmatch(header.value):
                 read.wrong(f"headers[{index}].value", "must be one line of latin-1")
+        hosts = [index for index, header in enumerate(request.headers) if header.name.lower() == "host"]
+        for index in hosts[1:]:
+            read.wrong(f"headers[{index}].name", "must not be a second host")
+        if len(request.body) > invoke.MAX_BODY_BYTES:
+            read.wrong("body", f"must be at most {invoke.MAX_BODY_BYTES} bytes; dial its listener")
         limits.refuse(read.violations, "invoke the upstream")
 
     def _get(self, upstream_id: str) -> Upstream:
@@ -156,11 +161,10 @@ class AmbassadorService:
         limits.check_upstream_id(upstream_id, read.violations)
         return read
 
-    def _check_names(self, names: Iterable[str], what: str) -> translate.Reader:
+    def _each_named(self, names: Iterable[str]) -> translate.Reader:
         read = translate.Reader("")
         for index, name in enumerate(names):
             limits.check_upstream_id(name, read.violations, f"upstream_ids[{index}]")
-        limits.refuse(read.violations, what)
         return read
 
 

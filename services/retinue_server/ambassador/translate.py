@@ -38,8 +38,8 @@ _USUAL_BALANCER = {Speaks.REDIS: Balancer.MAGLEV, Speaks.MEMCACHED: Balancer.KET
 class Reader:
     """Reads one request; `violations` has what was wrong with it, by `at` before the field."""
 
-    def __init__(self, at: str = "upstream.") -> None:
-        self.violations: list[Violation] = []
+    def __init__(self, at: str = "upstream.", violations: list[Violation] | None = None) -> None:
+        self.violations = [] if violations is None else violations
         self._at = at
 
     def wrong(self, field: str, text: str) -> None:

@@ -14,6 +14,7 @@ enums may go without their prefix.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,12 @@ class UpstreamFile:
         self._stamp: tuple[int, int, int] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._declared: set[str] = set()
-        self.ok = True
+        self._wrong = ""
+
+    @property
+    def ok(self) -> bool:
         """Whether the file, as it is now, is what is declared."""
+        return not self._wrong
 
     async def start(self) -> None:
         """Raises StartError for a file that is wrong, or is missing although it was named."""
@@ -63,7 +68,7 @@ class UpstreamFile:
         if self._stamp is not None or self._must_exist:
             try:
                 await self._declare(await asyncio.to_thread(read, self._path))
-            except (UpstreamFileError, RetinueError) as error:
+            except UpstreamFileError as error:
                 raise StartError(f"cannot use {self._path}: {error}") from None
         self._looking = asyncio.create_task(self._look())
 
@@ -74,10 +79,11 @@ class UpstreamFile:
             await asyncio.wait({looking})
 
     async def _look(self) -> None:
+        """What could not be declared, since a port was taken or a name is still leaving, may be the next time."""
         while True:
             await asyncio.sleep(_LOOK_S)
             stamp = await asyncio.to_thread(_stamp, self._path)
-            if stamp != self._stamp:
+            if stamp != self._stamp or self._wrong:
                 self._stamp = stamp
                 await self._again()
 
@@ -85,24 +91,46 @@ class UpstreamFile:
         try:
             specs = await asyncio.to_thread(read, self._path)
             await self._declare(specs)
-        except (UpstreamFileError, RetinueError) as error:
-            self.ok = False
-            log.error("cannot use %s: %s; what it does not change stays", self._path, error)  # noqa: TRY400 - said
+        except UpstreamFileError as error:
+            if str(error) != self._wrong:
+                log.error("cannot use %s: %s; what it does not change stays", self._path, error)  # noqa: TRY400 - said
+            self._wrong = str(error)
             return
-        self.ok = True
+        self._wrong = ""
         log.info("read %d upstreams from %s", len(specs), self._path)
 
     async def _declare(self, specs: Sequence[Spec]) -> None:
-        """Those that others name first; then those go that are gone, in the opposite order."""
+        """Those that others name first; then those go that are gone, in the opposite order.
+
+        One that is refused keeps no other from being served. Raises UpstreamFileError with all that were.
+        """
+        wrong: list[str] = []
         ordered = list(_referenced_first(specs))
         for spec in ordered:
-            await self._upstreams.declare(spec, from_file=True)
-            self._declared.add(spec.upstream_id)
-        gone = self._declared - {spec.upstream_id for spec in ordered}
-        known = [self._upstreams.get(upstream_id).declared for upstream_id in gone]
-        for spec in reversed(list(_referenced_first(known))):
-            await self._upstreams.remove(spec.upstream_id, _DRAIN_S, from_file=True)
-            self._declared.discard(spec.upstream_id)
+            with _noted(wrong):
+                await self._upstreams.declare(spec, from_file=True)
+                self._declared.add(spec.upstream_id)
+        for spec in reversed(list(_referenced_first(self._gone(ordered)))):
+            with _noted(wrong):
+                await self._upstreams.remove(spec.upstream_id, _DRAIN_S, from_file=True)
+                self._declared.discard(spec.upstream_id)
+        if wrong:
+            raise UpstreamFileError("; ".join(wrong))
+
+    def _gone(self, specs: Sequence[Spec]) -> Sequence[Spec]:
+        """What the file declared and does no more; what an RPC has removed is not missed."""
+        gone = self._declared - {spec.upstream_id for spec in specs}
+        known = self._upstreams.names()
+        self._declared -= gone.difference(known)
+        return [self._upstreams.get(upstream_id).declared for upstream_id in gone.intersection(known)]
+
+
+@contextlib.contextmanager
+def _noted(wrong: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except RetinueError as error:
+        wrong.append(str(error))
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
@@ -124,7 +152,11 @@ def read(path: Path) -> Sequence[Spec]:
         raise UpstreamFileError(f"it can't be read: {error}") from None
     except yaml.YAMLError as error:
         raise UpstreamFileError(f"it is no YAML: {error}") from None
-    if not isinstance(values, dict) or set(values) - {"upstreams"} or not isinstance(values.get("upstreams", []), list):
+    if (
+        not isinstance(values, dict)
+        or set(values) - {"upstreams"}
+        or not isinstance(values.get("upstreams") or [], list)
+    ):
         raise UpstreamFileError("it must be a mapping with the one key `upstreams`, a list")
     wrong: list[str] = []
     found = list(_specs(values.get("upstreams") or [], wrong))

@@ -31,6 +31,7 @@ _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _INTEGERS = frozenset(
     {"lease_epoch", "size_bytes", "max_tasks", "max_payload_bytes", "max_blob_bytes"}
     | {"expected", "answered", "topology_version", "gathered_bytes", "reply_bytes"}
+    | {"generation", "active_generation", "active_connections"}
 )
 
 
@@ -189,6 +190,10 @@ _COLOURS = {
     "partial": "yellow",
     "nobody": "red",
     "failed": "red",
+    "rejected": "red",
+    "pending": "yellow",
+    "healthy": "green",
+    "unhealthy": "red",
 }
 
 

@@ -1,8 +1,9 @@
-"""Helpers over the generated stubs: queues, workers, elections, scatter/gather, typed errors.
+"""Helpers over the generated stubs: queues, workers, elections, scatter/gather, the ambassador, typed errors.
 
     from retinue.client import Queue, Worker
     from retinue.client import election
     from retinue.client import Pool, serve_leaf
+    from retinue.client import Ambassador
 
 Names are loaded on first use: `retinue.client.errors` costs no worker, `retinue.client` no command line.
 """
@@ -13,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from retinue.client.ambassador import Ambassador, NotActive
     from retinue.client.channel import Connection
     from retinue.client.election import Election, ElectionEvent, NotElected, Term, TermLost
     from retinue.client.errors import (
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AlreadyExists",
+    "Ambassador",
     "Answer",
     "Connection",
     "DeadlineExceeded",
@@ -50,6 +53,7 @@ __all__ = [
     "LeafServer",
     "LeaseLost",
     "Merging",
+    "NotActive",
     "NotElected",
     "NotFound",
     "Partial",
@@ -77,6 +81,7 @@ __all__ = [
 
 _HOMES = {"Connection": "channel", "Enqueued": "queue", "Queue": "queue"}
 _HOMES |= dict.fromkeys(("Election", "ElectionEvent", "NotElected", "Term", "TermLost"), "election")
+_HOMES |= dict.fromkeys(("Ambassador", "NotActive"), "ambassador")
 _HOMES |= dict.fromkeys(("Answer", "Pool", "ScatterFailed", "ShardFailure", "ShardReply"), "pool")
 _HOMES |= dict.fromkeys(("LeafServer", "Merging", "Partial", "Query", "Refusal", "serve_leaf", "serve_merge"), "leaf")
 _HOMES |= dict.fromkeys(("Done", "Failed", "Job", "Released", "Worker", "WorkerEvent"), "worker")

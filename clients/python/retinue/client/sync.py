@@ -16,8 +16,11 @@
     with Pool("search") as pool:
         answer = pool.scatter(json={"text": "sea"}, min_coverage=0.9)
 
-Every method takes and raises what that of `retinue.client.queue.Queue`, `retinue.client.election.Election` or
-`retinue.client.pool.Pool` does. Each may be shared by threads.
+    with Ambassador() as ambassador:
+        ambassador.wait("db", "cache", timeout=30)
+
+Every method takes and raises what that of `retinue.client.queue.Queue`, `retinue.client.election.Election`,
+`retinue.client.pool.Pool` or `retinue.client.ambassador.Ambassador` does. Each may be shared by threads.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ T = TypeVar("T")
 class _Blocking:
     """The blocking face of something asynchronous, which lives on a loop of its own."""
 
-    def __init__(self, make: Callable[..., Any], name: str, **options: Any) -> None:
+    def __init__(self, make: Callable[..., Any], name: str | None, **options: Any) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="retinue-sync", daemon=True)
         self._thread.start()
@@ -140,6 +143,15 @@ class Pool(_Blocking):
         super().__init__(Asynchronous, pool_id, address=address, **options)
 
 
+class Ambassador(_Blocking):
+    """The blocking face of the ambassador; see the module."""
+
+    def __init__(self, address: str | None = None, **options: Any) -> None:
+        from retinue.client.ambassador import Ambassador as Asynchronous  # noqa: PLC0415 - as above
+
+        super().__init__(Asynchronous, address, **options)
+
+
 class _Watch:
     """Whether the thread that made it lives, and has been seen to work."""
 
@@ -157,7 +169,7 @@ class _Watch:
         return self._thread.is_alive() and boot_seconds() - self._seen < self._patience
 
 
-async def _made(make: Callable[..., T], name: str, **options: Any) -> T:
+async def _made(make: Callable[..., T], name: str | None, **options: Any) -> T:
     return make(name, **options)
 
 

