@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from e2e.languages import CLIENTS, need, run, running_server
+from e2e.languages import CLIENTS, GUIDE, blocks, need, run, running_server
 from servers import RunningServer
 
 README = (CLIENTS.parent / "README.md").read_text()
-GUIDE = (CLIENTS / "README.md").read_text()
 PACKAGES = "build-essential pkg-config protobuf-compiler protobuf-compiler-grpc libgrpc++-dev"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     yield from running_server(tmp_path_factory)
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.timeout(300)  # two cores take half a minute to compile the stubs
