@@ -8,25 +8,19 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grpc
 import pytest
 from e2e.languages import CLIENTS, GUIDE, TOOLS, blocks, need, run
-from servers import ROOT, RunningServer, environment, start_server
+from e2e.roots import TOOL, await_connected, grpcurl, pool, started_root
+from servers import ROOT, RunningServer, environment
 from support.etcd import Etcd
-
-from retinue.scattergather.v1.topology_service_pb2 import WatchTopologyRequest
-from retinue.scattergather.v1.topology_service_pb2_grpc import TopologyServiceStub
 
 pytestmark = pytest.mark.timeout(300)  # the first build downloads and compiles what the programs stand on
 
-TOOL = Path(sys.executable).parent
-SERVICE = "retinue.scattergather.v1.ScatterGatherService"
 HERE = Path(__file__).parent / "leaves"
 GREETER = HERE / "greeter.proto"
 FILES = [ROOT / f"protos/retinue/{name}/v1/{name}_service.proto" for name in ("workqueue", "leaderelection")]
@@ -87,46 +81,10 @@ def leaves(words: Path, greeter: list[str], tmp_path_factory: pytest.TempPathFac
         yield Leaves(server, processes)
 
 
-def pool(where: Path, shards: Any, **settings: str) -> dict[str, Any]:
-    entries = [{"shard_id": name, "endpoints": [f"unix:{where}/{name}"]} for name in shards]
-    return {"shards": entries, "hedging": {"enabled": False}, **settings}
-
-
 def started(command: list[str], stack: ExitStack) -> subprocess.Popen[bytes]:
     process = stack.enter_context(subprocess.Popen(command, env=environment(PATH=TOOLS)))
     stack.callback(process.kill)
     return process
-
-
-def started_root(where: Path, pools: dict[str, Any]) -> RunningServer:
-    file = where / "pools.yaml"
-    file.write_text(json.dumps({"pools": pools}))
-    return start_server(where, "scattergather", env={"RETINUE_SCATTERGATHER__POOLS": str(file)})
-
-
-def await_connected(server: RunningServer, pool_id: str, wanted: int) -> None:
-    with grpc.insecure_channel(server.address) as channel:
-        for seen in TopologyServiceStub(channel).WatchTopology(WatchTopologyRequest(pool_id=pool_id), timeout=60):
-            if sum(shard.endpoints[0].connected for shard in seen.pool.shards) == wanted:
-                return
-    raise AssertionError("the pool is gone")
-
-
-def grpcurl(server: RunningServer, rpc: str, request: dict[str, Any], *, ok: bool = True) -> Any:
-    """The messages that come, or what is said of an error."""
-    command = [str(TOOL / "grpcurl"), "-plaintext", "-max-time", "20", "-d", json.dumps(request), server.address]
-    done = subprocess.run([*command, f"{SERVICE}/{rpc}"], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode == 0) == ok, done.stderr
-    return messages(done.stdout) if ok else done.stderr
-
-
-def messages(text: str) -> list[dict[str, Any]]:
-    found, decoder = [], json.JSONDecoder()
-    while text := text.lstrip():
-        message, end = decoder.raw_decode(text)
-        found.append(message)
-        text = text[end:]
-    return found
 
 
 def counts(word: str) -> dict[str, int]:
