@@ -60,7 +60,7 @@ class Pending:
 
     def _end(self, future: Any) -> None:
         at = boot_ns()
-        if future.cancelled():
+        if future.cancelled() or _is_broken_off(future.exception()):
             self.told = Told(at, self.asked.request, LEFT)
         elif (error := future.exception()) is None:
             self.told = answer(at, self.asked.request, future.result())
@@ -69,6 +69,11 @@ class Pending:
             self.told = failure(at, self.asked.request, error)
         self._notes.add(self.told)
         self._done.set()
+
+
+def _is_broken_off(error: Any) -> bool:
+    """Whether the caller broke its connection: no root says CANCELLED."""
+    return error is not None and error.code() is grpc.StatusCode.CANCELLED
 
 
 class Caller:
