@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+from collector import collecting
+from faults.tables import LONG, Row
 from support.scatter_faults.behaviour import Behaviour, Kind
 from support.scatter_faults.checks import check
 from support.scatter_faults.history import Call, Fault, Story
 from support.scatter_faults.matrix import DEADLINE_S, MODES, ROWS, Cells, Matrix, table
 from support.scatter_faults.pools import STRICT, Policy, Pool
 from support.scatter_faults.stage import Stage
+from support.scatter_faults.storm import Storm, more
 from workers import eventually
+
+pytestmark = pytest.mark.timeout(3_600 if LONG else 240)  # the first build of the Go leaf compiles what it stands on
 
 SLACK_NS = int(DEADLINE_S * 1e9)
 """As much again as a request may take: an upper bound, on a machine that does much else."""
@@ -215,3 +222,36 @@ def caught(stage: Stage) -> dict[str, str]:
         if found.get(pool) != DEFECTS.get(pool):
             found[pool] = one.check
     return found
+
+
+ROUNDS, CALLERS = (4, 6_000) if LONG else (3, 720)
+LOST_KIB = 0.5
+"""Of memory for each call to a leaf: what a cancelled call once left behind was twice as much."""
+
+
+def test_thousands_of_callers_that_leave_leave_nothing_behind(tmp_path: Path, leaves: Path | None, row: Row) -> None:
+    """No task, timer, call, span or memory at the root, no call at a leaf; traces are on."""
+    with collecting() as (_, endpoint):
+        storm = Storm(tmp_path, random.SystemRandom().getrandbits(31), leaves)
+        with storm.stage as stage:
+            storm.open({"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint})
+            idle = storm.counts()
+            found = []
+            for _ in range(ROUNDS + 2):
+                storm.blow(CALLERS)
+                found.append((storm.rest(idle), stage.metrics()["attempts_total"]))
+            assert not [more(counts, idle) for counts, _ in found if more(counts, idle)]
+            (before, calls_before), (after, calls) = found[1], found[-1]  # the first rounds fill what is remembered
+            lost_kib = (after["rss_kib"] - before["rss_kib"]) / (calls - calls_before)
+            assert lost_kib < LOST_KIB, [counts["rss_kib"] for counts, _ in found]
+            story = stage.story()
+            assert check(story, SLACK_NS) == []
+            assert stage.log_errors() == []
+    row(
+        "cancel storms",
+        callers=len(story.asked),
+        calls_at_leaves=len(story.calls),
+        cancelled=sum(call.gave is not None and call.gave.end == "cancelled" for call in story.calls),
+        left_open=0,
+        lost_KiB_per_call=f"{lost_kib:.2f}",
+    )

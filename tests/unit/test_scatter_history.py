@@ -311,6 +311,8 @@ def test_a_call_whose_deadline_is_later_than_the_requests_is_rejected(tale: Tale
     tale.got(3, "b", left=TIMEOUT + 200)
     tale.gave(3)
     assert tale.broken() == {"ended"}
+    tale.fault("b", 0, 1, holds=True)
+    assert tale.broken() == set(), "what is left counts from when it comes"
 
 
 def test_a_caller_that_leaves_takes_its_calls_along(tale: Tale) -> None:
@@ -375,6 +377,18 @@ def test_a_shard_that_nothing_ailed_is_not_missing(tale: Tale) -> None:
     assert tale.broken() == {"explained"}
     tale.fault("d", 4000, 5000)
     assert tale.broken() == {"explained"}, "it came later"
+    tale.fault("d")
+    assert tale.broken() == set()
+
+
+def test_a_shard_with_a_healthy_replica_is_not_missing_while_there_is_budget(tale: Tale) -> None:
+    tale.asked(min_coverage=0.5)
+    tale.both()
+    tale.ok(("s0", 1))
+    tale.fault("c")
+    assert tale.broken() == set()
+    tale.pool(burst=6.0)
+    assert tale.broken() == {"explained"}
     tale.fault("d")
     assert tale.broken() == set()
 

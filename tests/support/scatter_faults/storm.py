@@ -71,6 +71,14 @@ class Storm:
     def _begin(self, caller: Caller, deadline_s: float | None = None) -> Pending:
         return caller.begin(STORM, self._chance.choice(_POLICIES), mode="leaves", deadline_s=deadline_s)
 
+    def rest(self, idle: Mapping[str, int]) -> dict[str, int]:
+        """What the root holds once it is no more than when it was idle; if it stays more, that."""
+        end = time.monotonic() + _STUCK_S
+        found = self.counts()
+        while more(found, idle) and time.monotonic() < end:
+            found = self.counts()
+        return found
+
     def counts(self) -> dict[str, int]:
         """What the root holds now."""
         self._counts.unlink(missing_ok=True)
@@ -81,3 +89,8 @@ class Storm:
             time.sleep(0.02)
         found: dict[str, int] = json.loads(self._counts.read_text())
         return found
+
+
+def more(found: Mapping[str, int], idle: Mapping[str, int]) -> list[str]:
+    """Of what there is more than there was; memory apart."""
+    return [name for name, count in found.items() if name != "rss_kib" and count > idle[name]]
