@@ -177,12 +177,26 @@ def encoded(text: str) -> str:
 
 def converted(message: dict[str, Any], proto: Path, kind: str) -> str:
     """The bytes of a message, for a field of bytes in JSON."""
-    command = [TOOL / "buf", "convert", proto, f"--type={kind}", "--from=-#format=json", "--to=-#format=binpb"]
+    command = [
+        str(TOOL / "buf"),
+        "convert",
+        str(proto),
+        f"--type={kind}",
+        "--from=-#format=json",
+        "--to=-#format=binpb",
+    ]
     done = subprocess.run(command, input=json.dumps(message).encode(), capture_output=True, check=True)
     return base64.b64encode(done.stdout).decode()
 
 
 def read(payload: str, proto: Path, kind: str) -> Any:
     """What the bytes of a field say."""
-    command = [TOOL / "buf", "convert", proto, f"--type={kind}", "--from=-#format=binpb", "--to=-#format=json"]
+    command = [
+        str(TOOL / "buf"),
+        "convert",
+        str(proto),
+        f"--type={kind}",
+        "--from=-#format=binpb",
+        "--to=-#format=json",
+    ]
     return json.loads(subprocess.run(command, input=base64.b64decode(payload), capture_output=True, check=True).stdout)
