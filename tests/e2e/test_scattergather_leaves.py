@@ -177,26 +177,15 @@ def encoded(text: str) -> str:
 
 def converted(message: dict[str, Any], proto: Path, kind: str) -> str:
     """The bytes of a message, for a field of bytes in JSON."""
-    command = [
-        str(TOOL / "buf"),
-        "convert",
-        str(proto),
-        f"--type={kind}",
-        "--from=-#format=json",
-        "--to=-#format=binpb",
-    ]
-    done = subprocess.run(command, input=json.dumps(message).encode(), capture_output=True, check=True)
-    return base64.b64encode(done.stdout).decode()
+    return base64.b64encode(convert(json.dumps(message).encode(), proto, kind, "json", "binpb")).decode()
 
 
 def read(payload: str, proto: Path, kind: str) -> Any:
     """What the bytes of a field say."""
-    command = [
-        str(TOOL / "buf"),
-        "convert",
-        str(proto),
-        f"--type={kind}",
-        "--from=-#format=binpb",
-        "--to=-#format=json",
-    ]
-    return json.loads(subprocess.run(command, input=base64.b64decode(payload), capture_output=True, check=True).stdout)
+    return json.loads(convert(base64.b64decode(payload), proto, kind, "binpb", "json"))
+
+
+def convert(data: bytes, proto: Path, kind: str, from_: str, to: str) -> bytes:
+    options = [f"--type={kind}", f"--from=-#format={from_}", f"--to=-#format={to}"]
+    command = [str(TOOL / "buf"), "convert", str(proto), *options]
+    return subprocess.run(command, input=data, capture_output=True, check=True).stdout
