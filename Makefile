@@ -58,8 +58,8 @@ test: $(VENV)/.dev etcd ## Runs the tests (unit, engines, contract, faults)
 kubernetes: $(VENV)/.dev ## Builds a real API server; `make test` then tries the engine kubernetes on it, too (a quarter of an hour)
 	@PYTHONPATH=tests $(BIN)/python -m support.kubernetes.build
 
-contract: $(VENV)/.dev ## Runs the conformance suite against TARGET=host:port (CONTROL=unix:PATH for operators)
-	@$(BIN)/python -m pytest -q tests/contract $(if $(TARGET),--target $(TARGET)) $(if $(CONTROL),--control $(CONTROL)) $(PYTEST)
+contract: $(VENV)/.dev ## Runs the conformance suite against TARGET=host:port (CONTROL=unix:PATH for operators; LEAVES=host:port: tests/contract/pools.py)
+	@$(BIN)/python -m pytest -q tests/contract $(if $(TARGET),--target $(TARGET)) $(if $(CONTROL),--control $(CONTROL)) $(if $(LEAVES),--leaves $(LEAVES)) $(PYTEST)
 
 e2e: $(VENV)/.dev etcd ## Runs pods, the clients of every language and the printed lines
 	@$(BIN)/python -m pytest -q tests/e2e $(PYTEST)

@@ -1,8 +1,8 @@
 """The pools that the claims about scatter/gather ask, as a pool file.
 
 The leaves are played by the suite, on ports that follow each other: four replicas, a MergeService, and one where nobody
-listens. A root of the suite's own gets the file when it is started. For any other root, print it, give it to the root in
-whatever form that takes, and name both to the suite:
+listens. A root of the suite's own gets the file when it is started. For any other root, print it, give it to the root
+in whatever form that takes, and name both to the suite:
 
     PYTHONPATH=tests python -m contract.pools --leaves 127.0.0.1:7400 --root HOST:PORT > pools.yaml
     pytest tests/contract -k scattergather --target HOST:PORT --leaves 127.0.0.1:7400
@@ -38,7 +38,7 @@ def pools(at: Callable[[str], str], root: str) -> dict[str, Any]:
         "collect": plain | {"forward_metadata": ["x-user"]},
         "json": plain | {"replies": "json"},
         "concat": plain | {"merge": "concat"},
-        "first": plain | {"merge": "first"},
+        "first": plain | {"merge": "first", "shards": [one | {"weight": 2} for one in abc]},
         "top_k": plain | {"merge": "top_k", "top_k": 3},
         **{name: plain | {"merge": name} for name in JSON_MERGES},
         "service": plain | {"merge": "service", "merge_address": at(MERGER)},

@@ -1,6 +1,6 @@
-"""Leaves and a MergeService that tests play: real gRPC servers on ports of their own, in a thread of the test's process.
+"""Leaves and a MergeService that tests play: real gRPC servers on ports of their own, in a thread of this process.
 
-A test has a `Play` with a name of its own, which is in all that it sends, so that tests do not hear of each other's calls.
+A test has a `Play` whose name is in all that it sends, so that tests do not hear of each other's calls.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import grpc
 from contract.pools import LAYOUT, MERGER, NOBODY
@@ -143,7 +143,7 @@ class Leaves:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="leaves", daemon=True)
 
-    def __enter__(self) -> Leaves:
+    def __enter__(self) -> Self:
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self._start(), self.loop).result(WAIT_S)
         return self
@@ -197,13 +197,13 @@ class _Handler(grpc.GenericRpcHandler):
         method = str(handler_call_details.method)
         if self._at == MERGER:
             if method == _MERGE_STREAM:
-                return grpc.stream_unary_rpc_method_handler(self._merge_stream)  # type: ignore[arg-type] # aio's
-            return grpc.unary_unary_rpc_method_handler(self._merge)  # type: ignore[arg-type] # aio's
+                return grpc.stream_unary_rpc_method_handler(self._merge_stream)
+            return grpc.unary_unary_rpc_method_handler(self._merge)
 
         async def ask(data: bytes, context: Any) -> bytes:
             return await self._ask(method, data, context)
 
-        return grpc.unary_unary_rpc_method_handler(ask)  # type: ignore[arg-type] # aio's
+        return grpc.unary_unary_rpc_method_handler(ask)
 
     async def _ask(self, method: str, data: bytes, context: Any) -> bytes:
         play = self._leaves.play_of(data)
