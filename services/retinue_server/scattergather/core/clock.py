@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,7 +31,7 @@ class Clock(Protocol):
         """Does it once the clock shows `when`."""
 
     def soon(self, do: Callable[[], None]) -> object:
-        """Does it after whatever is due now."""
+        """Does it after whatever is due now; other threads that want the processor get it first."""
 
 
 class LoopClock:
@@ -40,7 +41,11 @@ class LoopClock:
         loop = asyncio.get_running_loop()
         self.now = time.monotonic  # not loop.time: uvloop's shows the millisecond in which the turn began
         self.at = loop.call_at
-        self.soon = loop.call_soon
+        self._soon = loop.call_soon
 
     def wall_ms(self) -> int:
         return time.time_ns() // 1_000_000
+
+    def soon(self, do: Callable[[], None]) -> object:
+        os.sched_yield()  # gRPC's thread may have to share a processor with the loop
+        return self._soon(do)

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from retinue_server.scattergather.core.requests import Ask
     from retinue_server.scattergather.engine import Metadata
 
-_SLICE = 64
-"""Calls that are begun before others get their turn: some milliseconds."""
 MAX_FAILURES = 16
 _ONE = Coverage(1, 1, complete=True)
 _MESSAGE_BYTES = 256
@@ -178,7 +176,7 @@ class Scatter:
         self._timers.append(clock.at(self._leaf_deadline, self._time_out))
         if policy.soft_deadline_s is not None:
             self._timers.append(clock.at(self.begun_at + policy.soft_deadline_s, self._end_of_patience))
-        self._send()
+        live.turns.add(self._send)
 
     def _divide(self) -> None:
         """Into what is asked together, and of batches already whom."""
@@ -203,15 +201,15 @@ class Scatter:
             weight = sum(member.shard.weight for member in group)
             yield Part(tuple(group), _common(group, replica), weight, self.begun_at), replica
 
-    def _send(self) -> None:
-        for _ in range(_SLICE):
-            if self._over or not self._unsent:
-                return
+    def _send(self, most: int) -> int:
+        """Asks so many more, and says how many."""
+        for sent in range(most):
+            if not self._unsent:  # or it is over, and they were dropped
+                return sent
             part, replica = self._unsent.popleft()
             self._live.unsent -= 1
             self._try(part, Kind.PRIMARY, replica)
-        if self._unsent and not self._over:
-            self._clock.soon(self._send)
+        return most
 
     def _try(self, part: Part, kind: Kind, replica: Replica | None = None) -> None:
         """Asks a replica, or finds that there is none."""
