@@ -177,13 +177,6 @@ class Story:
             if call.got.at <= (fault.end or self.read_at)
         )
 
-    def was_held(self, leaf: str, begin: int, end: int) -> bool:
-        """Whether news from or to the leaf, of that time, may have been held on its way."""
-        return any(
-            fault.holds and leaf in fault.leaves and fault.begin <= end and (fault.end or self.read_at) >= begin
-            for fault in self.faults
-        )
-
     def held_until(self, leaf: str, begin: int, end: int) -> int:
         """Up to when news from or to the leaf, of that time, may have been on its way."""
         for fault in sorted(self.faults, key=lambda fault: fault.begin):

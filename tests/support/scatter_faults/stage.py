@@ -18,9 +18,11 @@ from support.faults.clients import PATH
 from support.history.recorder import boot_ns
 from support.scatter_faults import pools as pool_file
 from support.scatter_faults.callers import Caller, Notes, metrics
+from support.scatter_faults.checks import ROOT
 from support.scatter_faults.history import Call, Fault, Story, read
 from support.scatter_faults.leaves import Village
 from support.scatter_faults.pools import Pool
+from support.scatter_faults.pulse import Pulse
 
 _STUCK_S = 60.0
 _LOG_ERRORS = ('"level": "error"', '"level": "critical"', "Traceback", "never retrieved")
@@ -43,6 +45,9 @@ class Stage:
 
     def __enter__(self) -> Self:
         self._open.enter_context(self.village)
+        pulse = Pulse(self._note_stall)
+        pulse.start()
+        self._open.callback(pulse.stop)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -138,6 +143,11 @@ class Stage:
     def fault(self, kind: str, begin: int, *leaves: str, holds: bool = False, kills: bool = False) -> None:
         """Notes one that is over."""
         self.notes.add(Fault(kind, begin, boot_ns(), leaves, holds, kills))
+
+    def _note_stall(self, begin: int) -> None:
+        """The machine had no time: for nobody."""
+        leaves = [name for house in self.village.houses for name in house.names]
+        self.fault("no processor", begin, ROOT, *leaves, holds=True)
 
     def story(self) -> Story:
         """What happened until now."""
