@@ -111,7 +111,9 @@ class Root:
         for pool_id, pool in wanted.items():
             kept = self.pools.get(pool_id)
             if kept is None:
-                self.pools[pool_id] = _Kept(pool, self._leaves, self._discoveries, self._clock, self._turns, self._share)
+                self.pools[pool_id] = _Kept(
+                    pool, self._leaves, self._discoveries, self._clock, self._turns, self._share
+                )
             elif kept.live.pool != pool:
                 kept.update(pool)
 
