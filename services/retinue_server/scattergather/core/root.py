@@ -350,6 +350,7 @@ class _Kept:
         pool: Pool,
         leaves: Leaves,
         discoveries: Mapping[str, Discovery],
+        *,
         clock: Clock,
         turns: Turns,
         share: int,

@@ -1,8 +1,8 @@
 """Turns: calls are begun in bursts, and between two bursts whoever else waits for the event loop gets it.
 
-Bursts are cheap: a call begun by itself wakes a thread of gRPC, and costs half as much again. But gRPC needs some turns of
-the loop to take up one request, and while all of them are busy with calls, requests wait where nobody counts or refuses them.
-So after a burst the loop goes round until nobody has come for some turns.
+Bursts are cheap: a call begun by itself wakes a thread of gRPC, and costs half as much again. But gRPC needs some turns
+of the loop to take up one request, and while all of them are busy with calls, requests wait where nobody counts or
+refuses them. So after a burst the loop goes round until nobody has come for some turns.
 """
 
 from __future__ import annotations

@@ -57,6 +57,9 @@ def open_channel(
 class GrpcLine:
     """A channel to one endpoint, kept connected."""
 
+    most_received = 0
+    """The largest message that is read at all; 0 = a reply of the target's limit."""
+
     def __init__(self, target: Target, changed: Callable[[], None], closed: Callable[[GrpcLine], None]) -> None:
         self.target, self._changed, self._closed = target, changed, closed
         self.connected = False
@@ -72,7 +75,7 @@ class GrpcLine:
         """Connects, or connects anew: then what is connected serves on until the new connection is there."""
         target = self.target
         name = target.tls.server_name if target.tls is not None else ""
-        channel = open_channel(target.address, shown, target.max_reply_bytes, name)
+        channel = open_channel(target.address, shown, self.most_received or target.max_reply_bytes, name)
         self._discard_next()
         if not self.connected:
             self._take(channel)
@@ -181,7 +184,7 @@ class GrpcLeaves:
         self._looking: asyncio.Task[None] | None = None
 
     def open(self, target: Target, changed: Callable[[], None]) -> Line:
-        line = GrpcLine(target, changed, self._lines.discard)
+        line = _kind(target)(target, changed, self._lines.discard)
         self._lines.add(line)
         if target.tls is None:
             line.connect(None)
@@ -222,6 +225,14 @@ class GrpcLeaves:
     def _connect(self, shown: _Shown) -> None:
         for line in [line for line in self._lines if line.target.tls == shown.said]:
             line.connect(shown.credentials)
+
+
+def _kind(target: Target) -> type[GrpcLine]:
+    if not target.stream:
+        return GrpcLine
+    from retinue_server.scattergather.engines.streaming import StreamLine  # noqa: PLC0415 - it is one of these
+
+    return StreamLine
 
 
 class _Shown:
