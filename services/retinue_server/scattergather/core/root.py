@@ -112,7 +112,7 @@ class Root:
             kept = self.pools.get(pool_id)
             if kept is None:
                 self.pools[pool_id] = _Kept(
-                    pool, self._leaves, self._discoveries, self._clock, self._turns, self._share
+                    pool, self._leaves, self._discoveries, clock=self._clock, turns=self._turns, share=self._share
                 )
             elif kept.live.pool != pool:
                 kept.update(pool)
