@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -91,9 +92,18 @@ def root(request: pytest.FixtureRequest, leaves: Leaves) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def scatterer(root: str) -> Iterator[Client]:
-    """Calls of scatter/gather with the role app."""
+    """Calls of scatter/gather with the role app, once the root has found the leaves."""
     with Client(root, services=SCATTER) as client:
+        end = time.monotonic() + 20
+        while not _has_found_all(client) and time.monotonic() < end:
+            time.sleep(0.05)
         yield client
+
+
+def _has_found_all(client: Client) -> bool:
+    """But where nobody listens."""
+    pools = client.ListPools(page_size=1000).pools
+    return all(pool.reachable_shards == pool.shards - (pool.pool_id == "away") for pool in pools)
 
 
 @pytest.fixture

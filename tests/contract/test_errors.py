@@ -122,6 +122,20 @@ UNREACHABLE = {
         ),
         "leader election's: tests/e2e/test_leaderelection_errors.py and test_leaderelection.py",
     ),
+    **dict.fromkeys(
+        (
+            "POOL_NOT_FOUND",
+            "POOL_EMPTY",
+            "POOL_NOT_IDEMPOTENT",
+            "SCATTER_TOO_DEEP",
+            "SCATTER_LIMIT",
+            "GATHER_TOO_LARGE",
+            "COVERAGE_NOT_MET",
+            "LEAF_REFUSED",
+            "MERGE_FAILED",
+        ),
+        "scatter/gather's: test_scattergather_errors.py",
+    ),
 }
 
 
