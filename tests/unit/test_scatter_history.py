@@ -9,7 +9,7 @@ import pytest
 from msgspec import json
 from support.scatter_faults.callers import answer, metrics, pieces
 from support.scatter_faults.checks import ROOT, check
-from support.scatter_faults.history import LEFT, Asked, Event, Fault, Gave, Got, Known, Piece, Ran, Story, Told, read
+from support.scatter_faults.history import LEFT, Asked, Event, Fault, Gave, Got, Known, Piece, Ran, Reader, Story, Told
 
 from retinue.scattergather.v1 import scattergather_service_pb2 as api
 
@@ -431,11 +431,22 @@ def test_what_is_no_reply_to_the_request_has_no_number(payload: bytes) -> None:
     assert list(pieces("r", said)) == [Piece("s0", -1)]
 
 
-def test_a_history_outlives_half_a_line(tmp_path: Path) -> None:
-    told = answer(1, "r", api.ScatterResponse(payload=b"r s0 7\n"))
-    (tmp_path / "a.jsonl").write_bytes(json.encode(told) + b"\n" + json.encode(told)[:20])
-    (tmp_path / "b.jsonl").write_bytes(json.encode(Gave(1, 2, "answered")) + b"\n")
-    assert read(tmp_path) == [told, Gave(1, 2, "answered")]
+def test_a_history_is_read_as_it_grows_and_outlives_half_a_line(tmp_path: Path) -> None:
+    told, got, gave = (
+        answer(1, "r", api.ScatterResponse(payload=b"r s0 7\n")),
+        Got(1, "a", 2, "r", "s0", 1, 9),
+        Gave(1, 2, "x"),
+    )
+    line = json.encode(told) + b"\n"
+    path, reader = tmp_path / "a.jsonl", Reader(tmp_path)
+    path.write_bytes(line[:20])
+    assert reader.look() == []
+    path.write_bytes(line + json.encode(got)[:20])
+    (tmp_path / "b.jsonl").write_bytes(json.encode(gave) + b"\n")
+    assert reader.look() == [told, gave]
+    path.write_bytes(line + json.encode(got) + b"\n")
+    assert reader.look() == [told, gave, got]
+    assert (reader.got, reader.ended) == ({"r": {2}}, {2: gave})
 
 
 def test_metrics_are_read_by_name_and_pool() -> None:

@@ -24,6 +24,7 @@ from support.scatter_faults import matrix, report
 from support.scatter_faults.campaign import Campaign
 from support.scatter_faults.checks import Finding, check
 from support.scatter_faults.leaves import build_go_leaf
+from support.scatter_faults.scenes import DEADLINE_S
 
 _SHOWN = 20
 
@@ -52,7 +53,7 @@ def _play_table(directory: Path) -> Sequence[Finding]:
     with matrix.Matrix(directory) as played:
         cells = played.play()
         print(*matrix.table(cells), sep="\n", flush=True)
-        return check(played.stage.story(), int(matrix.DEADLINE_S * 1e9))
+        return check(played.stage.story(), int(DEADLINE_S * 1e9))
 
 
 def _play(directory: Path, seconds: float, seed: int) -> Sequence[Finding]:

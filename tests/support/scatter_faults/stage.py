@@ -19,7 +19,7 @@ from support.history.recorder import boot_ns
 from support.scatter_faults import pools as pool_file
 from support.scatter_faults.callers import Caller, Notes, metrics
 from support.scatter_faults.checks import ROOT
-from support.scatter_faults.history import Call, Fault, Story, read
+from support.scatter_faults.history import Call, Fault, Reader, Story
 from support.scatter_faults.leaves import Village
 from support.scatter_faults.pools import Pool
 from support.scatter_faults.pulse import Pulse
@@ -36,8 +36,11 @@ class Stage:
         self.where = where
         self.village = Village(where)
         self.notes = Notes(where)
+        self.reader = Reader(where / "history")
         self.pools: dict[str, Pool] = {}
         self.roots = 1
+        self.stalls = 0
+        """How often the machine had no time for anybody."""
         self.root: RunningServer
         self._module = module or ("faults.broken_scatters" if defect else "retinue_server")
         self._defect, self._before = defect, before
@@ -146,6 +149,7 @@ class Stage:
 
     def _note_stall(self, begin: int) -> None:
         """The machine had no time: for nobody."""
+        self.stalls += 1
         leaves = [name for house in self.village.houses for name in house.names]
         self.fault("no processor", begin, ROOT, *leaves, holds=True)
 
@@ -153,7 +157,7 @@ class Stage:
         """What happened until now."""
         for pool in self.pools.values():
             self.notes.add(pool.ran(self.roots))
-        return Story(read(self.where / "history"), boot_ns())
+        return Story(self.reader.look(), boot_ns())
 
     def log_errors(self) -> list[str]:
         """What no server may write into its log."""
