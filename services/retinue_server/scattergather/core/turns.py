@@ -1,8 +1,8 @@
 """Turns: calls are begun in bursts, and between two bursts whoever else waits for the event loop gets it.
 
-Bursts are cheap: a call begun by itself wakes a thread of gRPC, and costs half as much again. But gRPC needs some turns of
-the loop to take up one request, and while all of them are busy with calls, requests wait where nobody counts or refuses them.
-So after a burst the loop goes round until nobody has come for some turns.
+Bursts are cheap: a call begun by itself wakes a thread of gRPC, and costs half as much again. But gRPC needs about five turns
+of the loop to take up one request, and between them that thread; while all turns are full of calls, requests wait where nobody
+counts or refuses them. So after a burst the loop goes round until nobody has come for a while.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     Begin = Callable[[int], int]
     """Begins so many calls at most, and says how many; fewer if there are no more."""
 
-_BURST = 64
-"""Calls: some milliseconds."""
-_QUIET_TURNS = 8
-"""gRPC needs about five to take up a request that waits."""
+_BURST, _QUIET_S = 64, 0.00025
+"""Calls, some milliseconds, and how long nobody must have come before the next."""
+_SHORT_BURST, _LONG_QUIET_S = 32, 0.001
+"""While there are more requests than can be answered, who is refused must not wait for it: worth a tenth of the calls."""
+_CROWDED_S = 1.0
+"""How long there are, after somebody was refused."""
+_QUIET_TURNS = 6
 _LONGEST_S = 0.02
 """Between two bursts, however many come."""
 
@@ -33,26 +36,32 @@ class Turns:
         self._clock = clock
         self._waiting: deque[Begin] = deque()
         self._left = _BURST
-        self._burst_at = float("-inf")
+        self._burst_at = self._refused_at = self._came_at = float("-inf")
         self._quiet = 0
-        """Turns since somebody came."""
+        """Turns since somebody came, or calls were begun."""
         self._going_round = False
 
     def add(self, begin: Begin) -> None:
         """Begins the calls of a request when it is its turn, which may be now."""
         self._waiting.append(begin)
-        self.came()
+        self._came()
         if not self._going_round:
             self._go()
 
-    def came(self) -> None:
-        """Somebody has, who may not have been added."""
-        self._quiet = 0
+    def refused(self) -> None:
+        """Somebody came and was not added."""
+        self._came()
+        self._refused_at = self._came_at
+
+    def _came(self) -> None:
+        self._quiet, self._came_at = 0, self._clock.now()
 
     def _go(self) -> None:
         now = self._clock.now()
-        if self._quiet >= _QUIET_TURNS or now - self._burst_at > _LONGEST_S:
-            self._left, self._burst_at = _BURST, now
+        crowded = now - self._refused_at < _CROWDED_S
+        is_quiet = self._quiet >= _QUIET_TURNS and now - self._came_at >= (_LONG_QUIET_S if crowded else _QUIET_S)
+        if is_quiet or now - self._burst_at > _LONGEST_S:
+            self._left, self._burst_at = (_SHORT_BURST if crowded else _BURST), now
         if self._left:
             self._burst()
         self._quiet += 1
@@ -66,4 +75,4 @@ class Turns:
             if begun < self._left:
                 self._waiting.popleft()
             self._left -= begun
-        self._quiet = 0
+        self._came()
