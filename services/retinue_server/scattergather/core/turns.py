@@ -18,13 +18,12 @@ if TYPE_CHECKING:
     Begin = Callable[[int], int]
     """Begins so many calls at most, and says how many; fewer if there are no more."""
 
-_BURST, _QUIET_S = 64, 0.00025
-"""Calls, some milliseconds, and how long nobody must have come before the next."""
-_SHORT_BURST, _LONG_QUIET_S = 32, 0.001
-"""While there are more requests than can be answered, who is refused must not wait for it: worth a tenth of the calls."""
+_BURST = 64
+"""Calls: some milliseconds."""
+_QUIET_TURNS, _QUIET_S, _QUIET_CROWDED_S = 10, 0.00025, 0.001
+"""For how long nobody must have come. The longer while there are too many: who is refused must not wait for it."""
 _CROWDED_S = 1.0
-"""How long there are, after somebody was refused."""
-_QUIET_TURNS = 6
+"""How long there are too many, after somebody was refused."""
 _LONGEST_S = 0.02
 """Between two bursts, however many come."""
 
@@ -58,16 +57,18 @@ class Turns:
 
     def _go(self) -> None:
         now = self._clock.now()
-        crowded = now - self._refused_at < _CROWDED_S
-        is_quiet = self._quiet >= _QUIET_TURNS and now - self._came_at >= (_LONG_QUIET_S if crowded else _QUIET_S)
-        if is_quiet or now - self._burst_at > _LONGEST_S:
-            self._left, self._burst_at = (_SHORT_BURST if crowded else _BURST), now
+        if self._is_quiet(now) or now - self._burst_at > _LONGEST_S:
+            self._left, self._burst_at = _BURST, now
         if self._left:
             self._burst()
         self._quiet += 1
         self._going_round = bool(self._waiting)
         if self._waiting:
             self._clock.soon(self._go)
+
+    def _is_quiet(self, now: float) -> bool:
+        long = _QUIET_CROWDED_S if now - self._refused_at < _CROWDED_S else _QUIET_S
+        return self._quiet >= _QUIET_TURNS and now - self._came_at >= long
 
     def _burst(self) -> None:
         while self._left and self._waiting:
