@@ -220,17 +220,28 @@ class Root:
         live = self._kept(ask.pool_id).live
         limits.check_depth(ask, f"{self.server_id}/{ask.pool_id}")
         members = limits.select(ask.topology, ask, violations)
-        if not live.admits(len(members)):
-            self._turns.came()
-            live.shed_at = self._clock.now()
-            live.ended["shed"] += 1
-            raise ResourceExhausted(
-                f"cannot scatter: pool {ask.pool_id} has {live.open_calls} calls to make, {live.unsent} of them unsent",
-                reason=Reason.SCATTER_LIMIT,
-                retry_ms=_RETRY_MS,
-                pool_id=ask.pool_id,
-            )
+        self._check_room(live, len(members))
         return live, members
+
+    def check_room(self, pool_id: str) -> None:
+        """Raises SCATTER_LIMIT if a request for all shards would be refused now: refusing must cost little."""
+        kept = self.pools.get(pool_id)
+        if kept is not None:
+            self._check_room(kept.live, len(kept.live.topology.members))
+
+    def _check_room(self, live: LivePool, calls: int) -> None:
+        if live.admits(calls):
+            return
+        self._turns.refused()
+        live.shed_at = self._clock.now()
+        live.ended["shed"] += 1
+        pool_id = live.pool.pool_id
+        raise ResourceExhausted(
+            f"cannot scatter: pool {pool_id} has as many calls to make as it takes; try again later",
+            reason=Reason.SCATTER_LIMIT,
+            retry_ms=_RETRY_MS,
+            pool_id=pool_id,
+        )
 
     def _merge(self, ask: Ask) -> tuple[Merge, UserMerge | None]:
         merging, topology = ask.topology.pool.merging, ask.topology
