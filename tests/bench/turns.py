@@ -1,4 +1,4 @@
-"""Cells that are played in turns: round by round, every system once, in an order that turns; and the command of a bench."""
+"""Cells that are played in turns: round by round, each system once, in an order that turns; the command of a bench."""
 
 from __future__ import annotations
 
