@@ -25,12 +25,12 @@ metadata that a Java client takes by default."""
 def serialised(error: RetinueError, message: str) -> bytes:
     """As `status`; who is overloaded refuses with the same words again and again."""
     if isinstance(error, InvalidArgument) or error.more is not None:
-        return status(error, message).SerializeToString()
+        return bytes(status(error, message).SerializeToString())
     return _alike(error.code, message, error.reason, error.retry_ms, tuple(error.metadata.items()))
 
 
 @lru_cache(maxsize=64)
-def _alike(  # noqa: PLR0917 - all that makes a difference
+def _alike(
     code: Code,
     message: str,
     reason: Reason,
@@ -39,7 +39,7 @@ def _alike(  # noqa: PLR0917 - all that makes a difference
 ) -> bytes:
     found = RetinueError(message, reason=reason, retry_ms=retry_ms, **dict(metadata))
     found.code = code  # type: ignore[misc] # the class's, elsewhere
-    return status(found, message).SerializeToString()
+    return bytes(status(found, message).SerializeToString())
 
 
 def status(error: RetinueError, message: str) -> Status:
