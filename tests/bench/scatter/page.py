@@ -73,8 +73,8 @@ _PAGE = """\
 # Scatter/gather, measured
 
 Written by `make bench-scatter REFERENCE=1`; edit [`scatter/page.py`](scatter/page.py), not this file. How it is
-measured stands in [`scatter/__init__.py`](scatter/__init__.py), leaves and load are in [`go/scatter`](go/scatter), every
-round in [`results/`](results), what was tried in
+measured stands in [`scatter/__init__.py`](scatter/__init__.py), leaves and load are in [`go/scatter`](go/scatter),
+every round in [`results/`](results), what was tried in
 [decision 11](../../services/decisions/0011-what-a-root-costs.md).
 
 ```sh
@@ -94,8 +94,8 @@ A root is one process, which uses one core. Two ways lead to more:
   µs of CPU per leaf and `b` per request, N leaves take `b + N·c` flat, and `2b + (P + N/P)·c` through P parents.
 - *Processes* divide a load. Each gets `scattergather.processes: N` (so that limits and budgets are divided), an address
   and a data directory of its own: as sidecars or as replicas of a Deployment this comes by itself, on one host it is
-  `retinue-server scattergather --listen 127.0.0.1:7077 --data-dir a`, then `… :17077 --data-dir b`. Callers are given all
-  addresses (gRPC's `round_robin` over `ipv4:127.0.0.1:7077,127.0.0.1:17077`). They do not share a port: a kernel that
+  `retinue-server scattergather --listen 127.0.0.1:7077 --data-dir a`, then `… :17077 --data-dir b`. Callers are given
+  all addresses (gRPC's `round_robin` over `ipv4:127.0.0.1:7077,127.0.0.1:17077`). They do not share a port: a kernel that
   divides connections gives one process all the calls of a client that has one.
 
 """
