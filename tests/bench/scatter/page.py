@@ -95,8 +95,8 @@ A root is one process, which uses one core. Two ways lead to more:
 - *Processes* divide a load. Each gets `scattergather.processes: N` (so that limits and budgets are divided), an address
   and a data directory of its own: as sidecars or as replicas of a Deployment this comes by itself, on one host it is
   `retinue-server scattergather --listen 127.0.0.1:7077 --data-dir a`, then `… :17077 --data-dir b`. Callers are given
-  all addresses (gRPC's `round_robin` over `ipv4:127.0.0.1:7077,127.0.0.1:17077`). They do not share a port: a kernel that
-  divides connections gives one process all the calls of a client that has one.
+  all addresses (gRPC's `round_robin` over `ipv4:127.0.0.1:7077,127.0.0.1:17077`). They do not share a port: a kernel
+  that divides connections gives one process all the calls of a client that has one.
 
 """
 
