@@ -51,7 +51,8 @@ class Gate:
 
 
 Says = Any
-"""Bytes, a QueryResponse, Fail or Gate; or a list of them: for the first call, the second, and all further ones."""
+"""Bytes, a QueryResponse, Fail or Gate; a list of them: for the first call, the second, and all further ones; or what
+gives one for a Call."""
 
 
 @dataclass
@@ -110,6 +111,10 @@ class Play:
         """When so many have ended so."""
         self._await(lambda: [call.ended for call in self.calls].count(ended) >= count)
 
+    def await_quiet(self) -> None:
+        """When none of the calls that have come is open any more: what hangs ends by cancellation alone."""
+        self._await(lambda: all(call.ended for call in self.calls))
+
     def _await(self, what: Callable[[], bool]) -> None:
         with self.changed:
             assert self.changed.wait_for(what, WAIT_S), f"it did not come to it: {self.calls}"
@@ -125,6 +130,8 @@ class Play:
         at_once = f"{call.shard}@{call.at}"
         key = next((key for key in (at_once, call.shard, "*") if key in self.says), "")
         said = self.says.get(key, b"")
+        if callable(said):
+            return said(call)
         if not isinstance(said, list):
             return said
         number = sum(one.shard == call.shard and (key != at_once or one.at == call.at) for one in self.calls)

@@ -130,9 +130,13 @@ def test_what_failed_is_found_by_its_name(scatterer: Client, play: Play, reason:
 
 @pytest.mark.parametrize("code", ["INVALID_ARGUMENT", "UNAUTHENTICATED", "PERMISSION_DENIED"])
 def test_a_leafs_refusal_is_the_answer_and_ends_the_rest(scatterer: Client, play: Play, code: str) -> None:
-    play.says = {"a": play.gate(), "b": Fail(code, "cannot do that"), "c": play.gate()}
+    refusal = play.gate(Fail(code, "cannot do that"))
+    play.says = {"a": play.gate(), "b": refusal, "c": play.gate()}
+    asked = scatterer.begin("Scatter", pool_id="collect", payload=play.payload, policy={"min_coverage": 0})
+    play.await_calls(3)
+    refusal.open()
     with pytest.raises(Refused) as error:
-        scatter(scatterer, play, policy={"min_coverage": 0})
+        asked.result()
     assert (error.value.code, error.value.reason, error.value.message) == (code, "LEAF_REFUSED", "cannot do that")
     assert error.value.scatter
     first = error.value.scatter.failures[0]

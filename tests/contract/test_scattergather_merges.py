@@ -89,13 +89,14 @@ def test_a_reply_that_the_merge_cannot_read_is_lost_and_the_others_count(
     scatterer: Client, play: Play, kind: str, reply: str
 ) -> None:
     good = {"sum": "1", "json": "1", "count": "1", "group_sum": "{}", "union": "[]", "top_k": "[]"}
-    play.says = {"*": good.get(kind, json.dumps(BARS)).encode(), "c": reply.encode()}
     late = play.gate(reply.encode())  # of a histogram the first reply says which bounds count
-    play.says["c"] = late
-    asked = scatterer.begin("Scatter", pool_id=kind, payload=play.payload, policy={"min_coverage": 0.5})
-    play.await_end("OK", 2)
-    late.open()
-    answer = asked.result()
+    play.says = {"*": good.get(kind, json.dumps(BARS)).encode(), "c": late}
+    request = {"pool_id": kind, "payload": play.payload, "policy": {"min_coverage": 0.5}}
+    with scatterer.stream("ScatterStream", request=request) as stream:
+        assert [stream.read().WhichOneof("event") for _ in range(2)] == ["reply", "reply"]
+        late.open()
+        assert stream.read().failure.shard_id == "c"
+        answer = stream.read().answer
     assert answer.failed_by_code == {"DATA_LOSS": 1}
     assert [(f.shard_id, f.code) for f in answer.failures] == [("c", 15)]
     assert "must" in answer.failures[0].message
@@ -128,7 +129,7 @@ def test_the_first_reply_is_enough_and_the_others_are_cancelled(scatterer: Clien
     assert answer.payload == b"x"
     assert (answer.coverage.expected, answer.coverage.answered, answer.coverage.complete) == (2, 2, True)
     assert not answer.failures
-    play.await_end("CANCELLED")
+    play.await_quiet()
 
 
 def test_a_part_is_not_the_first_where_only_all_will_do(scatterer: Client, play: Play) -> None:
