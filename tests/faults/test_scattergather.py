@@ -90,7 +90,7 @@ EXPECTED = {
     | {"soft deadline": without("UNAVAILABLE") + without("CANCELLED")},  # should it be killed late
     "pool file points elsewhere": at_once("UNAVAILABLE"),
     "name resolves elsewhere": at_once("UNAVAILABLE"),
-    "name resolves no more": FINE,
+    "name resolves no more": at_once("UNAVAILABLE"),
     "root overloaded": modes(SHED, SHED, SHED, SHED, SHED, SHED),
     "all down": modes(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING),
 }
@@ -112,7 +112,7 @@ def played(where: Path) -> tuple[Matrix, Cells]:
         (where / str(attempt)).mkdir()
         with Matrix(where / str(attempt)) as matrix:
             cells = matrix.play()
-        if not (wrong(cells) and matrix.stage.stalls):
+        if not (wrong(cells) and matrix.stage.has_stalled):
             break
     return matrix, cells
 

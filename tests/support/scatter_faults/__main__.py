@@ -30,18 +30,26 @@ _SHOWN = 20
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Disturbs leaves and a root, and checks what callers were told.")
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(31))
+    parser = argparse.ArgumentParser(
+        prog="python -m support.scatter_faults",
+        description="Disturbs twelve shards of two replicas, and their root, while callers of every mode ask. Then it "
+        "checks the history: what was merged, what coverage was said, when calls ended, and how many there were.",
+        epilog="`make faults` plays it, too. A finding names its request; --keep keeps the history: a line an event.",
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long faults are played (default 60)")
     parser.add_argument(
-        "--table", action="store_true", help="play every fault in every mode, once, and print the cells"
+        "--seed", type=int, default=random.SystemRandom().getrandbits(31), help="repeats the schedule of an earlier run"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="play every fault in every mode instead, and print the cells"
     )
     parser.add_argument("--keep", action="store_true", help="keep logs and history, and say where they are")
     flags = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     directory = Path(tempfile.mkdtemp(prefix="retinue-scatters-"))
     findings = _play_table(directory) if flags.table else _play(directory, flags.seconds, flags.seed)
-    print(*(f"{one.check}: {one.request} {one.what}" for one in findings[:_SHOWN]), sep="\n", end="")
+    for one in findings[:_SHOWN]:
+        print(f"{one.check}: {one.request} {one.what}")
     if findings or flags.keep:
         print(f"the history is in {directory}")
     else:

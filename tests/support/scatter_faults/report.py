@@ -10,6 +10,7 @@ from pathlib import Path
 from support.scatter_faults.campaign import Campaign, rows
 from support.scatter_faults.checks import CHECKS, Finding
 from support.scatter_faults.history import Story
+from support.scatter_faults.pulse import NO_PROCESSOR
 
 _COLUMNS = ("asked", "complete", "partial", "left", "hedges", "retries")
 
@@ -31,6 +32,7 @@ def totals(campaign: Campaign, story: Story, findings: Sequence[Finding], second
     broken = Counter(finding.check for finding in findings)
     return {
         "seconds": round(seconds, 1),
+        "of these without a processor": round(sum(_stalls(story)), 1),
         "faults": campaign.faults.total(),
         "requests": ends["asked"],
         **{name: ends[name] for name in ("complete", "partial", "left")},
@@ -41,6 +43,13 @@ def totals(campaign: Campaign, story: Story, findings: Sequence[Finding], second
         "retries": ends["retries"],
         **{f"broken: {name}": broken[name] for name in (*(one.__name__ for one in CHECKS), "log")},
     }
+
+
+def _stalls(story: Story) -> Iterator[float]:
+    """Seconds in which the machine had no time for anybody, so that the checks on time were lenient."""
+    for fault in story.faults:
+        if fault.kind == NO_PROCESSOR:
+            yield ((fault.end or story.read_at) - fault.begin) / 1e9
 
 
 def save(figures: dict[str, int | float], seed: int, directory: Path) -> Path:

@@ -126,7 +126,7 @@ class Scene:
         """The root has the pools as the file and the names have them now."""
         links = self.stage.village.links
         for pool in self.pools.values():
-            found = (self.hosts.resolved(one) for one in pool.replicas[HIT])
+            found = [address for one in pool.replicas[HIT] if (address := self.hosts.resolved(one))]
             self.stage.await_endpoints(pool.name, HIT, *(links[one].address if one in links else one for one in found))
 
     def occupy(self, caller: Caller) -> None:

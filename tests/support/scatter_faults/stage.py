@@ -22,7 +22,7 @@ from support.scatter_faults.checks import ROOT
 from support.scatter_faults.history import Call, Fault, Reader, Story
 from support.scatter_faults.leaves import Village
 from support.scatter_faults.pools import Pool
-from support.scatter_faults.pulse import Pulse
+from support.scatter_faults.pulse import NO_PROCESSOR, Pulse
 
 _STUCK_S = 60.0
 _LOG_ERRORS = ('"level": "error"', '"level": "critical"', "Traceback", "never retrieved")
@@ -39,18 +39,17 @@ class Stage:
         self.reader = Reader(where / "history")
         self.pools: dict[str, Pool] = {}
         self.roots = 1
-        self.stalls = 0
-        """How often the machine had no time for anybody."""
+        self._stalls = 0
         self.root: RunningServer
         self._module = module or ("faults.broken_scatters" if defect else "retinue_server")
         self._defect, self._before = defect, before
+        self._pulse = Pulse(self._note_stall)
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
         self._open.enter_context(self.village)
-        pulse = Pulse(self._note_stall)
-        pulse.start()
-        self._open.callback(pulse.stop)
+        self._pulse.start()
+        self._open.callback(self._pulse.stop)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,17 +146,27 @@ class Stage:
         """Notes one that is over."""
         self.notes.add(Fault(kind, begin, boot_ns(), leaves, holds, kills))
 
+    @property
+    def has_stalled(self) -> bool:
+        """Whether the machine has had no time for anybody."""
+        return self._stalls > 0 or self._pulse.began is not None
+
     def _note_stall(self, begin: int) -> None:
-        """The machine had no time: for nobody."""
-        self.stalls += 1
-        leaves = [name for house in self.village.houses for name in house.names]
-        self.fault("no processor", begin, ROOT, *leaves, holds=True)
+        self._stalls += 1
+        self.notes.add(self._stall(begin, boot_ns()))
+
+    def _stall(self, begin: int, end: int) -> Fault:
+        """It hits everybody."""
+        leaves = (name for house in self.village.houses for name in house.names)
+        return Fault(NO_PROCESSOR, begin, end, (ROOT, *leaves), holds=True)
 
     def story(self) -> Story:
         """What happened until now."""
         for pool in self.pools.values():
             self.notes.add(pool.ran(self.roots))
-        return Story(self.reader.look(), boot_ns())
+        began = self._pulse.began
+        stall = [] if began is None else [self._stall(began, 0)]
+        return Story([*self.reader.look(), *stall], boot_ns())
 
     def log_errors(self) -> list[str]:
         """What no server may write into its log."""
