@@ -58,22 +58,24 @@ test: $(VENV)/.dev etcd ## Runs the tests (unit, engines, contract, faults)
 kubernetes: $(VENV)/.dev ## Builds a real API server; `make test` then tries the engine kubernetes on it, too (a quarter of an hour)
 	@PYTHONPATH=tests $(BIN)/python -m support.kubernetes.build
 
-contract: $(VENV)/.dev ## Runs the conformance suite against TARGET=host:port (CONTROL=unix:PATH for operators)
-	@$(BIN)/python -m pytest -q tests/contract $(if $(TARGET),--target $(TARGET)) $(if $(CONTROL),--control $(CONTROL)) $(PYTEST)
+contract: $(VENV)/.dev ## Runs the conformance suite against TARGET=host:port (CONTROL=unix:PATH for operators; LEAVES=host:port: tests/contract/pools.py)
+	@$(BIN)/python -m pytest -q tests/contract $(if $(TARGET),--target $(TARGET)) $(if $(CONTROL),--control $(CONTROL)) $(if $(LEAVES),--leaves $(LEAVES)) $(PYTEST)
 
-e2e: $(VENV)/.dev ## Runs pods, the clients of every language and the printed lines
+e2e: $(VENV)/.dev etcd ## Runs pods, the clients of every language and the printed lines
 	@$(BIN)/python -m pytest -q tests/e2e $(PYTEST)
 
 FAULTS := $(if $(LONG),--kills 200 --tasks 100000,--kills 20 --tasks 5000)
 ELECTIONS := $(if $(LONG),--transitions 200,--transitions 10 --seconds 20)
+SCATTERS := --seconds $(if $(LONG),600,30)
 
-faults: $(VENV)/.dev etcd ## Kills things while they work, and looks what is left (LONG=1: 200 kills over 100,000 tasks, 200 transitions of elections; SEED=n; SCHEDULES=1000000: so many simulated worlds)
+faults: $(VENV)/.dev etcd ## Kills things while they work, and looks what is left (LONG=1: 200 kills over 100,000 tasks, 200 transitions of elections, ten minutes of scatter/gather; SEED=n; SCHEDULES=1000000: so many simulated worlds)
 	@$(BIN)/python -m pytest -q tests/faults $(if $(SCHEDULES),--schedules $(SCHEDULES) -n auto) $(PYTEST)
 	@export PYTHONPATH=tests:services:clients/python; for engine in sqlite postgres; do \
 	  $(BIN)/python -m support.faults --engine $$engine $(FAULTS) $(if $(SEED),--seed $(SEED)) || exit 1; done; \
 	  $(BIN)/python -m support.faults.held --seconds $(if $(LONG),600,60) || exit 1; \
 	  for engine in $$($(BIN)/python -m support.election_faults --list); do \
-	  $(BIN)/python -m support.election_faults --engine $$engine $(ELECTIONS) $(if $(SEED),--seed $(SEED)) || exit 1; done
+	  $(BIN)/python -m support.election_faults --engine $$engine $(ELECTIONS) $(if $(SEED),--seed $(SEED)) || exit 1; done; \
+	  $(BIN)/python -m support.scatter_faults $(SCATTERS) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/.dev ## Plays the scoreboard beside the peers (CELLS="process" SYSTEMS="retinue bullmq" ROUNDS=5 TASKS=60000)
 	@PYTHONPATH=tests $(BIN)/python -m bench $(if $(CELLS),--cells $(CELLS)) $(if $(SYSTEMS),--systems $(SYSTEMS)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(TASKS),--tasks $(TASKS)) $(if $(REFERENCE),--reference)

@@ -2,7 +2,7 @@
 
 pytest tests/contract                                     starts a server for each engine
 pytest tests/contract --target HOST:PORT                  any server; tests for operators are skipped and say so
-pytest tests/contract --target HOST:PORT --control unix:PATH
+pytest tests/contract --target HOST:PORT --control unix:PATH --leaves HOST:PORT
 pytest tests/engines -k kubernetes --kubeconfig PATH      any cluster, in namespaces of the tests' own
 """
 
@@ -39,6 +39,12 @@ class Target(NamedTuple):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--target", metavar="HOST:PORT", help="test this server instead of starting one per engine")
+    parser.addoption(
+        "--leaves",
+        metavar="HOST:PORT",
+        default="",
+        help="the first of six ports where the --target looks for leaves that the suite plays: tests/contract/pools.py",
+    )
     parser.addoption("--control", metavar="ADDRESS", default="", help="where operators dial the --target")
     parser.addoption(
         "--kubeconfig", type=Path, help="test the engine kubernetes on this cluster, not on one of our own"

@@ -6,6 +6,7 @@ are compared with those of one index over everything, while replicas are stopped
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -14,8 +15,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,24 +24,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import grpc
 import msgspec
 import yaml
-from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from retinue.scattergather.v1 import scattergather_service_pb2 as pb
-from retinue.scattergather.v1 import topology_service_pb2 as topology_pb
-from retinue.scattergather.v1.coverage_pb2 import ATTEMPT_OUTCOME_LOST, AttemptKind, AttemptOutcome
-from retinue.scattergather.v1.scattergather_service_pb2_grpc import ScatterGatherServiceStub
-from retinue.scattergather.v1.topology_service_pb2_grpc import TopologyServiceStub
+from retinue.client.pool import Answer, Pool, ScatterFailed
+from retinue.scattergather.v1.coverage_pb2 import ATTEMPT_OUTCOME_LOST
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "scattergather"))
 
 from leaf import Hit, Index, block, corpus, weights  # noqa: E402 - it is beside the manifests that use it
 
 if TYPE_CHECKING:
-    from google.protobuf.duration_pb2 import Duration
+    from retinue.scattergather.v1 import scattergather_service_pb2 as pb
 
 SHARDS, REPLICAS, K = 8, 2, 10
 QUERIES = int(os.environ.get("DEMO_QUERIES", "400"))
@@ -61,8 +58,11 @@ def main() -> int:
     cluster = Cluster(root)
     try:
         cluster.start()
-        story = Story(cluster, Search(cluster.root.address), Whole.built())
-        return story.told()
+        story = Story(cluster, Whole.built())
+        hedged = asyncio.run(story.told())
+        story.report()
+        print_tree(root, hedged, cluster.root.address)
+        return 0 if story.true else 1
     finally:
         cluster.stop()
 
@@ -74,15 +74,14 @@ class Leaf:
     """One replica of a shard."""
 
     def __init__(self, root: Path, shard: int, replica: int) -> None:
-        self.shard, self.name = shard, f"shard-{shard}{'ab'[replica]}"
-        self.address = f"unix:{root / self.name}.sock"
-        self._log = root / f"{self.name}.log"
+        self._root, self.shard, self.name = root, shard, f"shard-{shard}{'ab'[replica]}"
+        self.address = f"unix:{self.name}.sock"
         self.start()
 
     def start(self) -> None:
         """It answers once it has indexed its documents."""
         words = ["--shard", str(self.shard), "--of", str(SHARDS), "--listen", self.address]
-        self.process = spawn(self._log, str(LEAF), *words)
+        self.process = spawn(self._root, self.name, str(LEAF), *words)
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -98,16 +97,17 @@ class Root:
         (data / "scattergather").mkdir(parents=True)
         (data / "scattergather/pools.yaml").write_text(yaml.safe_dump({"pools": pools}, sort_keys=False))
         ready = data / "ready.json"
-        words = ["--listen", "127.0.0.1:0", "--data-dir", str(data), "--ready-file", str(ready)]
-        self.process = spawn(root / f"{name}.log", "-m", "retinue_server", "scattergather", *words)
+        words = ["--listen", "127.0.0.1:0", "--data-dir", name, "--ready-file", f"{name}/ready.json"]
+        self.process = spawn(root, name, "-m", "retinue_server", "scattergather", *words)
         await_true(lambda: ready.exists() and ready.read_text().endswith("\n"), f"{name} is ready", root)
         self.address: str = json.loads(ready.read_text())["listen"][0]
 
 
-def spawn(log: Path, *words: str) -> subprocess.Popen[bytes]:
-    """A Python process with its output in a file."""
-    with log.open("ab") as file:
-        return subprocess.Popen([sys.executable, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+def spawn(root: Path, name: str, *words: str) -> subprocess.Popen[bytes]:
+    """A Python process that lives in a folder, with its output in a file there."""
+    with (root / f"{name}.log").open("ab") as file:
+        command = [sys.executable, *words]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=root)
 
 
 def await_true(claim: Callable[[], bool], what: str, root: Path) -> None:
@@ -128,8 +128,7 @@ class Cluster:
         self.roots: list[Root] = []
 
     def start(self) -> None:
-        """Returns when every leaf can be asked."""
-        started = time.monotonic()
+        """Returns when every root is ready."""
         self.leaves += [Leaf(self._root, shard, replica) for shard in range(SHARDS) for replica in range(REPLICAS)]
         shards = [
             {"shard_id": f"shard-{s}", "endpoints": [leaf.address for leaf in self.leaves if leaf.shard == s]}
@@ -143,24 +142,23 @@ class Cluster:
             for (name, half), parent in zip(halves.items(), self.roots, strict=True)
         ]
         self.roots.append(Root(self._root, "root", pools_over("", shards) | pools_over("tree-", trees)))
-        for parent in self.roots:
-            self.await_connected(parent)
-        console.print(f"{len(self.leaves)} leaves, {SHARDS} shards of {REPLICAS} replicas, started in {since(started)}")
+        console.print(f"{len(self.leaves)} leaves ({SHARDS} shards of {REPLICAS} replicas) index their documents")
 
     @property
     def root(self) -> Root:
         """The one that is asked."""
         return self.roots[-1]
 
-    def await_connected(self, root: Root) -> None:
-        """Until every endpoint of every pool is connected."""
-        with grpc.insecure_channel(root.address) as channel:
-            stub = TopologyServiceStub(channel)
-            for pool in stub.ListPools(topology_pb.ListPoolsRequest()).pools:
-                request = topology_pb.WatchTopologyRequest(pool_id=pool.pool_id)
-                watch = stub.WatchTopology(request, timeout=PATIENCE_S)
-                next(event for event in watch if all(e.connected for s in event.pool.shards for e in s.endpoints))
-                watch.cancel()
+    async def connected(self) -> None:
+        """Until every root is connected to every endpoint of its pools."""
+        for root in self.roots:
+            async with Pool("", address=root.address) as any_pool:
+                names = [known.pool_id async for known in any_pool.pools()]
+            for name in names:
+                async with Pool(name, address=root.address) as pool, aclosing(pool.watch()) as states:
+                    async for state in states:
+                        if all(endpoint.connected for shard in state.shards for endpoint in shard.endpoints):
+                            break
 
     def replicas(self, shard: int) -> list[Leaf]:
         """Those of a shard."""
@@ -192,63 +190,56 @@ def pools_over(prefix: str, shards: Sequence[Mapping[str, Any]]) -> dict[str, ob
 # The app
 
 
-class Answer(NamedTuple):
+class Found(NamedTuple):
     """What a query got."""
 
     hits: list[Hit]
     took_s: float
-    responses: tuple[pb.ScatterResponse, ...]
-    """Of the two rounds."""
+    rounds: tuple[Answer, ...]
 
     @property
     def hedges(self) -> int:
         """Calls that were made beside slow ones."""
-        return sum(response.stats.hedges for response in self.responses)
+        return sum(answer.message.stats.hedges for answer in self.rounds)
 
 
 class Search:
-    """What an app does that wants the answer of one large index."""
+    """What an app does that wants the answer of one big index: the ten best documents that have any of the terms."""
 
-    def __init__(self, address: str) -> None:
-        self._stub = ScatterGatherServiceStub(grpc.insecure_channel(address))
+    def __init__(self, address: str, prefix: str = "") -> None:
+        self.counts = Pool(f"{prefix}counts", address=address)
+        self.documents = Pool(f"{prefix}search", address=address)
 
-    def __call__(self, terms: Sequence[str], *, pools: str = "", min_coverage: float = 1.0) -> Answer:
-        """The ten best documents that have any of the terms; raises grpc.RpcError."""
+    async def __call__(self, terms: Sequence[str], min_coverage: float = 1.0) -> Found:
+        """Raises ScatterFailed if too few shards answer."""
         begun = time.perf_counter()
-        policy = pb.ScatterPolicy(min_coverage=min_coverage)
-        counts = self._scatter(f"{pools}counts", {"count": terms}, policy)
-        rare, average = weights(terms, MessageToDict(counts.json))
+        counts = await self.counts.scatter(json={"count": terms}, min_coverage=min_coverage)
+        rare, average = weights(terms, counts.json)
         question = {"find": terms, "weights": rare, "average_length": average, "k": K}
-        found = self._scatter(f"{pools}search", question, policy)
-        return Answer(_hits(found), time.perf_counter() - begun, (counts, found))
+        found = await self.documents.scatter(json=question, min_coverage=min_coverage)
+        return Found(_hits(found), time.perf_counter() - begun, (counts, found))
 
-    def by_own_counts(self, terms: Sequence[str]) -> Answer:
+    async def by_own_counts(self, terms: Sequence[str]) -> list[Hit]:
         """In one round: each shard weighs the terms by its own documents."""
-        begun = time.perf_counter()
-        found = self._scatter("search", {"find": terms, "k": K}, pb.ScatterPolicy())
-        return Answer(_hits(found), time.perf_counter() - begun, (found,))
+        return _hits(await self.documents.scatter(json={"find": terms, "k": K}))
 
-    def _scatter(self, pool_id: str, question: object, policy: pb.ScatterPolicy) -> pb.ScatterResponse:
-        payload = msgspec.json.encode(question)
-        response = self._stub.Scatter(pb.ScatterRequest(pool_id=pool_id, payload=payload, policy=policy))
-        assert isinstance(response, pb.ScatterResponse)
-        return response
+    async def in_part(self, terms: Sequence[str]) -> Found:
+        """Half of the shards are enough."""
+        return await self(terms, min_coverage=0.5)
 
-    def first_asked(self, shard_id: str) -> str:
+    async def first_asked(self, shard_id: str) -> str:
         """The address of the replica that the next request to the shard would go to."""
-        request = pb.ExplainScatterRequest(request=pb.ScatterRequest(pool_id="search", shard_ids=[shard_id]))
-        return str(self._stub.ExplainScatter(request).shards[0].endpoints[0].address)
+        plan = await self.documents.explain(shards=[shard_id])
+        return str(plan.shards[0].endpoints[0].address)
 
-    def recent(self, scatter_id: str) -> pb.RecentScatter:
-        """A past request."""
-        request = pb.ListRecentScattersRequest(scatter_id=scatter_id)
-        [found] = self._stub.ListRecentScatters(request).scatters
-        assert isinstance(found, pb.RecentScatter)
-        return found
+    async def aclose(self) -> None:
+        """Ends the connections."""
+        await self.counts.close()
+        await self.documents.close()
 
 
-def _hits(response: pb.ScatterResponse) -> list[Hit]:
-    return msgspec.convert(MessageToDict(response.json), list[Hit])
+def _hits(answer: Answer) -> list[Hit]:
+    return msgspec.convert(answer.json, list[Hit])
 
 
 def _ids(hits: Sequence[Hit]) -> list[str]:
@@ -308,130 +299,137 @@ class Phase:
     """What was asked under some circumstance, and what came."""
 
     what: str
-    answers: list[Answer] = field(default_factory=list)
+    found: list[Found] = field(default_factory=list)
     exact: int = 0
     ties: int = 0
 
-    def add(self, answer: Answer, wanted: list[Hit]) -> None:
+    def add(self, found: Found, wanted: list[Hit]) -> None:
         """Compares documents, order and scores, bit by bit."""
-        self.answers.append(answer)
-        self.exact += answer.hits == wanted
+        self.found.append(found)
+        self.exact += found.hits == wanted
         self.ties += len({hit.score for hit in wanted}) < len(wanted)
 
     @property
     def all_exact(self) -> bool:
         """Whether every answer was."""
-        return self.exact == len(self.answers)
+        return self.exact == len(self.found)
 
 
 class Story:
     """Asks, strikes, asks again."""
 
-    def __init__(self, cluster: Cluster, search: Search, whole: Whole) -> None:
-        self._cluster, self._search, self._whole = cluster, search, whole
+    def __init__(self, cluster: Cluster, whole: Whole) -> None:
+        self._cluster, self._whole = cluster, whole
         self._queries = whole.queries(QUERIES)
-        self._few = self._queries[: max(QUERIES // 4, 1)]
+        self._few = self._queries[: max(QUERIES // 4, 30)]
         self._phases: list[Phase] = []
+        self._truthful = False
 
-    def told(self) -> int:
-        """0 if every answer was as it had to be."""
-        self._ask("all leaves are well", self._queries, self._search, self._whole)
-        self._by_own_counts()
-        self._ask("two levels", self._few, lambda terms: self._search(terms, pools="tree-"), self._whole)
-        hedged = self._one_replica_stops()
-        truthful = self._a_shard_is_lost()
-        self._report()
-        self._print_tree(hedged)
-        return 0 if truthful and all(phase.all_exact for phase in self._phases) else 1
+    @property
+    def true(self) -> bool:
+        """Whether every answer was as it had to be, and what was missing was told."""
+        return self._truthful and all(phase.all_exact for phase in self._phases)
 
-    def _ask(
+    async def told(self) -> str:
+        """From the beginning to the end; the name of a request beneath which a hedge won."""
+        begun = time.monotonic()
+        await self._cluster.connected()
+        console.print(f"three roots are connected to them, {time.monotonic() - begun:.1f} s later")
+        root = self._cluster.root.address
+        async with aclosing(Search(root)) as flat, aclosing(Search(root, "tree-")) as tree:
+            await self._ask("all leaves are well", self._queries, flat, self._whole)
+            await self._by_own_counts(flat)
+            await self._one_replica_stops("one is stopped", flat, flat)
+            await self._a_shard_is_lost(flat)
+            await self._ask("two levels", self._few, tree, self._whole)
+            return await self._one_replica_stops_below(tree)
+
+    async def _ask(
         self,
         what: str,
         queries: Sequence[Sequence[str]],
-        ask: Callable[[Sequence[str]], Answer],
+        search: Callable[[Sequence[str]], Awaitable[Found]],
         wanted: Callable[[Sequence[str]], list[Hit]],
     ) -> Phase:
         phase = Phase(what)
         for terms in progress(what, queries):
-            phase.add(ask(terms), wanted(terms))
+            phase.add(await search(terms), wanted(terms))
         self._phases.append(phase)
         return phase
 
-    def _by_own_counts(self) -> None:
+    async def _by_own_counts(self, search: Search) -> None:
         """Shows that the first round is needed; not a phase, since it is wrong by intent."""
-        same = sum(_ids(self._search.by_own_counts(terms).hits) == _ids(self._whole(terms)) for terms in self._few)
-        console.print(
-            f"by each shard's own counts, {same} of {len(self._few)} answers would have been the same documents"
-        )
+        pairs = [(await search.by_own_counts(terms), self._whole(terms)) for terms in self._few]
+        same = sum(_ids(found) == _ids(wanted) for found, wanted in pairs)
+        console.print(f"by each shard's own counts, {same} of {len(pairs)} answers would be the same documents")
 
-    def _one_replica_stops(self) -> str:
-        """The name of a request whose hedge won."""
-        address = self._search.first_asked(f"shard-{STOPPED}")
+    async def _one_replica_stops(self, what: str, search: Search, chooser: Search) -> Leaf:
+        """The one that the chooser would ask next."""
+        address = await chooser.first_asked(f"shard-{STOPPED}")
         [leaf] = [leaf for leaf in self._cluster.replicas(STOPPED) if leaf.address == address]
         with stopped(leaf.process):
             console.print(f"SIGSTOP to {leaf.name}: it keeps its connections and answers nobody")
-            phase = self._ask(f"{leaf.name} is stopped", self._few, self._search, self._whole)
-        responses = (response for answer in phase.answers for response in answer.responses)
-        hedged = (self._search.recent(one.scatter_id) for one in responses if one.stats.hedges_won)
-        return next((one.scatter_id for one in hedged if leaf.address in _losers(one)), "")
+            await self._ask(what, self._few, search, self._whole)
+        return leaf
 
-    def _a_shard_is_lost(self) -> bool:
-        """Whether both modes told the truth about it."""
+    async def _one_replica_stops_below(self, tree: Search) -> str:
+        """The name of a request of the upper root beneath which a hedge won."""
+        async with aclosing(Search(self._cluster.roots[STOPPED * 2 // SHARDS].address)) as parent:
+            leaf = await self._one_replica_stops("two levels, one stopped", tree, parent)
+            hedged = [one async for one in parent.documents.recent() if one.stats.hedges_won]
+        return next((one.parent_scatter_id for one in hedged if leaf.address in _losers(one)), "")
+
+    async def _a_shard_is_lost(self, search: Search) -> None:
+        """And comes back."""
         replicas = self._cluster.replicas(KILLED)
         for leaf in replicas:
             leaf.kill()
         console.print(f"SIGKILL to {' and '.join(leaf.name for leaf in replicas)}")
-        told = self._strict_refuses()
-        partly = self._ask("the others, in part", self._few, self._in_part, self._whole.without_lost)
-        covered = [response.coverage for answer in partly.answers for response in answer.responses]
-        told = told and all((c.answered, c.expected, c.complete) == (SHARDS - 1, SHARDS, False) for c in covered)
-        console.print(f"min_coverage 0.5: coverage {covered[0].answered} of {covered[0].expected} in each answer")
+        self._truthful = await self._strict_refuses(search) and await self._partial_is_truthful(search)
         for leaf in replicas:
             leaf.start()
-        self._cluster.await_connected(self._cluster.root)
-        self._ask("both are back", self._few, self._search, self._whole)
-        return told
+        await self._cluster.connected()
+        await self._ask("both are back", self._few, search, self._whole)
 
-    def _in_part(self, terms: Sequence[str]) -> Answer:
-        return self._search(terms, min_coverage=0.5)
-
-    def _strict_refuses(self) -> bool:
-        """Names the shard, or the claim fails."""
+    async def _strict_refuses(self, search: Search) -> bool:
+        """And names the shard."""
         try:
-            self._search(self._queries[0])
-        except grpc.RpcError as error:
-            console.print(f"strict: {error.code().name}: {error.details()}", soft_wrap=True)
-            return f"shard-{KILLED}" in str(error.details())
+            await search(self._queries[0])
+        except ScatterFailed as failed:
+            gone = [failure.shard_id for failure in failed.failures if failure.code is grpc.StatusCode.UNAVAILABLE]
+            console.print(f"strict: {failed.code.name}, without {', '.join(gone)}")
+            return gone == [f"shard-{KILLED}"]
         return False
 
-    def _report(self) -> None:
+    async def _partial_is_truthful(self, search: Search) -> bool:
+        """Says what is missing, and answers exactly for the rest."""
+        phase = await self._ask("in part, without both", self._few, search.in_part, self._whole.without_lost)
+        said = {answer.coverage for found in phase.found for answer in found.rounds}
+        console.print(f"half is enough: partial, {', '.join(map(str, said))}")
+        return said == {(SHARDS - 1, SHARDS, False)}
+
+    def report(self) -> None:
         """What came; the times are of both rounds together."""
         table = Table(title=f"the {K} best of {self._whole.documents:,} documents for one to four terms")
-        for column in ("", "queries", "exact", "with ties", "p50, ms", "p99, ms", "hedges"):
+        for column in ("", "queries", "exact", "ties", "p50 ms", "p99 ms", "hedges"):
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for phase in self._phases:
-            took = sorted(answer.took_s for answer in phase.answers)
+            took = sorted(found.took_s for found in phase.found)
             p50, p99 = (f"{took[int(q * len(took))] * 1000:.1f}" for q in (0.5, 0.99))
             same = "all" if phase.all_exact else f"[red]{phase.exact}"
-            hedges = sum(answer.hedges for answer in phase.answers)
+            hedges = "below" if "levels" in phase.what else sum(found.hedges for found in phase.found)
             table.add_row(phase.what, str(len(took)), same, str(phase.ties), p50, p99, str(hedges))
         console.print(table)
-        asked = sum(len(phase.answers) for phase in self._phases)
+        asked = sum(len(phase.found) for phase in self._phases)
         exact = sum(phase.exact for phase in self._phases)
         console.print(f"{exact} of {asked} answers as of one index: same documents, same order, same scores")
 
-    def _print_tree(self, scatter_id: str) -> None:
-        """A past request, as the root remembers it."""
-        known = self._search.recent(scatter_id)
-        stats, zero = known.stats, known.start_time.ToDatetime()
-        console.print(f"request {scatter_id} to pool {known.pool_id}, {zero:%H:%M:%S}, {ms(stats.elapsed_duration)}")
-        for attempt in known.attempts:
-            kind, outcome = AttemptKind.Name(attempt.kind), AttemptOutcome.Name(attempt.outcome)
-            console.print(
-                f"  {attempt.shard_id:8} {kind.rpartition('_')[2].lower():8} {Path(attempt.address).stem:9}"
-                f" from {ms(attempt.start_duration):>9} for {ms(attempt.elapsed_duration):>9}"
-                f"  {outcome.rpartition('_')[2].lower()}"
-            )
+
+def print_tree(root: Path, scatter_id: str, address: str) -> None:
+    """A past request, as the roots remember it; from where the leaves' sockets are."""
+    console.print(f"$ retinue scatter recent {scatter_id}")
+    words = ["scatter", "recent", scatter_id, "--address", address, "--output", "table"]
+    subprocess.run([sys.executable, "-m", "retinue.cli", *words], cwd=root, check=True)
 
 
 def _losers(known: pb.RecentScatter) -> set[str]:
@@ -453,11 +451,6 @@ def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
         yield
     finally:
         process.send_signal(signal.SIGCONT)
-
-
-def ms(duration: Duration) -> str:
-    """In milliseconds."""
-    return f"{duration.ToMicroseconds() / 1000:.1f} ms"
 
 
 def since(started: float) -> str:

@@ -16,12 +16,11 @@ rule for ties (the earlier shard, then the shard's own order) is the same order.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import math
 import os
 import signal
 import sysconfig
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,14 +30,15 @@ import grpc
 import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from retinue.scattergather.v1 import leaf_service_pb2 as pb
+from retinue.client.leaf import LeafService, Query, Refusal
 from retinue.scattergather.v1 import leaf_service_pb2_grpc as rpc
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 SUFFIXES = frozenset({".md", ".proto", ".py", ".pyi", ".rst", ".toml", ".txt"})
 LARGEST_BYTES = 64 * 1024
+GRACE_S = 5.0
 K1, B = 1.2, 0.75
 """Of BM25 (Robertson and Zaragoza, 2009), as most engines have them."""
 
@@ -172,43 +172,39 @@ class Question(msgspec.Struct, forbid_unknown_fields=True):
             raise ValueError("there must be a weight for each term, and an average_length above 0")
 
 
-class Leaf(rpc.LeafServiceServicer):
-    """Answers for one shard."""
+def answerer(index: Index) -> Callable[[Query], Any]:
+    """What answers a question: counts, or the documents that were found."""
 
-    def __init__(self, index: Index) -> None:
-        self._index, self._turn = index, threading.Lock()
-
-    def Query(self, request: pb.QueryRequest, context: grpc.ServicerContext) -> pb.QueryResponse:  # noqa: N802 - the contract's
-        """One question; what nobody waits for any more is not worked on."""
+    def answer(query: Query) -> Any:
         try:
-            question = msgspec.json.decode(request.payload, type=Question)
+            question = msgspec.json.decode(query.payload, type=Question)
         except msgspec.MsgspecError as error:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"cannot answer: {error}")
-        with self._turn:
-            answer = self._answer(question) if context.is_active() else None
-        return pb.QueryResponse(payload=msgspec.json.encode(answer))
-
-    def _answer(self, question: Question) -> Any:
-        index, terms = self._index, question.find
+            raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, f"cannot answer: {error}") from None
         if question.count:
             return index.count(question.count)
-        if question.weights is not None:
-            return index.find(terms, question.weights, question.average_length, question.k)
-        return index.find(terms, *weights(terms, index.count(terms)), question.k)
+        found, length = question.weights, question.average_length
+        if found is None:
+            found, length = weights(question.find, index.count(question.find))
+        return msgspec.to_builtins(index.find(question.find, found, length, question.k))
+
+    return answer
 
 
-def serve(index: Index, address: str) -> None:
-    """Until SIGTERM; the address that it has is the first line of stdout."""
-    server = grpc.server(ThreadPoolExecutor(4))
-    rpc.add_LeafServiceServicer_to_server(Leaf(index), server)  # type: ignore[abstract] # without QueryStream
-    alive = health.HealthServicer()
-    alive.set("", health_pb2.HealthCheckResponse.SERVING)
+async def serve(index: Index, address: str) -> None:
+    """Until SIGTERM, with the health that a kubelet asks for; SQLite has one thread."""
+    leaf, server, alive = LeafService(answerer(index), threads=1), grpc.aio.server(), health.aio.HealthServicer()
+    rpc.add_LeafServiceServicer_to_server(leaf, server)
     health_pb2_grpc.add_HealthServicer_to_server(alive, server)
-    port = server.add_insecure_port(address)
-    signal.signal(signal.SIGTERM, lambda *_: server.stop(2))
-    server.start()
-    print(address.removesuffix(":0") + (f":{port}" if address.endswith(":0") else ""), flush=True)
-    server.wait_for_termination()
+    server.add_insecure_port(address)
+    await server.start()
+    await alive.set("", health_pb2.HealthCheckResponse.SERVING)
+    told = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+    print(f"serves {index.documents} documents at {address}", flush=True)
+    await told.wait()
+    leaf.stop()
+    await server.stop(GRACE_S)
+    leaf.close()
 
 
 def main() -> None:
@@ -216,12 +212,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shard", type=int, required=True, metavar="N", help="which part of the documents, from 0")
     parser.add_argument("--of", type=int, required=True, metavar="M", help="how many parts there are")
-    parser.add_argument("--listen", default="127.0.0.1:0", metavar="ADDRESS", help="HOST:PORT or unix:PATH")
+    parser.add_argument("--listen", default="127.0.0.1:9000", metavar="ADDRESS", help="HOST:PORT or unix:PATH")
     said = parser.parse_args()
     if not 0 <= said.shard < said.of:
         parser.error("--shard must be from 0 to one less than --of")
     documents = corpus()
-    serve(Index(documents, block(len(documents), said.shard, said.of)), said.listen)
+    index = Index(documents, block(len(documents), said.shard, said.of))
+    asyncio.run(serve(index, said.listen))
 
 
 if __name__ == "__main__":

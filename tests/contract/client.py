@@ -14,6 +14,14 @@ from google.rpc.status_pb2 import Status
 
 from retinue.ambassador.v1 import ambassador_service_pb2, ambassador_service_pb2_grpc
 from retinue.leaderelection.v1 import leaderelection_service_pb2, leaderelection_service_pb2_grpc
+from retinue.scattergather.v1 import (
+    leaf_service_pb2,
+    leaf_service_pb2_grpc,
+    scattergather_service_pb2,
+    scattergather_service_pb2_grpc,
+    topology_service_pb2,
+    topology_service_pb2_grpc,
+)
 from retinue.workqueue.v1 import (
     blob_service_pb2,
     blob_service_pb2_grpc,
@@ -34,6 +42,11 @@ ELECTION = {
     leaderelection_service_pb2.DESCRIPTOR.services_by_name["LeaderElectionService"]: leaderelection_service_pb2_grpc
 }
 AMBASSADOR = {ambassador_service_pb2.DESCRIPTOR.services_by_name["AmbassadorService"]: ambassador_service_pb2_grpc}
+SCATTER = {
+    scattergather_service_pb2.DESCRIPTOR.services_by_name["ScatterGatherService"]: scattergather_service_pb2_grpc,
+    topology_service_pb2.DESCRIPTOR.services_by_name["TopologyService"]: topology_service_pb2_grpc,
+    leaf_service_pb2.DESCRIPTOR.services_by_name["LeafService"]: leaf_service_pb2_grpc,
+}
 
 
 @dataclass
@@ -47,6 +60,8 @@ class Refused(Exception):
     metadata: dict[str, str] | None = None
     violations: tuple[tuple[str, str], ...] = ()
     retry_s: float | None = None
+    scatter: scattergather_service_pb2.ScatterFailure | None = None
+    """What was missing, of requests to leaves."""
 
     def __str__(self) -> str:
         return f"{self.code} {self.reason}: {self.message} {self.violations or ''}"
@@ -69,12 +84,15 @@ def refused(error: grpc.RpcError) -> Refused:
 
 def _read(found: Refused, detail: Any) -> None:
     info, fields, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    scatter = scattergather_service_pb2.ScatterFailure()
     if detail.Unpack(info):
         found.reason, found.domain, found.metadata = info.reason, info.domain, dict(info.metadata)
     elif detail.Unpack(fields):
         found.violations = tuple((v.field, v.description) for v in fields.field_violations)
     elif detail.Unpack(retry):
         found.retry_s = retry.retry_delay.ToMilliseconds() / 1000
+    elif detail.Unpack(scatter):
+        found.scatter = scatter
 
 
 class Pending:
@@ -106,11 +124,11 @@ class Pending:
 class Stream:
     """A stream that is open; a context that cancels it when left."""
 
-    def __init__(self, rpc: Any, method: Any, request: Any, timeout: float) -> None:
+    def __init__(self, rpc: Any, method: Any, request: Any, timeout: float, metadata: Any = ()) -> None:
         client_streams, self._message = method.client_streaming, GetMessageClass(method.input_type)
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         sent = iter(self._requests.get, None) if client_streams else request
-        self._call = rpc(sent, timeout=timeout)
+        self._call = rpc(sent, timeout=timeout, metadata=metadata)
 
     def __enter__(self) -> Self:
         return self
@@ -169,11 +187,11 @@ class Client:
         all_metadata = (*self._metadata, *metadata)
         return Pending(rpc.future(request, timeout=timeout, metadata=all_metadata, wait_for_ready=True))
 
-    def stream(self, name: str, timeout: Any = TIMEOUT, **fields: Any) -> Stream:
+    def stream(self, name: str, timeout: Any = TIMEOUT, metadata: Any = (), **fields: Any) -> Stream:
         """Opens a stream whose server side streams."""
         method = self._methods[name]
         request = None if method.client_streaming else self.request(name, **fields)
-        return Stream(self._rpc(name), method, request, timeout)
+        return Stream(self._rpc(name), method, request, timeout, (*self._metadata, *metadata))
 
     def upload(self, *pieces: Any, timeout: float = TIMEOUT) -> Any:
         """UploadBlob of these messages."""

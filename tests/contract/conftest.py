@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from contract.client import AMBASSADOR, ELECTION, Client
+from contract import pools
+from contract.client import AMBASSADOR, ELECTION, SCATTER, Client
 from contract.line import Line
+from contract.plays import Leaves, Play
 from servers import RunningServer, start_server
 
 if TYPE_CHECKING:
@@ -73,6 +77,55 @@ def operator(target: Target) -> Iterator[Client]:
         pytest.skip("needs the role operator: give --control ADDRESS beside --target")
     with Client(target.control) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def leaves(request: pytest.FixtureRequest) -> Iterator[Leaves]:
+    """What the pools of tests/contract/pools.py are made of, played by the suite."""
+    named, first = request.config.getoption("--target"), request.config.getoption("--leaves")
+    if named and not first:
+        pytest.skip("needs leaves that the target knows: see tests/contract/pools.py, and give --leaves HOST:PORT")
+    with Leaves(pools.following(first) if first else None) as played:
+        yield played
+
+
+@pytest.fixture(scope="session")
+def root(request: pytest.FixtureRequest, leaves: Leaves) -> Iterator[str]:
+    """Where the root under test serves: the one that is named, or one of our own."""
+    named = request.config.getoption("--target")
+    if named:
+        yield named
+        return
+    with tempfile.TemporaryDirectory(prefix="retinue-", ignore_cleanup_errors=True) as where:
+        file = Path(where) / "pools.yaml"
+        file.write_text(json.dumps(pools.pools(leaves.at, f"unix:{where}/control.sock")))
+        server = start_server(Path(where), "scattergather", env={"RETINUE_SCATTERGATHER__POOLS": str(file)})
+        try:
+            yield server.address
+        finally:
+            assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def scatterer(root: str) -> Iterator[Client]:
+    """Calls of scatter/gather with the role app, once the root has found the leaves."""
+    with Client(root, services=SCATTER) as client:
+        end = time.monotonic() + 20
+        while not _has_found_all(client) and time.monotonic() < end:
+            time.sleep(0.05)
+        yield client
+
+
+def _has_found_all(client: Client) -> bool:
+    """But where nobody listens."""
+    pools = client.ListPools(page_size=1000).pools
+    return all(pool.reachable_shards == pool.shards - (pool.pool_id == "away") for pool in pools)
+
+
+@pytest.fixture
+def play(leaves: Leaves) -> Play:
+    """What leaves say to this test alone."""
+    return leaves.play()
 
 
 @pytest.fixture(scope="session")

@@ -130,6 +130,20 @@ UNREACHABLE = {
         },
         "the ambassador's: test_ambassador_errors.py",
     ),
+    **dict.fromkeys(
+        (
+            "POOL_NOT_FOUND",
+            "POOL_EMPTY",
+            "POOL_NOT_IDEMPOTENT",
+            "SCATTER_TOO_DEEP",
+            "SCATTER_LIMIT",
+            "GATHER_TOO_LARGE",
+            "COVERAGE_NOT_MET",
+            "LEAF_REFUSED",
+            "MERGE_FAILED",
+        ),
+        "scatter/gather's: test_scattergather_errors.py",
+    ),
 }
 
 

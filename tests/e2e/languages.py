@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from servers import RunningServer, environment, start_server
 
 CLIENTS = Path(__file__).parents[2] / "clients"
+GUIDE = (CLIENTS / "README.md").read_text()
 TOOLS = os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)])
 """Where toolchains are looked for: PATH, then beside this Python, where wheels put theirs."""
 
@@ -42,6 +44,11 @@ def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running
     server = start_server(where)
     yield server
     server.stop()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """What a text in Markdown shows in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def need(*tools: str, install: str) -> None:

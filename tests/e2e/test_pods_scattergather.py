@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -135,6 +136,13 @@ def test_the_answer_of_two_shards_in_four_pods_is_that_of_one_index(world: World
     assert len(found["json"]) == 10
     assert found["json"] == truth["hits"], "ids, order, and every bit of the scores"
     assert found["coverage"] == {"expected": "2", "answered": "2", "complete": True}
+
+
+def test_the_command_of_the_guide_asks_the_root_beside_the_app(world: World) -> None:
+    (line,) = re.findall(r"kubectl .* -c app -- (retinue scatter .*)", GUIDE.read_text())
+    answer = json.loads(world.app.run("app", *shlex.split(line)))
+    assert len(answer["json"]) == 10
+    assert answer["complete"]
 
 
 def test_a_leaf_pod_that_is_killed_costs_no_answer_while_the_other_replica_lives(world: World) -> None:

@@ -30,7 +30,7 @@ def test_the_python_program_of_a_readme_prints_its_result(tmp_path: Path, readme
 
 def test_the_leaf_of_the_readme_answers_its_question(tmp_path: Path) -> None:
     _, leaf, question = blocks("clients/README.md", "python")
-    [pools] = blocks("clients/README.md", "yaml")
+    pools, *_ = blocks("clients/README.md", "yaml")
     port, socket = "127.0.0.1:9000", f"unix:{tmp_path}/leaf.sock"
     assert port in leaf
     assert port in pools

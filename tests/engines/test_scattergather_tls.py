@@ -308,10 +308,28 @@ async def test_certificates_that_come_later_are_taken(
         ended = await began(line)
         assert ended.code == Code.UNAVAILABLE
         assert ended.message == "there is no connection, since its certificates cannot be used: see the root's log"
-        assert f"cannot read {tmp_path / 'later'}: No such file or directory; there is no connection" in caplog.text
+        assert f"cannot use the CA {tmp_path / 'later'}: [Errno 2] No such file or directory" in caplog.text
+        assert "; there is no connection until then" in caplog.text
         assert not line.connected
         replace(authority.file, tmp_path / "later")
         await until_code(line, 0)
+
+
+@pytest.mark.parametrize("text", ["", "no certificate"])
+async def test_a_file_without_an_authority_is_not_taken_for_the_systems(
+    leaf: Leaf, authority: Authority, shown: Tls, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    file = Path(shown.ca_file)
+    await leaf.start(authority.issue("leaf"), authority.file)
+    async with leaves() as made:
+        line = opened(made, leaf, shown)
+        await until_shown(line, b"first")
+        file.write_text(text)
+        await logged(caplog, f"cannot use the CA {file}")
+        install(authority.issue("second"), file.parent)
+        assert await began(line) == (0, "", b"first")
+        replace(authority.file, file)
+        await until_shown(line, b"second")
 
 
 async def test_a_line_that_was_closed_is_not_opened_again(

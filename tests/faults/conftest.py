@@ -1,6 +1,7 @@
 """Faults are played against the same servers as the contract suite's, and in simulated worlds."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from contract.conftest import serve
 from faults.tables import pytest_terminal_summary, row
 from support.faults.clients import GO_WORKER, build_go_worker
 from support.postgres import locked
+from support.scatter_faults.leaves import GO_LEAF, build_go_leaf
 
 __all__ = ["pytest_terminal_summary", "row", "serve"]
 
@@ -46,12 +48,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def go_worker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The worker of the Go client, built by the first who needs it."""
-    mine = tmp_path_factory.getbasetemp()
+    try:
+        return _built_once(tmp_path_factory, GO_WORKER, build_go_worker)
+    except LookupError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def leaves(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """The program of leaves in Go, which costs a storm the least; without Go it is None, for the one in Python."""
+    try:
+        return _built_once(tmp_path_factory, GO_LEAF, build_go_leaf)
+    except LookupError:
+        return None
+
+
+def _built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], Path]) -> Path:
+    mine = factory.getbasetemp()
     directory = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "go"
     directory.mkdir(exist_ok=True)
     with locked(directory):
-        program = directory / GO_WORKER
-        try:
-            return program if program.exists() else build_go_worker(directory)
-        except LookupError as missing:
-            pytest.skip(str(missing))
+        program = directory / name
+        return program if program.exists() else build(directory)

@@ -20,6 +20,8 @@ from retinue_server.scattergather.engine import Done, Metadata, Target
 
 _TURNS = 25
 """More turns of the loop than anything here takes to come to rest."""
+_TURN_S = 0.0001
+"""What a turn takes while there are calls to begin."""
 
 
 async def rest() -> None:
@@ -56,6 +58,7 @@ class HeldClock:
         return timer
 
     def soon(self, do: Callable[[], None]) -> object:
+        self._now += _TURN_S
         return asyncio.get_running_loop().call_soon(do)
 
     async def advance(self, seconds: float) -> None:

@@ -9,7 +9,7 @@ import pytest
 from msgspec import json
 from support.scatter_faults.callers import answer, metrics, pieces
 from support.scatter_faults.checks import ROOT, check
-from support.scatter_faults.history import LEFT, Asked, Event, Fault, Gave, Got, Known, Piece, Ran, Story, Told, read
+from support.scatter_faults.history import LEFT, Asked, Event, Fault, Gave, Got, Known, Piece, Ran, Reader, Story, Told
 
 from retinue.scattergather.v1 import scattergather_service_pb2 as api
 
@@ -304,11 +304,11 @@ def test_a_call_after_the_end_of_its_request_is_rejected_unless_it_was_held(tale
     assert tale.broken() == set()
 
 
-def test_a_call_whose_deadline_is_later_than_the_requests_is_rejected(tale: Tale) -> None:
+def test_a_call_that_has_no_less_time_than_its_request_is_rejected(tale: Tale) -> None:
     tale.asked()
     tale.both()
     tale.ok(("s0", 1), ("s1", 2))
-    tale.got(3, "b", left=TIMEOUT + 200)
+    tale.got(3, "b", left=TIMEOUT)
     tale.gave(3)
     assert tale.broken() == {"ended"}
 
@@ -379,6 +379,18 @@ def test_a_shard_that_nothing_ailed_is_not_missing(tale: Tale) -> None:
     assert tale.broken() == set()
 
 
+def test_a_shard_with_a_healthy_replica_is_not_missing_while_there_is_budget(tale: Tale) -> None:
+    tale.asked(min_coverage=0.5)
+    tale.both()
+    tale.ok(("s0", 1))
+    tale.fault("c")
+    assert tale.broken() == set()
+    tale.pool(burst=6.0)
+    assert tale.broken() == {"explained"}
+    tale.fault("d")
+    assert tale.broken() == set()
+
+
 def test_time_is_not_over_before_it_is(tale: Tale) -> None:
     tale.asked()
     tale.fault("c")
@@ -419,11 +431,22 @@ def test_what_is_no_reply_to_the_request_has_no_number(payload: bytes) -> None:
     assert list(pieces("r", said)) == [Piece("s0", -1)]
 
 
-def test_a_history_outlives_half_a_line(tmp_path: Path) -> None:
-    told = answer(1, "r", api.ScatterResponse(payload=b"r s0 7\n"))
-    (tmp_path / "a.jsonl").write_bytes(json.encode(told) + b"\n" + json.encode(told)[:20])
-    (tmp_path / "b.jsonl").write_bytes(json.encode(Gave(1, 2, "answered")) + b"\n")
-    assert read(tmp_path) == [told, Gave(1, 2, "answered")]
+def test_a_history_is_read_as_it_grows_and_outlives_half_a_line(tmp_path: Path) -> None:
+    told, got, gave = (
+        answer(1, "r", api.ScatterResponse(payload=b"r s0 7\n")),
+        Got(1, "a", 2, "r", "s0", 1, 9),
+        Gave(1, 2, "x"),
+    )
+    line = json.encode(told) + b"\n"
+    path, reader = tmp_path / "a.jsonl", Reader(tmp_path)
+    path.write_bytes(line[:20])
+    assert reader.look() == []
+    path.write_bytes(line + json.encode(got)[:20])
+    (tmp_path / "b.jsonl").write_bytes(json.encode(gave) + b"\n")
+    assert reader.look() == [told, gave]
+    path.write_bytes(line + json.encode(got) + b"\n")
+    assert reader.look() == [told, gave, got]
+    assert (reader.got, reader.ended) == ({"r": {2}}, {2: gave})
 
 
 def test_metrics_are_read_by_name_and_pool() -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -20,7 +21,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -37,21 +37,23 @@ from retinue_server.scattergather.engine import Metadata
 
 ADDRESSES = ("r0:1", "r1:1", "r2:1")
 TIMEOUT_S = 1.0
-CODES = [Code.UNAVAILABLE, Code.UNAVAILABLE, Code.INTERNAL, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED]
+HEDGE_S = 0.02
+CODES: list[Any] = [Code.UNAVAILABLE, Code.UNAVAILABLE, Code.INTERNAL, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED]
 ODD_CODES = [Code.CANCELLED, Code.UNIMPLEMENTED, Code.INVALID_ARGUMENT, Code.PERMISSION_DENIED]
-SHARDS = st.lists(
-    st.tuples(st.integers(1, 4), st.lists(st.sampled_from(ADDRESSES), min_size=1, max_size=3, unique=True)),
-    min_size=1,
-    max_size=5,
-).map(lambda each: tuple(Shard(f"s{i}", tuple(who), weight) for i, (weight, who) in enumerate(each)))
+REPLICAS = [*permutations(ADDRESSES, 2), *permutations(ADDRESSES, 3), *permutations(ADDRESSES, 1)]
+SHARDS = (
+    st.sampled_from([3, 2, 4, 5, 1])
+    .flatmap(lambda n: st.lists(st.tuples(st.integers(1, 4), st.sampled_from(REPLICAS)), min_size=n, max_size=n))
+    .map(lambda each: tuple(Shard(f"s{i}", who, weight) for i, (weight, who) in enumerate(each)))
+)
 POOLS = st.fixed_dictionaries(
     {
         "shards": SHARDS,
         "merging": st.sampled_from([Merging(MergeKind.SUM)] * 3 + [Merging(MergeKind.FIRST)]),
-        "idempotent": st.sampled_from([True, True, False]),
+        "idempotent": st.sampled_from([True, True, True, False]),
         "batch": st.sampled_from([False, False, True]),
         "max_retries": st.integers(0, 3),
-        "hedging": st.sampled_from([Hedging(min_samples=0, min_delay_s=0.02)] * 2 + [Hedging(enabled=False)]),
+        "hedging": st.sampled_from([Hedging(min_samples=0, min_delay_s=HEDGE_S)] * 3 + [Hedging(enabled=False)]),
         "limits": st.builds(
             PoolLimits,
             max_calls=st.sampled_from([8192, 8192, 6]),
@@ -60,16 +62,31 @@ POOLS = st.fixed_dictionaries(
         ),
     }
 )
-BUDGETS = st.builds(Budget, st.sampled_from([0.0, 0.05, 0.5]), st.sampled_from([50.0, 50.0, 2.0, 0.0]))
+BUDGETS = st.builds(Budget, st.sampled_from([0.5, 0.05, 0.0]), st.sampled_from([50.0, 50.0, 1.0]))
 POLICIES = st.builds(
     Policy,
     min_coverage=st.sampled_from([1.0, 1.0, 1.0, 0.0, 1e-9, 0.3, 0.5, 0.55, 0.75]),
     min_shards=st.sampled_from([0, 0, 1, 2]),
     soft_deadline_s=st.sampled_from([None, None, 0.0, 0.05, 0.5]),
     first_k=st.sampled_from([0, 0, 1, 2]),
-    no_hedge=st.booleans(),
+    no_hedge=st.sampled_from([False, False, False, True]),
 )
-COVERAGES = st.none() | st.tuples(st.integers(0, 5), st.integers(0, 5), st.booleans())
+NONSENSE: list[Any] = [b"!", b'"no number"', b"9" * 400]
+COVERAGES = st.none() | st.none() | st.none() | st.tuples(st.integers(0, 5), st.integers(0, 5), st.booleans())
+
+
+STEPS = {
+    "ask": 4,
+    "hesitate": 3,
+    "reply": 9,
+    "reply_to_all": 2,
+    "fail": 3,
+    "wait": 1,
+    "leave": 1,
+    "connect": 1,
+    "reload": 1,
+}
+Draw = Callable[[Any], Any]
 
 
 class Numbered:
@@ -242,20 +259,23 @@ class Story(RuleBasedStateMachine):
     @initialize(pool=POOLS, budget=BUDGETS)
     def serve(self, pool: dict[str, Any], budget: Budget) -> None:
         self.budget = budget
-        self.reload(pool)
-
-    @rule(pool=POOLS)
-    def reload(self, pool: dict[str, Any]) -> None:
-        """Another file; requests under way see nothing of it (G5)."""
         self.run(self._apply(pool))
+
+    @rule(kind=st.sampled_from([kind for kind, weight in STEPS.items() for _ in range(weight)]), data=st.data())
+    def step(self, kind: str, data: Any) -> None:
+        """One of many things, each as often as it makes a story."""
+        getattr(self, kind)(data.draw)
+
+    def reload(self, draw: Draw) -> None:
+        """Another file; requests under way see nothing of it (G5)."""
+        self.run(self._apply(draw(POOLS)))
 
     async def _apply(self, pool: dict[str, Any]) -> None:
         self.play.root.apply([Pool("p", **pool, budget=self.budget, timeout_s=TIMEOUT_S)])
 
-    @precondition(lambda self: len(self.running) < 4)
-    @rule(policy=POLICIES, left=st.sampled_from([None, None, None, 0.3, 0.004]))
-    def ask(self, policy: Policy, left: float | None) -> None:
-        self.run(self._ask(policy, left))
+    def ask(self, draw: Draw) -> None:
+        if len(self.running) < 4:
+            self.run(self._ask(draw(POLICIES), draw(st.sampled_from([None, None, None, 0.3, 0.004]))))
 
     async def _ask(self, policy: Policy, left: float | None) -> None:
         root, number = self.play.root, len(self.requests)
@@ -267,20 +287,26 @@ class Story(RuleBasedStateMachine):
         self.requests.append(request)
         await rest()
 
-    def call(self, which: int) -> PlayedCall | None:
+    def call(self, draw: Draw) -> PlayedCall | None:
         calls = self.play.leaves.open_calls
-        return calls[which % len(calls)] if calls else None
+        return draw(st.sampled_from(calls)) if calls else None
 
-    @rule(which=st.integers(0, 30), coverage=COVERAGES)
-    def reply(self, which: int, coverage: tuple[int, int, bool] | None) -> None:
-        if call := self.call(which):
-            self.run(call.reply(self.data(coverage)))
+    def reply(self, draw: Draw) -> None:
+        """And perhaps, who has lost by it, too: late, since it was cancelled."""
+        call, before = self.call(draw), self.play.leaves.open_calls
+        if call is None:
+            return
+        self.run(call.reply(self.data(draw(COVERAGES))))
+        for loser in [one for one in before if one.cancelled]:
+            if draw(st.booleans()):
+                self.run(loser.reply(self.data(None)))
 
-    @rule(coverage=st.none())
-    def reply_to_all(self, coverage: None) -> None:
-        for call in self.play.leaves.open_calls:
+    def reply_to_all(self, draw: Draw) -> None:
+        """In the order in which they were asked, or the latest first: then hedges win."""
+        calls = self.play.leaves.open_calls
+        for call in calls[::-1] if draw(st.booleans()) else calls:
             if call.open:
-                self.run(call.reply(self.data(coverage)))
+                self.run(call.reply(self.data(None)))
 
     def data(self, coverage: tuple[int, int, bool] | None) -> bytes:
         """Each number is another power of two, so that a sum tells which are in it."""
@@ -288,34 +314,24 @@ class Story(RuleBasedStateMachine):
         number = str(1 << self.numbers % 500).encode()
         return number if coverage is None else number + b"|%d %d %d" % coverage
 
-    @rule(which=st.integers(0, 30), data=st.sampled_from([b"!", b'"no number"', b"9" * 400]))
-    def reply_nonsense(self, which: int, data: bytes) -> None:
-        call = self.call(which)
-        if call and not (data != b"!" and self.request_of(call).is_first):  # FIRST takes any bytes
-            self.run(call.reply(data))
+    def fail(self, draw: Draw) -> None:
+        call, what = self.call(draw), draw(st.sampled_from(CODES * 3 + ODD_CODES + NONSENSE * 2))
+        if call and isinstance(what, Code):
+            self.run(call.fail(what))
+        elif call and (what == b"!" or not self.request_of(call).is_first):  # FIRST takes what is no number
+            self.run(call.reply(what))
 
-    @rule(which=st.integers(0, 30), code=st.sampled_from(CODES * 3 + ODD_CODES))
-    def fail(self, which: int, code: Code) -> None:
-        if call := self.call(which):
-            self.run(call.fail(code))
+    def hesitate(self, draw: Draw) -> None:
+        """As long as it takes until calls get company."""
+        self.run(self.play.clock.advance(HEDGE_S))
 
-    @precondition(lambda self: any(call.cancelled for call in self.play.leaves.calls) and self.running)
-    @rule(which=st.integers(0, 30))
-    def reply_late(self, which: int) -> None:
-        """A call that was cancelled replies all the same."""
-        late = [call for call in self.play.leaves.calls if call.cancelled]
-        if late:
-            self.run(late[which % len(late)].reply(self.data(None)))
+    def wait(self, draw: Draw) -> None:
+        self.run(self.play.clock.advance(draw(st.sampled_from([0.001, 0.01, 0.1, 0.5]))))
 
-    @rule(seconds=st.sampled_from([0.001, 0.01, 0.03, 0.03, 0.1, 0.5, 1.0]))
-    def wait(self, seconds: float) -> None:
-        self.run(self.play.clock.advance(seconds))
-
-    @rule(which=st.integers(0, 10))
-    def leave(self, which: int) -> None:
+    def leave(self, draw: Draw) -> None:
         """A caller goes."""
         if self.running:
-            self.run(self._leave(self.running[which % len(self.running)]))
+            self.run(self._leave(draw(st.sampled_from(self.running))))
 
     async def _leave(self, request: Asked) -> None:
         assert request.task is not None
@@ -323,10 +339,8 @@ class Story(RuleBasedStateMachine):
         request.task.cancel()
         await rest()
 
-    @rule(which=st.integers(0, 10), connected=st.booleans())
-    def connect(self, which: int, connected: bool) -> None:  # noqa: FBT001 - drawn
-        lines = self.play.leaves.lines
-        lines[which % len(lines)].connected = connected
+    def connect(self, draw: Draw) -> None:
+        draw(st.sampled_from(self.play.leaves.lines)).connected = draw(st.sampled_from([True, True, False]))
 
     def request_of(self, call: PlayedCall) -> Asked:
         return self.requests[int(call.data.partition(b"|")[0])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -14,9 +15,31 @@ from retinue_server.runtime.wire import to_duration
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
+    from retinue_server.runtime.errors import Code, Reason
+
 BYTES = 4608
 """Limit of a serialised Status: 6 KiB as base64, so that with the message it stays under the 8 KiB of
 metadata that a Java client takes by default."""
+
+
+def serialised(error: RetinueError, message: str) -> bytes:
+    """As `status`; who is overloaded refuses with the same words again and again."""
+    if isinstance(error, InvalidArgument) or error.more is not None:
+        return bytes(status(error, message).SerializeToString())
+    return _alike(error.code, message, error.reason, error.retry_ms, tuple(error.metadata.items()))
+
+
+@lru_cache(maxsize=64)
+def _alike(
+    code: Code,
+    message: str,
+    reason: Reason,
+    retry_ms: int,
+    metadata: tuple[tuple[str, str], ...],
+) -> bytes:
+    found = RetinueError(message, reason=reason, retry_ms=retry_ms, **dict(metadata))
+    found.code = code  # type: ignore[misc] # the class's, elsewhere
+    return bytes(status(found, message).SerializeToString())
 
 
 def status(error: RetinueError, message: str) -> Status:

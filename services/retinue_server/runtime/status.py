@@ -36,7 +36,7 @@ def refusal(error: RetinueError) -> Refusal:
     if error.__cause__ is not None:
         log.warning("%s: %r", error.message, error.__cause__)
     message = shorten(error.message)
-    return Refusal(error.code, message, details.status(error, message).SerializeToString())
+    return Refusal(error.code, message, details.serialised(error, message))
 
 
 def unexpected(error: BaseException, method: str) -> Refusal:

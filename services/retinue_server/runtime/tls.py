@@ -29,6 +29,8 @@ def server_credentials(settings: Tls) -> grpc.ServerCredentials:
 def channel_credentials(settings: UpstreamTls) -> grpc.ChannelCredentials:
     """How a relay checks its upstream; raises StartError naming the file that is wrong."""
     _check_pair(settings.cert_file, settings.key_file)
+    if settings.ca_file:
+        _check_authority("CA", settings.ca_file)  # gRPC would take an empty file for the system's authorities
     return grpc.ssl_channel_credentials(
         root_certificates=_read(settings.ca_file) if settings.ca_file else None,
         private_key=_read(settings.key_file) if settings.key_file else None,
@@ -40,10 +42,14 @@ def check(settings: Tls) -> None:
     """Raises StartError when a certificate and its key, or the client CA, can't be used."""
     _check_pair(settings.cert_file, settings.key_file)
     if settings.client_ca_file:
-        try:
-            ssl.create_default_context(cafile=str(settings.client_ca_file))
-        except (OSError, ValueError) as error:
-            raise StartError(f"cannot use the client CA {settings.client_ca_file}: {error}") from None
+        _check_authority("client CA", settings.client_ca_file)
+
+
+def _check_authority(what: str, path: Path) -> None:
+    try:
+        ssl.create_default_context(cafile=str(path))
+    except (OSError, ValueError) as error:
+        raise StartError(f"cannot use the {what} {path}: {getattr(error, 'reason', None) or error}") from None
 
 
 def _check_pair(certificate: Path | None, key: Path | None) -> None:

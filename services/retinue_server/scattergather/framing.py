@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from retinue.scattergather.v1 import leaf_service_pb2 as pb
 from retinue_server.scattergather.core.requests import Coverage, Malformed, Reply
+from retinue_server.scattergather.varints import field, read_varint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,34 +25,6 @@ _PAYLOAD, _SHARD_ID, _SHARDS, _PARENT = b"\x0a", b"\x12", b"\x22", b"\x2a"
 _ATTEMPT = tuple(b"\x18" + bytes((number,)) for number in range(128))
 _SMALL = 0x80
 """A varint below it is one byte."""
-
-
-def varint(number: int) -> bytes:
-    """Of 0 or more."""
-    out = bytearray()
-    while number >= _SMALL:
-        out.append(number & 0x7F | _SMALL)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
-
-
-def field(tag: bytes, content: bytes) -> bytes:
-    """A field of bytes."""
-    return tag + varint(len(content)) + content
-
-
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number and where it ends; raises Malformed."""
-    number = shift = 0
-    while at < len(data) and shift < 64:  # noqa: PLR2004 - bits
-        byte = data[at]
-        at += 1
-        number |= (byte & 0x7F) << shift
-        if byte < _SMALL:
-            return number, at
-        shift += 7
-    raise Malformed("no varint where one must be")
 
 
 @lru_cache(maxsize=65536)
@@ -113,13 +86,13 @@ class LeafQuestion:
         """The common reply is one field, which is cut out; others are parsed."""
         if not data:
             return Reply(b"")
-        if data[:1] == _PAYLOAD:
-            size, at = (data[1], 2) if len(data) > 1 and data[1] < _SMALL else read_varint(data, 1)
-            if at + size == len(data):
-                return Reply(data[at:])
         try:
+            if data[:1] == _PAYLOAD:
+                size, at = (data[1], 2) if len(data) > 1 and data[1] < _SMALL else read_varint(data, 1)
+                if at + size == len(data):
+                    return Reply(data[at:])
             reply = pb.QueryResponse.FromString(data)
-        except DecodeError:
+        except (DecodeError, ValueError):
             raise Malformed("it is no QueryResponse") from None
         if not reply.HasField("coverage"):
             return Reply(reply.payload)

@@ -57,7 +57,7 @@ def _double(number: float) -> float:
 
 def message(plain: Any, depth: int = 0) -> Value:
     """The message of a JSON value; raises ValueError for one that no message holds."""
-    if depth > MAX_DEPTH:
+    if depth >= MAX_DEPTH and isinstance(plain, list | dict):
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     match plain:
         case None:

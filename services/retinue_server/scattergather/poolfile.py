@@ -216,13 +216,8 @@ def _violations(entry: PoolEntry) -> Iterator[str]:
     if entry.merge.upper() not in MergeKind.__members__ or entry.merge != entry.merge.lower():
         yield f"merge: must be one of {', '.join(kind.name.lower() for kind in MergeKind)}"
         return
-    kind, own_leaves = MergeKind[entry.merge.upper()], entry.method == LEAF_METHOD
-    yield from _merge_violations(entry, kind)
-    if not _METHOD.fullmatch(entry.method):
-        yield "method: must be /package.Service/Method"
-    for name, asked in (("batch", entry.batch), ("transport", entry.transport == "stream")):
-        if asked and not own_leaves:
-            yield f"{name}: only leaves that serve LeafService have it, so leave out `method`"
+    yield from _merge_violations(entry, MergeKind[entry.merge.upper()])
+    yield from _method_violations(entry)
     if entry.limits.max_reply_bytes > entry.limits.max_gathered_bytes:
         yield "limits.max_reply_bytes: must be at most max_gathered_bytes"
     for key in entry.forward_metadata:
@@ -233,6 +228,17 @@ def _violations(entry: PoolEntry) -> Iterator[str]:
     if entry.batch and any(shard.pool for shard in entry.shards):
         yield "batch: is not for shards that are roots (`pool`): each is one answer"
     yield from _shard_violations(entry.shards)
+
+
+def _method_violations(entry: PoolEntry) -> Iterator[str]:
+    streams = entry.transport == "stream"
+    if not _METHOD.fullmatch(entry.method):
+        yield "method: must be /package.Service/Method"
+    for name, asked in (("batch", entry.batch), ("transport", streams)):
+        if asked and entry.method != LEAF_METHOD:
+            yield f"{name}: only leaves that serve LeafService have it, so leave out `method`"
+    if entry.forward_metadata and streams:
+        yield "forward_metadata: queries on a stream have no metadata of their own, so say transport: unary"
 
 
 def _merge_violations(entry: PoolEntry, kind: MergeKind) -> Iterator[str]:

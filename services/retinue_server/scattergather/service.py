@@ -46,6 +46,8 @@ class ScatterGatherService:
         self._requests = Requests(root)
 
     async def Scatter(self, request: api.ScatterRequest, call: Call) -> api.ScatterResponse:
+        if not (request.shard_ids or request.route_keys or request.WhichOneof("input") == "shard_inputs"):
+            self._root.check_room(request.pool_id)
         read = translate.Reader()
         ask = self._requests.ask(request, call, read)
         try:

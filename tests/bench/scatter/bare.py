@@ -1,4 +1,4 @@
-"""The bare loop: `python -m bench.scatter.bare ADDRESS...` asks every address for the bytes that came, joins what came back.
+"""The bare loop: `python -m bench.scatter.bare ADDRESS...` asks every address for what came, joins what came back.
 
 No deadlines of its own, no replicas, no merge, no limits: what a root in grpc.aio costs at least when each leaf is
 asked by a call. It has whatever tuning the server has: uvloop, gRPC's older poller, a calm garbage collector.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from bench.turns import Play
 
-OURS, BARE, NODE = "retinue", "bare loop", "root on Node"
+OURS, STREAM, BARE, NODE = "retinue", "retinue, stream", "bare loop", "root on Node"
 _CALLERS = 4
 _SECONDS = 1.0
 
@@ -35,9 +35,10 @@ def overhead(fan_out: int) -> Play:
 
 
 def _roots(stack: ExitStack, leaves: Leaves) -> dict[str, Root]:
-    pools = {POOL: pool([[address] for address in leaves.addresses])}
+    shards = [[address] for address in leaves.addresses]
     return {
-        OURS: stack.enter_context(ours(pools)),
+        OURS: stack.enter_context(ours({POOL: pool(shards)})),
+        STREAM: stack.enter_context(ours({POOL: pool(shards, transport="stream")}, name="stream")),
         BARE: stack.enter_context(bare(leaves.addresses)),
         NODE: stack.enter_context(on_node(leaves.addresses)),
     }

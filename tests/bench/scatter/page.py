@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from bench.results import Results
 
 
-def _most(what: str, cell: str, system: str, figure: str, bound: float, unit: str = "") -> Goal:
+def _most(what: str, cell: str, system: str, figure: str, bound: float) -> Goal:
+    unit = "ms" if figure.endswith("_ms") else ""
     return Goal(what, cell, bound, figure=figure, system=system, at_most=True, unit=unit)
 
 
@@ -34,8 +35,8 @@ GOALS = (
     _least("brown-out: goodput, of not hedging", "brown_out", HEDGED, "goodput_share", 0.95),
     _least("overload: goodput, of the peak, fan-out 32", "overload_32", OURS, "goodput_share", 0.75),
     _least("overload: goodput, of the peak, fan-out 128", "overload_128", OURS, "goodput_share", 0.9),
-    _most("overload: rejections, p99, fan-out 32", "overload_32", OURS, "rejected_p99_ms", 25, "ms"),
-    _most("overload: rejections, p99, fan-out 128", "overload_128", OURS, "rejected_p99_ms", 25, "ms"),
+    _most("overload: rejections, p99, fan-out 32", "overload_32", OURS, "rejected_p99_ms", 25),
+    _most("overload: rejections, p99, fan-out 128", "overload_128", OURS, "rejected_p99_ms", 25),
     _most("tree: the root's own CPU, of the flat root's", "tree", TREE, "own_cpu_ms_share", 0.1),
     _most("tree: all CPU, of the flat root's", "tree", TREE, "total_cpu_ms_share", 1.6),
     _most("two processes: extra calls, of one's budget", "processes", TWO, "extra_of_budget", 1),
@@ -71,9 +72,10 @@ FIGURES = {
 _PAGE = """\
 # Scatter/gather, measured
 
-Written by `make bench-scatter REFERENCE=1`; edit [`scatter/page.py`](scatter/page.py), not this file. How it is measured
-stands in [`scatter/__init__.py`](scatter/__init__.py), leaves and load are in [`go/scatter`](go/scatter), every round in
-[`results/`](results).
+Written by `make bench-scatter REFERENCE=1`; edit [`scatter/page.py`](scatter/page.py), not this file. How it is
+measured stands in [`scatter/__init__.py`](scatter/__init__.py), leaves and load are in [`go/scatter`](go/scatter),
+every round in [`results/`](results), what was tried in
+[decision 11](../../services/decisions/0011-what-a-root-costs.md).
 
 ```sh
 make bench-scatter                                        # everything, three rounds at most
@@ -87,13 +89,14 @@ _MORE_CORES = """\
 
 A root is one process, which uses one core. Two ways lead to more:
 
-- *Parents* divide a wide fan-out. The root's own part shrinks to its parents' number; the tree's `with a core each` is the CPU
-  of the root and of one parent, one after the other, which is what p50 comes to when every process has a core.
-- *Processes* divide a load. Each gets `scattergather.processes: N` (so that limits and budgets are divided), an address and a
-  data directory of its own: as sidecars or as replicas of a Deployment this comes by itself, on one host it is
-  `retinue-server scattergather --listen 127.0.0.1:7077 --data-dir a`, then `… :17077 --data-dir b`. Callers are given all addresses
-  (gRPC's `round_robin` over `ipv4:127.0.0.1:7077,127.0.0.1:17077`). They do not share a port: a kernel that divides
-  connections gives one process all the calls of a client that has one.
+- *Parents* divide a wide fan-out. The root's own part shrinks to its parents' number; the tree's `with a core each` is
+  the CPU of the root and of one parent, one after the other: what p50 comes to when every process has a core. With `c`
+  µs of CPU per leaf and `b` per request, N leaves take `b + N·c` flat, and `2b + (P + N/P)·c` through P parents.
+- *Processes* divide a load. Each gets `scattergather.processes: N` (so that limits and budgets are divided), an address
+  and a data directory of its own: as sidecars or as replicas of a Deployment this comes by itself, on one host it is
+  `retinue-server scattergather --listen 127.0.0.1:7077 --data-dir a`, then `… :17077 --data-dir b`. Callers are given
+  all addresses (gRPC's `round_robin` over `ipv4:127.0.0.1:7077,127.0.0.1:17077`). They do not share a port: a kernel
+  that divides connections gives one process all the calls of a client that has one.
 
 """
 

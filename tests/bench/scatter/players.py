@@ -141,7 +141,7 @@ class Probe:
 
     def _ask(self) -> None:
         with grpc.insecure_channel(self._address) as channel:
-            stub = HealthStub(channel)
+            stub: Any = HealthStub(channel)
             stub.Check(HealthCheckRequest(), timeout=_PATIENCE)
             while not self._over.wait(_PROBE_S):
                 began = time.perf_counter()

@@ -75,8 +75,12 @@ class Kubernetes(Cluster):
         key = ["openssl", "genrsa", "-out", str(directory / "accounts.key"), "2048"]
         subprocess.run(key, check=True, capture_output=True)
         made = cls(directory)
-        made.start_etcd()
-        made.start_api()
+        try:
+            made.start_etcd()
+            made.start_api()
+        except BaseException:
+            made.stop()  # or it would stand in the way of the next
+            raise
         made._write_kubeconfig()
         return made
 
@@ -147,7 +151,7 @@ class Kubernetes(Cluster):
     def stop(self) -> None:
         """Ends both."""
         for program in ("kube-apiserver", "etcd"):
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 self.kill(program)
 
 

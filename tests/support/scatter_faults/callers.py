@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -124,14 +124,28 @@ class Caller:
             int(policy.soft_s * 1e9),
         )
         self._notes.add(asked)
-        request = api.ScatterRequest(
-            pool_id=pool.name,
-            payload=f"{name} {'groups' if pool.merge == 'group_sum' else 'text'}".encode(),
-            shard_ids=chosen,
-            policy=api.ScatterPolicy(**policy.said()),
-        )
+        request = question(asked, policy, groups=pool.merge == "group_sum", shards=chosen)
         waits = pool.timeout_s * _SLACK + 30 if deadline_s is None else deadline_s
         return Pending(asked, self._stub.Scatter.future(request, timeout=waits, wait_for_ready=True), self._notes)
+
+    def visit(self, pool: Pool, begin: Callable[[api.ScatterRequest], Callable[[], object]]) -> Callable[[], None]:
+        """Asks in another way, and gives what leaves: `begin` sends the request, and gives what breaks it off."""
+        name = f"{self._name}-{next(self._count)}"
+        asked = Asked(boot_ns(), name, "leaves", pool.name, pool.shards, int(pool.timeout_s * 1e9))
+        self._notes.add(asked)
+        end = begin(question(asked))
+
+        def leave() -> None:
+            end()
+            self._notes.add(Told(boot_ns(), name, LEFT))
+
+        return leave
+
+    def stream(self, request: api.ScatterRequest) -> Callable[[], object]:
+        """Asks ScatterStream, and gives what cancels it."""
+        call = self._stub.ScatterStream(api.ScatterStreamRequest(request=request), timeout=60)
+        cancel: Callable[[], object] = call.cancel
+        return cancel
 
     def ask(self, pool: Pool, policy: Policy = STRICT, **asked: Any) -> Pending:
         """Asks, and waits."""
@@ -142,6 +156,18 @@ class Caller:
     def recent(self, **wanted: Any) -> Any:
         """ListRecentScatters."""
         return self._stub.ListRecentScatters(api.ListRecentScattersRequest(**wanted), timeout=30).scatters
+
+
+def question(
+    asked: Asked, policy: Policy = STRICT, *, groups: bool = False, shards: Iterable[str] = ()
+) -> api.ScatterRequest:
+    """The request; leaves get its name, and in which form they are to reply."""
+    return api.ScatterRequest(
+        pool_id=asked.pool,
+        payload=f"{asked.request} {'groups' if groups else 'text'}".encode(),
+        shard_ids=shards,
+        policy=api.ScatterPolicy(**policy.said()),
+    )
 
 
 def answer(at: int, request: str, said: api.ScatterResponse) -> Told:

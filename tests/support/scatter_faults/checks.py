@@ -13,6 +13,9 @@ from typing import NamedTuple
 from support.scatter_faults.history import LEFT, OK, Asked, Call, Known, Ran, Story, Told
 
 _CANCELLED, _DEADLINE_EXCEEDED = 1, 4
+_RETRYABLE = (2, 10, 13, 14, 15)
+_MOST_EXTRA = 3
+"""Calls that a shard may have beside the first: a hedge and two retries."""
 _MOST_FAILURES = 16
 _NEARLY = 0.9
 """Leaves have at least so much of the time."""
@@ -119,7 +122,7 @@ def in_time(story: Story, slack_ns: int) -> Iterator[Finding]:
 
 
 def ended(story: Story, slack_ns: int) -> Iterator[Finding]:
-    """When a request is over, every call to a leaf is; none comes later, and none has a later deadline."""
+    """When a request is over, every call to a leaf is; none comes later, and each has less time than the request."""
     for call in story.calls:
         asked, got = story.asked.get(call.got.request), call.got
         if asked is None:
@@ -132,11 +135,8 @@ def ended(story: Story, slack_ns: int) -> Iterator[Finding]:
         until = call.gave.at if call.gave else story.read_at
         if until > last and not story.died(call, last):
             yield Finding("ended", got.request, f"it went on for {(until - over) / 1e9:.2f} s: {call}")
-        due = asked.at + asked.timeout_ns + slack_ns
-        if got.at + got.left_ns > due and latest == over + slack_ns:
-            yield Finding(
-                "ended", got.request, f"its deadline is {(got.at + got.left_ns - due) / 1e9:.2f} s late: {got}"
-            )
+        if got.left_ns >= asked.timeout_ns:
+            yield Finding("ended", got.request, f"it has no less time than the request: {got}")
 
 
 def bounded(story: Story, _: int) -> Iterator[Finding]:
@@ -184,12 +184,27 @@ def explained(story: Story, slack_ns: int) -> Iterator[Finding]:
                 yield Finding("explained", told.request, f"{shard} had more time than it is said to have had: {told}")
             if code not in (OK, _CANCELLED, _DEADLINE_EXCEEDED) and not hit:
                 yield Finding("explained", told.request, f"{shard} failed with {code}, and nothing ailed it: {told}")
+    yield from _retried(story)
     for asked, told in _pairs(story):
         if told.code in (OK, LEFT) or told.coverage is not None or told.reason == "SCATTER_LIMIT":
             continue
         is_over = told.code == _DEADLINE_EXCEEDED and told.at - asked.at >= _NEARLY * asked.timeout_ns
         if not is_over and not _hits(story, ROOT, asked.at - _RECOVERS_NS, told.at):
             yield Finding("explained", told.request, f"it failed without saying how far it came: {told}")
+
+
+def _retried(story: Story) -> Iterator[Finding]:
+    """Where the budget can't have run out, another replica was asked: only shards without a healthy one fail."""
+    primaries = Counter(asked.pool for asked in story.asked.values() for _ in asked.shards)
+    plenty = {
+        name for name, ran in story.pools.items() if ran.idempotent and ran.burst >= _MOST_EXTRA * primaries[name]
+    }
+    for asked, told in (*_answered(story), *_failed(story)):
+        for shard in (shard for shard, code in told.failures.items() if code in _RETRYABLE and asked.pool in plenty):
+            begin, leaves = asked.at - _RECOVERS_NS, story.pools[asked.pool].replicas[shard]
+            well = [leaf for leaf in leaves if not _hits(story, leaf, begin, told.at)]
+            if well:
+                yield Finding("explained", told.request, f"{shard} failed although nothing ailed {well}: {told}")
 
 
 def _hits(story: Story, leaf: str, begin: int, end: int) -> bool:

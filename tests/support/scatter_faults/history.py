@@ -6,7 +6,6 @@ Callers write `Asked` before they send and `Told` when the call has ended for th
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -186,13 +185,32 @@ class Story:
         return end
 
 
-def read(directory: Path) -> list[Event]:
-    """All events of the files `*.jsonl` of a directory. A last line that a kill has cut short never happened."""
-    found: list[Event] = []
-    for file in sorted(directory.glob("*.jsonl")):
-        *lines, rest = file.read_bytes().split(b"\n")
-        found += map(_decode, lines)
-        if rest:
-            with contextlib.suppress(msgspec.DecodeError):
-                found.append(_decode(rest))
-    return found
+class Reader:
+    """Reads the files `*.jsonl` of a directory, and what has been added to them since it last looked."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._read: dict[Path, int] = defaultdict(int)
+        self.events: list[Event] = []
+        self.got: dict[str, set[int]] = defaultdict(set)
+        """The calls that leaves got for a request."""
+        self.ended: dict[int, Gave] = {}
+
+    def look(self) -> list[Event]:
+        """All events so far; half a line is left for later: one that a kill has cut short never happened."""
+        for path in sorted(self._directory.glob("*.jsonl")):
+            with path.open("rb") as file:
+                file.seek(self._read[path])
+                whole = file.read().rpartition(b"\n")[0]
+            if whole:
+                self._read[path] += len(whole) + 1
+                self._add([_decode(line) for line in whole.split(b"\n")])
+        return self.events
+
+    def _add(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self.events.append(event)
+            if isinstance(event, Got):
+                self.got[event.request].add(event.serial)
+            elif isinstance(event, Gave):
+                self.ended[event.serial] = event

@@ -1,4 +1,4 @@
-"""A hosts file of a process's own, so that names can be made to resolve to what a test wants."""
+"""A hosts file of a process's own, which alone says what names resolve to: no name server is asked."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ class Hosts:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._switch = path.with_name("nsswitch.conf")
         self._known: dict[str, str] = {}
-        self._last: dict[str, str] = {}
         path.write_text("127.0.0.1 localhost\n")
+        self._switch.write_text("hosts: files\n")
 
     @property
     def before(self) -> tuple[str, ...]:
@@ -22,23 +23,25 @@ class Hosts:
         unshare = shutil.which("unshare")
         assert unshare, "unshare is missing: apt-get install util-linux"
         allowed = () if os.geteuid() == 0 else ("--user", "--map-root-user")
-        script = f"mount --bind '{self._path}' /etc/hosts && exec \"$@\""
+        mounts = f"mount --bind '{self._path}' /etc/hosts && mount --bind '{self._switch}' /etc/nsswitch.conf"
+        script = f'{mounts} && exec "$@"'
         return (unshare, *allowed, "--mount", "sh", "-c", script, "sh")
 
     def name(self, leaf: str) -> str:
         return f"{leaf}.test"
 
     def resolved(self, source: str) -> str:
-        """Of a source `dns:NAME:PORT` its address, the last one if it has none any more; others are what they are."""
+        """Of a source `dns:NAME:PORT` its address, empty if it has none; others are what they are."""
         scheme, _, rest = source.partition(":")
         name, _, port = rest.partition(":")
-        return f"{self._last[name]}:{port}" if scheme == "dns" else source
+        if scheme != "dns":
+            return source
+        address = self._known.get(name.removesuffix(".test"), "")
+        return f"{address}:{port}" if address else ""
 
     def move(self, leaf: str, address: str) -> None:
         """It resolves to this; to nothing, if that is empty."""
         self._known[leaf] = address
-        if address:
-            self._last[self.name(leaf)] = address
         lines = [f"{address} {self.name(leaf)}" for leaf, address in self._known.items() if address]
         # In place: the mount holds on to the file, not to its name.
         self._path.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))

@@ -18,9 +18,11 @@ from support.faults.clients import PATH
 from support.history.recorder import boot_ns
 from support.scatter_faults import pools as pool_file
 from support.scatter_faults.callers import Caller, Notes, metrics
-from support.scatter_faults.history import Call, Fault, Story, read
+from support.scatter_faults.checks import ROOT
+from support.scatter_faults.history import Call, Fault, Reader, Story
 from support.scatter_faults.leaves import Village
 from support.scatter_faults.pools import Pool
+from support.scatter_faults.pulse import NO_PROCESSOR, Pulse
 
 _STUCK_S = 60.0
 _LOG_ERRORS = ('"level": "error"', '"level": "critical"', "Traceback", "never retrieved")
@@ -34,15 +36,20 @@ class Stage:
         self.where = where
         self.village = Village(where)
         self.notes = Notes(where)
+        self.reader = Reader(where / "history")
         self.pools: dict[str, Pool] = {}
         self.roots = 1
+        self._stalls = 0
         self.root: RunningServer
         self._module = module or ("faults.broken_scatters" if defect else "retinue_server")
         self._defect, self._before = defect, before
+        self._pulse = Pulse(self._note_stall)
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
         self._open.enter_context(self.village)
+        self._pulse.start()
+        self._open.callback(self._pulse.stop)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -139,13 +146,30 @@ class Stage:
         """Notes one that is over."""
         self.notes.add(Fault(kind, begin, boot_ns(), leaves, holds, kills))
 
+    @property
+    def has_stalled(self) -> bool:
+        """Whether the machine has had no time for anybody."""
+        return self._stalls > 0 or self._pulse.began is not None
+
+    def _note_stall(self, begin: int) -> None:
+        self._stalls += 1
+        self.notes.add(self._stall(begin, boot_ns()))
+
+    def _stall(self, begin: int, end: int) -> Fault:
+        """It hits everybody."""
+        leaves = (name for house in self.village.houses for name in house.names)
+        return Fault(NO_PROCESSOR, begin, end, (ROOT, *leaves), holds=True)
+
     def story(self) -> Story:
         """What happened until now."""
         for pool in self.pools.values():
             self.notes.add(pool.ran(self.roots))
-        return Story(read(self.where / "history"), boot_ns())
+        began = self._pulse.began
+        stall = [] if began is None else [self._stall(began, 0)]
+        return Story([*self.reader.look(), *stall], boot_ns())
 
     def log_errors(self) -> list[str]:
         """What no server may write into its log."""
         lines = (self.where / "server.log").read_text().splitlines()
-        return [line for line in lines if any(sign in line for sign in _LOG_ERRORS)]
+        found = (line for line in lines if any(sign in line for sign in _LOG_ERRORS))
+        return [line for line in found if "opentelemetry.exporter" not in line]  # our collector takes no metrics

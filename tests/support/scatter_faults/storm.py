@@ -6,16 +6,20 @@ import json
 import random
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.json_format import MessageToJson
+
+from retinue.scattergather.v1 import scattergather_service_pb2 as api
 from support.scatter_faults.behaviour import Behaviour, Kind
 from support.scatter_faults.callers import Caller, Pending
 from support.scatter_faults.pools import STRICT, Policy, Pool
 from support.scatter_faults.stage import Stage
 
-_SHARDS, _WAVE = 4, 60
+_SHARDS, _WAVE, _FEW = 4, 60, 3
 _HEDGE_S, _STAYS_S = 0.005, 0.06
 _FAST_S, _SLOW_S = 0.01, 1.0
 _STUCK_S = 30.0
@@ -25,6 +29,10 @@ STORM = Pool("storm", {f"s{i}": (f"a{i}", f"b{i}") for i in range(_SHARDS)}, **_
 CALM = Pool("calm", {f"s{i}": (f"fast{i}", f"slow{i}") for i in range(_SHARDS)}, **_HEDGED)
 """Of two replicas one is slow: its calls lose."""
 _POLICIES = (STRICT, Policy(0.5), Policy(0.25, first_k=1), Policy(0.25, soft_s=0.05))
+
+
+MEMORY = ("rss_kib", "malloc_kib", "blocks")
+"""What the process takes, what of that C has in use, and how many blocks Python has."""
 
 
 class Storm:
@@ -53,7 +61,8 @@ class Storm:
         self.stage.await_ended()
 
     def _wave(self) -> None:
-        """Some cancel, some have no time, some break the connection, some are answered by the faster replicas."""
+        """Some cancel, some have no time, some break the connection, some are answered by the faster replicas; a few
+        leave streams, and a few HTTP."""
         each = _WAVE // 4
         with Caller(self.stage.root.address, self.stage.notes) as staying:
             leaving = Caller(self.stage.root.address, self.stage.notes)
@@ -61,15 +70,33 @@ class Storm:
             late = [self._begin(staying, deadline_s=self._chance.uniform(0.001, _STAYS_S)) for _ in range(each)]
             gone = [self._begin(leaving) for _ in range(each)]
             answered = [staying.begin(CALM) for _ in range(each)]
+            left = [staying.visit(STORM, how) for how in (staying.stream, self._post) for _ in range(_FEW)]
             time.sleep(self._chance.uniform(0, _STAYS_S))  # they leave at whatever moment
             leaving.disconnect()
             for pending in cancelled:
                 pending.leave()
+            for leave in left:
+                leave()
             for pending in (*cancelled, *late, *gone, *answered):
                 pending.result()
 
+    def _post(self, request: api.ScatterRequest) -> Callable[[], object]:
+        """Asks by HTTP, and gives what closes the connection."""
+        connection = HTTPConnection(self.stage.root.http, timeout=_STUCK_S)
+        path = "/retinue.scattergather.v1.ScatterGatherService/Scatter"
+        connection.request("POST", path, MessageToJson(request), {"content-type": "application/json"})
+        return connection.close
+
     def _begin(self, caller: Caller, deadline_s: float | None = None) -> Pending:
         return caller.begin(STORM, self._chance.choice(_POLICIES), mode="leaves", deadline_s=deadline_s)
+
+    def rest(self, idle: Mapping[str, int]) -> dict[str, int]:
+        """What the root holds once it is no more than when it was idle; if it stays more, that."""
+        end = time.monotonic() + _STUCK_S
+        found = self.counts()
+        while more(found, idle) and time.monotonic() < end:
+            found = self.counts()
+        return found
 
     def counts(self) -> dict[str, int]:
         """What the root holds now."""
@@ -81,3 +108,8 @@ class Storm:
             time.sleep(0.02)
         found: dict[str, int] = json.loads(self._counts.read_text())
         return found
+
+
+def more(found: Mapping[str, int], idle: Mapping[str, int]) -> list[str]:
+    """Of what there is more than there was; memory apart."""
+    return [name for name, count in found.items() if name not in MEMORY and count > idle.get(name, count)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import os
 import time
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,17 +32,23 @@ class Clock(Protocol):
         """Does it once the clock shows `when`."""
 
     def soon(self, do: Callable[[], None]) -> object:
-        """Does it after whatever is due now."""
+        """Does it after whatever is due now; other threads that want the processor get it first."""
 
 
 class LoopClock:
-    """The clock of the event loop's timers; to be made while it runs."""
+    """The event loop's, but finer than uvloop's `time`, which has milliseconds; to be made while it runs."""
 
     def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.now = time.monotonic  # not loop.time: uvloop's shows the millisecond in which the turn began
-        self.at = loop.call_at
-        self.soon = loop.call_soon
+        self._loop = asyncio.get_running_loop()
+        self.now = time.monotonic
 
     def wall_ms(self) -> int:
         return time.time_ns() // 1_000_000
+
+    def at(self, when: float, do: Callable[[], None]) -> Timer:
+        """Never too early: uvloop rounds to milliseconds."""
+        return self._loop.call_later(math.ceil(max(when - self.now(), 0) * 1000) / 1000, do)
+
+    def soon(self, do: Callable[[], None]) -> object:
+        os.sched_yield()  # gRPC's thread may have to share a processor with the loop
+        return self._loop.call_soon(do)

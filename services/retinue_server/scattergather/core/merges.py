@@ -276,11 +276,11 @@ def _check_fits(payload: bytes, within: int = 0) -> None:
 
 
 def _check_value(plain: Any, depth: int) -> None:
-    if depth > MAX_DEPTH:
-        raise Malformed(f"must be JSON that is nested at most {MAX_DEPTH} deep")
     if isinstance(plain, int):
         _finite(plain)
     elif isinstance(plain, (list, dict)):
+        if depth >= MAX_DEPTH:
+            raise Malformed(f"must be JSON that is nested at most {MAX_DEPTH} deep")
         for inner in plain.values() if isinstance(plain, dict) else plain:
             _check_value(inner, depth + 1)
 

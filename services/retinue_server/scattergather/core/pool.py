@@ -13,6 +13,7 @@ from retinue_server.scattergather.core.rules import LatencyWindow, TokenBucket
 if TYPE_CHECKING:
     from retinue_server.scattergather.core.replicas import Replica
     from retinue_server.scattergather.core.topology import Pool, Shard
+    from retinue_server.scattergather.core.turns import Turns
 
 _SHEDDING_S = 1.0
 """How long after a refusal nothing is hedged."""
@@ -37,8 +38,8 @@ class Topology(msgspec.Struct, frozen=True):
 class LivePool:
     """What outlives a request: latencies, budget, counts. On the event loop only."""
 
-    def __init__(self, topology: Topology, share: int = 1) -> None:
-        self.topology = topology
+    def __init__(self, topology: Topology, turns: Turns, share: int = 1) -> None:
+        self.topology, self.turns = topology, turns
         self._share = share
         self.latencies = LatencyWindow()
         self.budget = self._bucket()

@@ -17,6 +17,7 @@ from retinue_server.scattergather.core.requests import Malformed
 from retinue_server.scattergather.core.rules import leaf_timeout_s
 from retinue_server.scattergather.core.scatter import End, Kind, Scatter, ScatterError
 from retinue_server.scattergather.core.topology import MergeKind
+from retinue_server.scattergather.core.turns import Turns
 from retinue_server.scattergather.engine import Target
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Root:
         self.server_id = server_id
         self._leaves, self._discoveries, self._services, self._clock = leaves, discoveries, services, clock
         self._share, self._ended = share, ended
+        self._turns = Turns(clock)
         self.pools: dict[str, _Kept] = {}
         self._number = self._noted = 0
         self.recent: deque[Recent] = deque()
@@ -109,7 +111,9 @@ class Root:
         for pool_id, pool in wanted.items():
             kept = self.pools.get(pool_id)
             if kept is None:
-                self.pools[pool_id] = _Kept(pool, self._leaves, self._discoveries, self._clock, self._share)
+                self.pools[pool_id] = _Kept(
+                    pool, self._leaves, self._discoveries, clock=self._clock, turns=self._turns, share=self._share
+                )
             elif kept.live.pool != pool:
                 kept.update(pool)
 
@@ -216,16 +220,28 @@ class Root:
         live = self._kept(ask.pool_id).live
         limits.check_depth(ask, f"{self.server_id}/{ask.pool_id}")
         members = limits.select(ask.topology, ask, violations)
-        if not live.admits(len(members)):
-            live.shed_at = self._clock.now()
-            live.ended["shed"] += 1
-            raise ResourceExhausted(
-                f"cannot scatter: pool {ask.pool_id} has {live.open_calls} calls to make, {live.unsent} of them unsent",
-                reason=Reason.SCATTER_LIMIT,
-                retry_ms=_RETRY_MS,
-                pool_id=ask.pool_id,
-            )
+        self._check_room(live, len(members))
         return live, members
+
+    def check_room(self, pool_id: str) -> None:
+        """Raises SCATTER_LIMIT if a request for all shards would be refused now: refusing must cost little."""
+        kept = self.pools.get(pool_id)
+        if kept is not None:
+            self._check_room(kept.live, len(kept.live.topology.members))
+
+    def _check_room(self, live: LivePool, calls: int) -> None:
+        if live.admits(calls):
+            return
+        self._turns.refused()
+        live.shed_at = self._clock.now()
+        live.ended["shed"] += 1
+        pool_id = live.pool.pool_id
+        raise ResourceExhausted(
+            f"cannot scatter: pool {pool_id} has as many calls to make as it takes; try again later",
+            reason=Reason.SCATTER_LIMIT,
+            retry_ms=_RETRY_MS,
+            pool_id=pool_id,
+        )
 
     def _merge(self, ask: Ask) -> tuple[Merge, UserMerge | None]:
         merging, topology = ask.topology.pool.merging, ask.topology
@@ -341,7 +357,14 @@ class _Kept:
     """A pool that is served: its sources are watched, its lines open."""
 
     def __init__(
-        self, pool: Pool, leaves: Leaves, discoveries: Mapping[str, Discovery], clock: Clock, share: int
+        self,
+        pool: Pool,
+        leaves: Leaves,
+        discoveries: Mapping[str, Discovery],
+        *,
+        clock: Clock,
+        turns: Turns,
+        share: int,
     ) -> None:
         self._leaves, self._discoveries, self._clock = leaves, discoveries, clock
         self.watchers: set[asyncio.Event] = set()
@@ -350,7 +373,7 @@ class _Kept:
         self._replicas: dict[Target, Replica] = {}
         self._pool = pool
         self._watch_sources()
-        self.live = LivePool(Topology(pool, 1, self._members()), share)
+        self.live = LivePool(Topology(pool, 1, self._members()), turns, share)
 
     def update(self, pool: Pool) -> None:
         """As the file says now."""

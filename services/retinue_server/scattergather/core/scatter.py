@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from retinue_server.scattergather.core.requests import Ask
     from retinue_server.scattergather.engine import Metadata
 
-_SLICE = 64
-"""Calls that are begun before others get their turn: some milliseconds."""
 MAX_FAILURES = 16
 _ONE = Coverage(1, 1, complete=True)
 _MESSAGE_BYTES = 256
@@ -61,8 +59,8 @@ class ScatterError(RetinueError):
         self.code = code  # type: ignore[misc] # the one error whose code depends on what happened
 
 
-class Attempt(msgspec.Struct, eq=False):
-    """A call to a leaf."""
+class Attempt(msgspec.Struct, eq=False, gc=False):
+    """A call to a leaf. (No work for the garbage collector: when it has ended, it is in no cycle.)"""
 
     part: Part
     kind: Kind
@@ -77,7 +75,7 @@ class Attempt(msgspec.Struct, eq=False):
     """The observer's."""
 
 
-class Part(msgspec.Struct, eq=False):
+class Part(msgspec.Struct, eq=False, gc=False):
     """What is asked together: a shard, or those of a batch."""
 
     members: Sequence[Member]
@@ -85,8 +83,8 @@ class Part(msgspec.Struct, eq=False):
     weight: int
     """Leaves beneath it."""
     begun_at: float
-    tried: list[Replica] = []
-    open: list[Attempt] = []
+    tried: tuple[Replica, ...] = ()
+    open: tuple[Attempt, ...] = ()
     attempts: int = 0
     retries: int = 0
     hedged: bool = False
@@ -178,7 +176,7 @@ class Scatter:
         self._timers.append(clock.at(self._leaf_deadline, self._time_out))
         if policy.soft_deadline_s is not None:
             self._timers.append(clock.at(self.begun_at + policy.soft_deadline_s, self._end_of_patience))
-        self._send()
+        live.turns.add(self._send)
 
     def _divide(self) -> None:
         """Into what is asked together, and of batches already whom."""
@@ -203,15 +201,15 @@ class Scatter:
             weight = sum(member.shard.weight for member in group)
             yield Part(tuple(group), _common(group, replica), weight, self.begun_at), replica
 
-    def _send(self) -> None:
-        for _ in range(_SLICE):
-            if self._over or not self._unsent:
-                return
+    def _send(self, most: int) -> int:
+        """Asks so many more, and says how many."""
+        for sent in range(most):
+            if not self._unsent:  # or it is over, and they were dropped
+                return sent
             part, replica = self._unsent.popleft()
             self._live.unsent -= 1
             self._try(part, Kind.PRIMARY, replica)
-        if self._unsent and not self._over:
-            self._clock.soon(self._send)
+        return most
 
     def _try(self, part: Part, kind: Kind, replica: Replica | None = None) -> None:
         """Asks a replica, or finds that there is none."""
@@ -231,8 +229,8 @@ class Scatter:
         now = self._clock.now()
         attempt = Attempt(part, kind, replica, now, now)
         part.attempts += 1
-        part.tried.append(replica)
-        part.open.append(attempt)
+        part.tried += (replica,)
+        part.open += (attempt,)
         self.attempts.append(attempt)
         replica.in_flight += 1
         shards = [member.shard for member in part.members]
@@ -255,7 +253,7 @@ class Scatter:
         now, part = self._clock.now(), attempt.part
         attempt.ended_at, attempt.cancel = now, None
         attempt.replica.in_flight -= 1
-        part.open.remove(attempt)
+        part.open = tuple([one for one in part.open if one is not attempt]) if len(part.open) > 1 else ()
         if code == 0:
             self._replied(attempt, reply or b"", now)
         else:
@@ -340,7 +338,7 @@ class Scatter:
         """The shards of a batch that failed, each by itself; those in front that nobody else has."""
         parts = [self._part(member) for member in batch.members]
         for part in parts:
-            part.retries, part.attempts, part.tried = batch.retries, batch.attempts, list(batch.tried)
+            part.retries, part.attempts, part.tried = batch.retries, batch.attempts, batch.tried
         self._parts.remove(batch)
         self._parts += parts
         self._pending += len(parts) - 1
@@ -440,7 +438,7 @@ class Scatter:
         for attempt in part.open:
             attempt.replica.observe(now - attempt.started_at, now)
             self._cancel(attempt, End.FAILED, part.code, now)
-        part.open.clear()
+        part.open = ()
         if self._observer is not None:
             self._observer.failed(part)
 
@@ -483,6 +481,7 @@ class Scatter:
         for part in self._parts:
             if part.open:
                 self._give_up(part)
+            part.tried = ()
         self.gathered = self._gather()
         if self._observer is not None:
             self._observer.ended(self)
@@ -497,7 +496,7 @@ class Scatter:
             if part.coverage is not None or waited > attempt.replica.latency_s(now):
                 attempt.replica.observe(waited, now)
             self._cancel(attempt, End.LOST, int(Code.CANCELLED), now)
-        part.open.clear()
+        part.open = ()
 
     def _cancel(self, attempt: Attempt, end: End, code: int, now: float) -> None:
         attempt.end, attempt.code, attempt.ended_at = end, code, now
