@@ -22,8 +22,10 @@ from retinue.scattergather.v1 import leaf_service_pb2 as leaf
 from retinue.scattergather.v1 import merge_service_pb2 as merging
 
 WAIT_S = 20.0
+_REMEMBERED = 1000
 _NAME = re.compile(rb"play-[0-9a-f]{32}")
 _QUERY = "/retinue.scattergather.v1.LeafService/Query"
+_QUERY_STREAM = "/retinue.scattergather.v1.LeafService/QueryStream"
 _MERGE = "/retinue.scattergather.v1.MergeService/Merge"
 _MERGE_STREAM = "/retinue.scattergather.v1.MergeService/MergeStream"
 
@@ -34,6 +36,13 @@ class Fail:
 
     code: str
     message: str = ""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A leaf that answers with these bytes, no message; on a stream they stand beside the query's number."""
+
+    data: bytes
 
 
 class Gate:
@@ -51,8 +60,8 @@ class Gate:
 
 
 Says = Any
-"""Bytes, a QueryResponse, Fail or Gate; a list of them: for the first call, the second, and all further ones; or what
-gives one for a Call."""
+"""Bytes, a QueryResponse, Fail, Raw or Gate; a list of them: for the first call, the second, and all further ones; or
+what gives one for a Call."""
 
 
 @dataclass
@@ -121,6 +130,12 @@ class Play:
 
     # On the leaves' loop
 
+    def heard(self, call: Call) -> None:
+        with self.changed:
+            self.calls.append(call)
+            del self.calls[:-_REMEMBERED]
+        self.told()
+
     def told(self) -> None:
         with self.changed:
             self.changed.notify_all()
@@ -148,6 +163,8 @@ class Leaves:
         self._addresses: dict[str, str] = {}
         self._nobody = socket.socket()
         self.loop = asyncio.new_event_loop()
+        self.nobodys = Play(self.loop)
+        """Says something to whoever names no play."""
         self._thread = threading.Thread(target=self.loop.run_forever, name="leaves", daemon=True)
 
     def __enter__(self) -> Self:
@@ -189,9 +206,9 @@ class Leaves:
         await asyncio.gather(*(server.stop(0) for server in self._servers))
 
     def play_of(self, data: bytes) -> Play:
-        """Whose call it is; calls of nobody's are a defect of the test."""
+        """Whose call it is."""
         found = _NAME.search(data)
-        return self._plays[found[0]] if found else self._plays[b""]
+        return self._plays.get(found[0], self.nobodys) if found else self.nobodys
 
 
 class _Handler(grpc.GenericRpcHandler):
@@ -202,9 +219,11 @@ class _Handler(grpc.GenericRpcHandler):
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         method = str(handler_call_details.method)
-        if self._at == MERGER:
-            if method == _MERGE_STREAM:
-                return grpc.stream_unary_rpc_method_handler(self._merge_stream)
+        if method == _QUERY_STREAM:
+            return grpc.stream_stream_rpc_method_handler(self._query_stream)
+        if method == _MERGE_STREAM:
+            return grpc.stream_unary_rpc_method_handler(self._merge_stream)
+        if method == _MERGE:
             return grpc.unary_unary_rpc_method_handler(self._merge)
 
         async def ask(data: bytes, context: Any) -> bytes:
@@ -213,33 +232,58 @@ class _Handler(grpc.GenericRpcHandler):
         return grpc.unary_unary_rpc_method_handler(ask)
 
     async def _ask(self, method: str, data: bytes, context: Any) -> bytes:
-        play = self._leaves.play_of(data)
         query = leaf.QueryRequest.FromString(data) if method == _QUERY else leaf.QueryRequest()
         metadata = {str(k): str(v) for k, v in context.invocation_metadata() or ()}
         call = Call(self._at, method, query, data, metadata, context.time_remaining())
-        with play.changed:
-            play.calls.append(call)
-        play.told()
+        said = await self._hear(call)
+        if isinstance(said, Fail):
+            await context.abort(grpc.StatusCode[said.code], said.message)
+        if isinstance(said, Raw):
+            return said.data
+        return _response(said).SerializeToString() if method == _QUERY else bytes(said)
+
+    async def _hear(self, call: Call) -> Any:
+        """What is said to a call, when it is time."""
+        play = self._leaves.play_of(call.data)
+        play.heard(call)
         try:
-            reply = await self._reply(play.answer(call), context, is_leaf=method == _QUERY)
-            call.ended = "OK"
+            said = play.answer(call)
+            while isinstance(said, Gate):
+                await said.passed()
+                said = said.then
         except asyncio.CancelledError:
             call.ended = "CANCELLED"
             raise
+        else:
+            call.ended = said.code if isinstance(said, Fail) else "OK"
         finally:
-            call.ended = call.ended or context.code().name
             play.told()
-        return reply
+        return said
 
-    async def _reply(self, said: Any, context: Any, *, is_leaf: bool) -> bytes:
-        while isinstance(said, Gate):
-            await said.passed()
-            said = said.then
+    async def _query_stream(self, _: Any, context: Any) -> None:
+        tasks: dict[int, asyncio.Task[None]] = {}
+        try:
+            while (data := await context.read()) is not aio.EOF:
+                request = leaf.QueryStreamRequest.FromString(data)
+                if not request.cancel:
+                    tasks[request.query_id] = asyncio.create_task(self._answer(request, context))
+                elif request.query_id in tasks:
+                    tasks[request.query_id].cancel()
+        finally:
+            for task in tasks.values():
+                task.cancel()
+
+    async def _answer(self, request: leaf.QueryStreamRequest, context: Any) -> None:
+        query, left = request.query, request.timeout_micros / 1e6
+        said = await self._hear(Call(self._at, _QUERY_STREAM, query, query.SerializeToString(), {}, left))
+        response = leaf.QueryStreamResponse(query_id=request.query_id)
         if isinstance(said, Fail):
-            await context.abort(grpc.StatusCode[said.code], said.message)
-        if isinstance(said, leaf.QueryResponse):
-            return said.SerializeToString()
-        return leaf.QueryResponse(payload=said).SerializeToString() if is_leaf else bytes(said)
+            response.code, response.message = _number(said.code), said.message
+        elif isinstance(said, Raw):
+            response.MergeFromString(said.data)
+        else:
+            response.response.CopyFrom(_response(said))
+        await context.write(response.SerializeToString())
 
     async def _merge(self, data: bytes, context: Any) -> bytes:
         play, request = self._leaves.play_of(data), merging.MergeRequest.FromString(data)
@@ -263,6 +307,16 @@ class _Handler(grpc.GenericRpcHandler):
     async def _merged(self, play: Play, replies: Sequence[Any], context: Any) -> bytes:
         """The shards and what they said, unless the play has something else to say."""
         said = play.says.get(MERGER)
-        if isinstance(said, Gate | Fail | bytes):
-            return await self._reply(said, context, is_leaf=False)
+        if isinstance(said, Gate):
+            await said.passed()
+        if isinstance(said, Fail):
+            await context.abort(grpc.StatusCode[said.code], said.message)
         return b",".join(reply.shard_id.encode() + b"=" + reply.payload for reply in replies)
+
+
+def _response(said: bytes | leaf.QueryResponse) -> leaf.QueryResponse:
+    return said if isinstance(said, leaf.QueryResponse) else leaf.QueryResponse(payload=said)
+
+
+def _number(code: str) -> int:
+    return int(code) if code.lstrip("-").isdigit() else int(grpc.StatusCode[code].value[0])

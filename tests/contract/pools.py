@@ -46,6 +46,7 @@ def pools(at: Callable[[str], str], root: str) -> dict[str, Any]:
         "weighted": plain | {"shards": [shard("a", "r0", weight=3), shard("b", "r1")]},
         "replicas": plain | {"shards": [shard("a", "r0", "r1", "r2")]},
         "hedged": {"shards": [shard("a", "r0", "r1"), shard("b", "r2", "r3")], "hedging": HEDGE_SOON},
+        "streamed": plain | {"transport": "stream"},
         "once": {"shards": [shard("a", "r0", "r1")], "hedging": HEDGE_SOON, "idempotent": False},
         "spent": {"shards": [shard("a", "r0", "r1")], "hedging": HEDGE_SOON, "budget": {"ratio": 0, "burst": 0}},
         "foreign": plain | {"method": FOREIGN, "forward_metadata": ["x-user"]},

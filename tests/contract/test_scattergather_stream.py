@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from contract.client import Client, Refused, Stream
-from contract.plays import Fail, Play
+from contract.plays import Fail, Play, Raw
 
 from retinue.scattergather.v1 import leaf_service_pb2 as leaf
 from retinue.scattergather.v1.coverage_pb2 import Coverage
@@ -253,3 +253,55 @@ def test_many_queries_at_once_are_all_answered(scatterer: Client, play: Play) ->
         found = list(stream)
     assert sorted(response.query_id for response in found) == list(range(100))
     assert {response.response.payload for response in found} == {b"3"}
+
+
+# Leaves that are asked on a stream
+
+
+def test_leaves_may_be_asked_on_a_stream(scatterer: Client, play: Play) -> None:
+    late = play.gate(b"1")
+    play.says = {"a": [late, b"10"], "b": b"2", "c": b"3"}
+    first = scatterer.begin("Scatter", pool_id="streamed", payload=play.payload)
+    play.await_calls(3)
+    second = scatterer.Scatter(pool_id="streamed", payload=play.payload)
+    assert [reply.payload for reply in second.collected.replies] == [b"10", b"2", b"3"]
+    late.open()
+    assert [reply.payload for reply in first.result().collected.replies] == [b"1", b"2", b"3"]
+    assert {call.method.rpartition("/")[2] for call in play.calls} == {"QueryStream"}
+    assert all(0 < call.time_remaining < 10 for call in play.calls)
+
+
+def test_a_caller_that_leaves_is_told_to_leaves_on_a_stream(scatterer: Client, play: Play) -> None:
+    play.says = {"*": play.gate()}
+    asked = scatterer.begin("Scatter", pool_id="streamed", payload=play.payload)
+    play.await_calls(3)
+    asked.cancel()
+    play.await_end("CANCELLED", 3)
+
+
+CODES = {"NOT_FOUND": ("NOT_FOUND", 5), "99": ("UNKNOWN", 2), "-7": ("UNKNOWN", 2), "CANCELLED": ("UNKNOWN", 2)}
+
+
+@pytest.mark.parametrize("said", CODES)
+def test_a_leaf_that_fails_on_a_stream_has_failed_with_its_code(scatterer: Client, play: Play, said: str) -> None:
+    play.says = {"b": Fail(said, "no")}
+    request = {"pool_id": "streamed", "payload": play.payload}
+    answer = scatterer.Scatter(**request, policy={"min_coverage": 0.5})
+    name, number = CODES[said]
+    assert answer.failed_by_code == {name: 1}
+    assert [(f.shard_id, f.code, f.message) for f in answer.failures] == [("b", number, "no")]
+
+
+def test_neither_a_reply_nor_a_code_is_no_answer(scatterer: Client, play: Play) -> None:
+    play.says = {"b": Raw(b""), "c": Raw(leaf.QueryStreamResponse(response=leaf.QueryResponse()).SerializeToString())}
+    request = {"pool_id": "streamed", "payload": play.payload}
+    answer = scatterer.Scatter(**request, policy={"min_coverage": 0.5})
+    assert answer.failed_by_code == {"DATA_LOSS": 1}
+    assert [reply.shard_id for reply in answer.collected.replies] == ["a", "c"]
+
+
+def test_a_leaf_on_a_stream_may_refuse_the_request(scatterer: Client, play: Play) -> None:
+    play.says = {"b": Fail("PERMISSION_DENIED", "not for you")}
+    with pytest.raises(Refused) as error:
+        scatterer.Scatter(pool_id="streamed", payload=play.payload)
+    assert (error.value.code, error.value.reason) == ("PERMISSION_DENIED", "LEAF_REFUSED")

@@ -22,6 +22,8 @@ REFUSALS = frozenset({Code.INVALID_ARGUMENT, Code.UNAUTHENTICATED, Code.PERMISSI
 """No replica would say otherwise: the request ends with them."""
 RETRYABLE = frozenset({Code.UNAVAILABLE, Code.INTERNAL, Code.UNKNOWN, Code.DATA_LOSS, Code.ABORTED})
 """Another replica might do better. Not after a time-out, nor where a leaf has too much to do already."""
+CODES = frozenset(Code) - {Code.OK, Code.CANCELLED}
+"""What a leaf may fail with. Others are unknown: CANCELLED, too, since nobody here cancelled the call."""
 _ROUNDING = 1e-12
 """0.55 of 20 leaves are 11, although the product of the doubles is a little more."""
 _WORST_FIRST = (Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE)

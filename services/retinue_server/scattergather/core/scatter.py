@@ -307,7 +307,7 @@ class Scatter:
         self._decide()
 
     def _failed(self, attempt: Attempt, code: int, message: str, now: float) -> None:
-        code = Code.UNKNOWN if code == Code.CANCELLED else code  # here nobody cancelled it
+        code = code if code in rules.CODES else Code.UNKNOWN
         attempt.end, attempt.code = End.FAILED, int(code)
         part = attempt.part
         if code in rules.REFUSALS:

@@ -7,6 +7,7 @@ where nobody counts or refuses them. So after a burst the loop goes round until 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     Begin = Callable[[int], int]
     """Begins so many calls at most, and says how many; fewer if there are no more."""
+
+log = logging.getLogger(__name__)
 
 _BURST = 64
 """Calls: some milliseconds."""
@@ -72,8 +75,17 @@ class Turns:
 
     def _burst(self) -> None:
         while self._left and self._waiting:
-            begun = self._waiting[0](self._left)
-            if begun < self._left:
-                self._waiting.popleft()
+            begin = self._waiting.popleft()
+            begun = self._begun(begin)
+            if begun == self._left:
+                self._waiting.appendleft(begin)
             self._left -= begun
         self._came()
+
+    def _begun(self, begin: Begin) -> int:
+        """A request that breaks ends by its deadline; it must not take the others along."""
+        try:
+            return begin(self._left)
+        except Exception:
+            log.exception("cannot begin the calls of a request")
+            return 0

@@ -22,6 +22,10 @@ METHOD = "/retinue.scattergather.v1.LeafService/QueryStream"
 _QUERY_ID, _QUERY, _TIMEOUT, _CANCEL = b"\x08", b"\x12", b"\x18", b"\x20\x01"
 _VARINT, _BYTES = 0, 2
 """Wire types."""
+_FIXED = {1: 8, 5: 4}
+"""The others, and their sizes."""
+_OF_REQUESTS = frozenset({Code.INVALID_ARGUMENT, Code.UNAUTHENTICATED, Code.PERMISSION_DENIED})
+"""What ends a request for all leaves; of a stream, it is about one of many that share it, or about none."""
 _GONE = "the stream to the leaf broke off"
 
 
@@ -29,7 +33,7 @@ class Answer(NamedTuple):
     """One message of a leaf."""
 
     query_id: int = 0
-    response: bytes = b""
+    response: bytes | None = None
     code: int = 0
     message: str = ""
 
@@ -47,10 +51,12 @@ def parse(data: bytes) -> Answer:
             if at + size > len(data):
                 raise ValueError("a field is longer than the message")
             found[tag >> 3], at = data[at : at + size], at + size
+        elif tag & 7 in _FIXED:
+            at += _FIXED[tag & 7]  # of a later version
         else:
-            raise ValueError("a field has a wire type that QueryStreamResponse does not use")
-    number, response, code, message = (found.get(key, usual) for key, usual in ((1, 0), (2, b""), (3, 0), (4, b"")))
-    if not (isinstance(number, int) and isinstance(response, bytes)):
+            raise ValueError("a field has a wire type that messages do not use")
+    number, response, code, message = (found.get(key, usual) for key, usual in ((1, 0), (2, None), (3, 0), (4, b"")))
+    if not isinstance(number, int) or isinstance(response, int):
         raise ValueError("a field has the wire type of another")  # noqa: TRY004 - of a message, not of an argument
     if not (isinstance(code, int) and isinstance(message, bytes)):
         raise ValueError("a field has the wire type of another")  # noqa: TRY004 - as above
@@ -122,7 +128,8 @@ class _Stream:
             self._call.cancel()
         except asyncio.CancelledError:
             """The stream was retired, or its line closed."""
-        self._end(Code.UNAVAILABLE if code in (Code.OK, Code.CANCELLED) else code, message)
+        finally:
+            self._end(*_of_all(code, message))
 
     def _heard(self, answer: Answer) -> None:
         done = self._asked.pop(answer.query_id, None)
@@ -130,6 +137,8 @@ class _Stream:
             return  # it was cancelled meanwhile
         if answer.code:
             done(answer.code, answer.message, None)
+        elif answer.response is None:
+            done(Code.DATA_LOSS, "the leaf sent neither a response nor a code", None)
         elif len(answer.response) > self._max_reply_bytes:
             size = len(answer.response)
             done(Code.RESOURCE_EXHAUSTED, f"a reply of {size} bytes is over the {self._max_reply_bytes} allowed", None)
@@ -148,6 +157,15 @@ class _Stream:
     def close(self) -> None:
         """Ends it, and with it what was asked."""
         self._call.cancel()
+
+
+def _of_all(code: Code, message: str) -> tuple[Code, str]:
+    """What a stream's end is to each query that is open."""
+    if code in (Code.OK, Code.CANCELLED):
+        return Code.UNAVAILABLE, message
+    return (
+        (Code.INTERNAL, f"the stream to the leaf: {code.name}: {message}") if code in _OF_REQUESTS else (code, message)
+    )
 
 
 class StreamLine(GrpcLine):
