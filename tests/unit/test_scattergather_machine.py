@@ -459,7 +459,7 @@ PLAIN: Any = {"deadline": None, "database": None, "derandomize": True, "suppress
 
 @pytest.mark.timeout(120)
 def test_the_guarantees_hold_in_any_story() -> None:
-    run_state_machine_as_test(Story, settings=settings(max_examples=250, stateful_step_count=40, **PLAIN))
+    run_state_machine_as_test(Story, settings=settings(max_examples=120, stateful_step_count=40, **PLAIN))
 
 
 def takes_late_replies(self: Scatter, attempt: Attempt, code: int, message: str, reply: bytes | None) -> None:
