@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from bench import turns
 from bench.elections import cells, page
 from bench.figures import Spread, percentile, ratio, spread, undelivered
 from bench.goals import Goal, judged, outcome
 from bench.open_loop import arrivals
+from bench.processes import Failure
 from bench.results import Played, PlayedCell, Results, load, store
+from bench.scatter import cells as scatter_cells
+from bench.scatter import page as scatter_page
+from bench.scatter.overhead import BARE, NODE, OURS
+from bench.scatter.players import pool
 from bench.tables import number, render
 from hypothesis import given
 from hypothesis import strategies as some
@@ -121,3 +127,41 @@ def test_arrivals_are_drawn_again_alike_and_come_at_their_rate() -> None:
 def test_every_goal_of_leader_election_is_about_a_system_that_plays(goal: Goal) -> None:
     assert goal.system in cells.CELLS[goal.cell].systems
     assert goal.figure in page.FIGURES
+
+
+@pytest.mark.parametrize("goal", scatter_page.GOALS, ids=lambda goal: goal.what)
+def test_every_goal_of_scatter_gather_is_about_a_cell_and_a_figure_that_is_shown(goal: Goal) -> None:
+    assert goal.cell in scatter_cells.CELLS
+    assert goal.figure in scatter_page.FIGURES
+
+
+def test_the_page_of_scatter_gather_says_what_was_met_in_the_rounds_that_were_played_together() -> None:
+    costs = {OURS: (80.0, 90.0), BARE: (60.0, 60.0), NODE: (120.0, 120.0)}
+    rates = {OURS: 400.0, BARE: 500.0, NODE: 300.0}
+    systems = {name: Played(4, [{"cpu_us": c, "rate": rates[name]} for c in each]) for name, each in costs.items()}
+    text = scatter_page.page(Results(cells={"overhead_32": PlayedCell("What it costs", "4 callers", systems, "now")}))
+    assert "| CPU per leaf, fan-out 32 | ≤ 1.5× bare loop | 1.42× (1.33-1.5) | met |" in text
+    assert "| requests/s, fan-out 32 | ≥ 1.5× root on Node | 1.33× (1.33-1.33) | **missed** by 11% |" in text
+    assert "overload: goodput" not in text, "what was not played is no goal that was met or missed"
+
+
+def test_a_system_that_fails_is_void_and_the_others_play_on() -> None:
+    def works(name: str, count: int) -> dict[str, dict[str, float]]:
+        return {name: {"rate": float(count)}}
+
+    def fails(name: str, count: int) -> dict[str, dict[str, float]]:
+        raise Failure("it | broke")
+
+    cell = turns.Cell("a cell", "", {"a": turns.Player(works, 3), "b": turns.Player(fails, 3)})
+    played = turns.play(cell, ["a", "b"], 2)
+    assert (played["a"].values("rate"), played["a"].void) == ([3.0, 3.0], "")
+    assert (played["b"].rounds, played["b"].void) == ([], "it / broke")
+
+
+def test_shards_of_the_bench_have_the_endpoints_that_they_are_given() -> None:
+    made = pool([["a:1", "b:1"], ["c:1"]], transport="stream")
+    assert made["shards"] == [
+        {"shard_id": "s0", "endpoints": ["a:1", "b:1"]},
+        {"shard_id": "s1", "endpoints": ["c:1"]},
+    ]
+    assert (made["merge"], made["transport"]) == ("concat", "stream")

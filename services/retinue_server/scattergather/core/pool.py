@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from retinue_server.scattergather.core.topology import Pool, Shard
     from retinue_server.scattergather.core.turns import Turns
 
-_SHEDDING_S = 1.0
+_SHEDDING_S = 0.1
 """How long after a refusal nothing is hedged."""
 
 
