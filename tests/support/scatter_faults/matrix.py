@@ -195,5 +195,5 @@ def table(cells: Cells) -> Iterator[str]:
     yield "| fault | " + " | ".join(mode.name for mode in MODES) + " |"
     yield "| --- " * (len(MODES) + 1) + "|"
     for row in rows:
-        shown = (", then ".join(f"{cell}: {cell.share:.0%}" for cell in cells[row, mode.name]) for mode in MODES)
+        shown = (", then ".join(cell.brief for cell in cells[row, mode.name]) for mode in MODES)
         yield f"| {row} | " + " | ".join(shown) + " |"

@@ -72,6 +72,16 @@ class Cell(NamedTuple):
             found += f", {self.answered} of {self.expected}"
         return found + (f", {HIT} {self.hit}" if self.hit else "")
 
+    @property
+    def brief(self) -> str:
+        """For a table: an answer by how much of it came, and what the shard lacked; an error by its code."""
+        reason = f" ({self.reason})" if self.reason not in ("", "COVERAGE_NOT_MET") else ""
+        if self.code == "OK":
+            found = f"OK, {self.answered} of {self.expected}" + (f": {self.hit}" if self.hit else "")
+        else:
+            found = self.code + (f": {self.hit}" if self.hit not in ("", "CANCELLED", self.code) else reason)
+        return f"{found}; {self.share:.0%}"
+
 
 Cells = Mapping[tuple[str, str], list[Cell]]
 """By fault and mode."""
