@@ -78,7 +78,7 @@ def start_server(
     control = where / "control.sock"
     command = [*before, sys.executable, "-m", module, "--listen", listen, "--control", f"unix:{control}"]
     command += ["--http", "127.0.0.1:0", "--data-dir", str(where / "data"), *args]
-    environ = environment(**(env or {}))
+    environ = environment(**{"RETINUE_AMBASSADOR__DATA_PLANE": "native", **(env or {})})  # Envoys are for those who ask
     with (where / "server.log").open("a") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environ, cwd=where)
     ready = _await_ready(process, where / "server.log")

@@ -72,8 +72,8 @@ async def plane(tmp_path: Path) -> AsyncIterator[EnvoyPlane]:
 
 
 @pytest.fixture
-def admin(tmp_path: Path) -> Admin:
-    return Admin(tmp_path / "admin.sock")
+def admin(plane: EnvoyPlane) -> Admin:
+    return plane._admin
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ async def test_a_handler_sees_what_is_asked_and_how_long_it_has() -> None:
     assert (query.shard_id, query.attempt, query.accepts_partial) == ("s", 2, True)
     assert query.inputs == {"s": b'{"text": "sea"}'}
     assert query.remaining is not None
-    assert 0 < query.remaining < PATIENCE
+    assert 0 < query.remaining < PATIENCE * 1.02, "gRPC rounds what it sends up"
     assert query.metadata["tenant"] == "ada"
 
 

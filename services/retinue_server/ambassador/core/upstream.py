@@ -98,6 +98,10 @@ class Upstream:
         """Its name."""
         return self.declared.upstream_id
 
+    def names(self, upstream_id: str) -> bool:
+        """Whether it splits or mirrors to that one."""
+        return upstream_id in self.declared.policy.references
+
     @property
     def address(self) -> str:
         """Where the app dials."""

@@ -297,7 +297,7 @@ class Upstreams:
             return False
         self._check_owner(kept, from_file=from_file)
         _check_etag(kept, etag)
-        user = next((one for one in self._kept.values() if upstream_id in one.declared.policy.references), None)
+        user = next((one for one in self._kept.values() if not one.is_leaving and one.names(upstream_id)), None)
         if user is not None and user is not kept:
             raise FailedPrecondition(
                 f"cannot remove {upstream_id}: {user.upstream_id} splits or mirrors to it",

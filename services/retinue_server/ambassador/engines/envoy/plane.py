@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _LOOK_S, _LOOK_SOON_S = 5.0, 0.1
 """How often Envoy's figures are read by themselves, and while something drains."""
+_GRACE_S = 5.0
+"""What requests that are under way have when a child ends."""
 _FILES_S = 1.0
 """How often certificates and passwords are looked at."""
 _LISTENING_S, _DEAF_S = 10.0, 1.0
@@ -79,6 +82,10 @@ _CAPABILITIES: Mapping[Protocol, frozenset[str]] = {
 }
 
 
+_OWN = "envoy-"
+"""Of directories, each of one start."""
+
+
 class _Files(NamedTuple):
     """What stands in files: contents of those that an upstream names."""
 
@@ -90,11 +97,13 @@ class _Files(NamedTuple):
 
 def make(said: EnvoySettings, directory: Path) -> EnvoyPlane | None:
     """None where there is no Envoy to be started."""
-    socket = said.socket or directory / "xds.sock"
     if said.mode == "attach":
-        return EnvoyPlane(directory, socket, None)
+        return EnvoyPlane(directory, said.socket or directory / "xds.sock", None)
     program = find(said.path)
-    return EnvoyPlane(directory, socket, program, said.concurrency) if program else None
+    if program is None:
+        return None
+    own = directory / f"{_OWN}{os.urandom(4).hex()}"  # a child of a killed server may still have that one's sockets
+    return EnvoyPlane(own, own / "xds.sock", program, said.concurrency)
 
 
 class EnvoyPlane:
@@ -340,6 +349,8 @@ class EnvoyPlane:
     async def start(self) -> None:
         if self._tasks:
             return
+        if self._child is not None:
+            await asyncio.to_thread(_clear, self._directory.parent)
         await self._xds.start()
         if self._child is not None:
             await self._child.start()
@@ -356,8 +367,23 @@ class EnvoyPlane:
         if self._child is not None:
             with contextlib.suppress(Unavailable):
                 await self._admin.post("/drain_listeners?graceful")
+                await self._at_rest()
             await self._child.stop()
         await self._xds.stop()
+
+    async def _at_rest(self) -> None:
+        """Returns when no request is under way, or patience is over."""
+        end = asyncio.get_running_loop().time() + _GRACE_S
+        while asyncio.get_running_loop().time() < end:
+            if not any(counts.active_requests for counts in (await self.counts()).values()):
+                return
+            await asyncio.sleep(_LOOK_SOON_S)
+
+
+def _clear(directory: Path) -> None:
+    """Takes away what former starts left; the data directory is locked, so that nobody of ours uses it."""
+    for left in directory.glob(f"{_OWN}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _keys(name: str) -> list[Key]:
