@@ -188,7 +188,7 @@ def test_a_relay_passes_everything_on(relayed: Client, play: Play) -> None:
 def test_a_relay_passes_errors_on_with_their_details(relayed: Client, play: Play) -> None:
     play.says = {"a": Fail("UNAVAILABLE", "gone")}
     with pytest.raises(Refused) as error:
-        relayed.Scatter(pool_id="sum", payload=play.payload)
+        relayed.Scatter(pool_id="collect", payload=play.payload)
     assert (error.value.code, error.value.reason) == ("UNAVAILABLE", "COVERAGE_NOT_MET")
     assert error.value.scatter
     assert error.value.scatter.failures[0].shard_id == "a"
