@@ -42,6 +42,7 @@ class Leaf:
         if do.get("first") and query.attempt > 1:
             do = {}
         if "fail" in do:
+            await asyncio.sleep(do.get("sleep", 0))
             raise Refusal(grpc.StatusCode[do["fail"]], f"{self.name} was told to fail")
         for shard in content.keys() & LEAVES.keys() - {query.shard_id}:
             if content[shard].get("hang"):

@@ -26,11 +26,11 @@ def pool(where: Path, shards: Iterable[str], **settings: str) -> dict[str, Any]:
     return {"shards": entries, "hedging": {"enabled": False}, **settings}
 
 
-def started_root(where: Path, pools: dict[str, Any]) -> RunningServer:
+def started_root(where: Path, pools: dict[str, Any], **env: str) -> RunningServer:
     """A root with these pools; the caller stops it."""
     file = where / "pools.yaml"
     file.write_text(json.dumps({"pools": pools}))
-    return start_server(where, "scattergather", env={"RETINUE_SCATTERGATHER__POOLS": str(file)})
+    return start_server(where, "scattergather", env={"RETINUE_SCATTERGATHER__POOLS": str(file), **env})
 
 
 def await_connected(server: RunningServer, pool_id: str, wanted: int) -> None:

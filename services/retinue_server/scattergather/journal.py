@@ -147,9 +147,15 @@ class Trace:
             attempt.trace = None
 
     def _open_late(self, told: Sequence[Attempt]) -> None:
-        for attempt in told:
-            others = [one for one in told if one.part is attempt.part] if attempt.kind is Kind.HEDGE else ()
+        """Hedges last: what they stand beside has its span by then."""
+        for attempt in sorted(told, key=lambda one: one.kind is Kind.HEDGE):
+            others = [one for one in told if _beside(attempt, one)] if attempt.kind is Kind.HEDGE else ()
             attempt.trace = self._open(attempt, others)
+
+
+def _beside(hedge: Attempt, other: Attempt) -> bool:
+    """Whether the other was under way when the hedge began."""
+    return other.part is hedge.part and other.started_at <= hedge.started_at <= other.ended_at
 
 
 def _close(attempt: Attempt, end_ns: int) -> None:
