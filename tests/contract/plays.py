@@ -276,14 +276,14 @@ class _Handler(grpc.GenericRpcHandler):
     async def _answer(self, request: leaf.QueryStreamRequest, context: Any) -> None:
         query, left = request.query, request.timeout_micros / 1e6
         said = await self._hear(Call(self._at, _QUERY_STREAM, query, query.SerializeToString(), {}, left))
-        response = leaf.QueryStreamResponse(query_id=request.query_id)
+        response, raw = leaf.QueryStreamResponse(query_id=request.query_id), b""
         if isinstance(said, Fail):
             response.code, response.message = _number(said.code), said.message
         elif isinstance(said, Raw):
-            response.MergeFromString(said.data)
+            raw = said.data
         else:
             response.response.CopyFrom(_response(said))
-        await context.write(response.SerializeToString())
+        await context.write(response.SerializeToString() + raw)
 
     async def _merge(self, data: bytes, context: Any) -> bytes:
         play, request = self._leaves.play_of(data), merging.MergeRequest.FromString(data)

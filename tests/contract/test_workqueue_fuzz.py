@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from contract.client import METHODS, Client, Refused, code
 from contract.line import Line
+from contract.pools import pools
 from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -38,6 +39,7 @@ SCALARS: dict[int, st.SearchStrategy[Any]] = {
     FieldDescriptor.CPPTYPE_INT32: INTS,
     FieldDescriptor.CPPTYPE_ENUM: st.integers(-1, 10),
     FieldDescriptor.CPPTYPE_INT64: LONGS,
+    FieldDescriptor.CPPTYPE_UINT64: st.integers(0, 3),
     FieldDescriptor.CPPTYPE_DOUBLE: FLOATS,
     FieldDescriptor.CPPTYPE_BOOL: st.booleans(),
 }
@@ -50,6 +52,20 @@ MESSAGES: dict[str, st.SearchStrategy[Any]] = {
     ),
     "google.protobuf.Value": st.sampled_from([{}, {"number_value": 1.5}, {"string_value": "x"}, {"null_value": 0}]),
 }
+
+
+POOLS = sorted(pools(str, "")["pools"])
+NAMED: dict[str, st.SearchStrategy[Any]] = {
+    "pool_id": TEXTS | st.sampled_from(POOLS),
+    "shard_id": TEXTS | st.sampled_from("abc"),
+    "shard_ids": TEXTS | st.sampled_from("abc"),
+    "upstream_id": NAMES,
+    "address": TEXTS | st.sampled_from(["127.0.0.1:1", "unix:/nonexistent/x"]),
+    "retinue.ambassador.v1.InvokeRequest.upstream_id": NAMES | st.just("kept"),
+    "retinue.ambassador.v1.Listen.port": st.sampled_from([0, -1, 65_536]),
+    "retinue.ambassador.v1.UnixSocket.path": st.sampled_from(["", "x", "/nonexistent/x", "/\0"]),
+}
+"""Fields that lead somewhere, by name or full name: not only nonsense, and nowhere outside of the test."""
 
 
 def messages(descriptor: Any, depth: int = DEPTH) -> st.SearchStrategy[dict[str, Any]]:
@@ -67,6 +83,8 @@ def values(field: Any, depth: int) -> st.SearchStrategy[Any]:
         return st.dictionaries(TEXTS, TEXTS, max_size=3)
     if field.message_type is not None:
         one: st.SearchStrategy[Any] = messages(field.message_type, depth - 1)
+    elif field.full_name in NAMED or field.name in NAMED:
+        one = NAMED.get(field.full_name, NAMED.get(field.name, TEXTS))
     elif field.type == FieldDescriptor.TYPE_BYTES:
         one = TOKENS
     else:

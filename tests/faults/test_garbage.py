@@ -14,7 +14,9 @@ import struct
 import tempfile
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,20 @@ from typing import Any
 import grpc
 import hpack
 import pytest
-from contract.client import METHODS, Client, refused
+from behind import Lines, say
+from contract import pools
+from contract.client import AMBASSADOR, SCATTER, SERVICES, Client, Refused, refused
 from contract.conftest import new_line
 from contract.line import Line, seconds
+from contract.plays import Call, Fail, Leaves, Play, Raw
 from contract.test_workqueue_fuzz import ALLOWED, messages
 from faults.tables import LONG, PATIENT, Row
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers import RunningServer, start_server
+
+from retinue.scattergather.v1 import leaf_service_pb2 as leaf
 
 pytestmark = PATIENT
 MIB = 1024 * 1024
@@ -46,19 +53,43 @@ SETTINGS: Any = {
     "derandomize": not LONG,
     "suppress_health_check": list(HealthCheck),
 }
+METHODS = {method.name: method for service in SERVICES | SCATTER | AMBASSADOR for method in service.methods}
+"""All doors."""
+ANSWERS = {
+    "retinue.workqueue.v1": {"OK", *ALLOWED},
+    "retinue.scattergather.v1": {"OK", *ALLOWED, "UNAVAILABLE", "DEADLINE_EXCEEDED", "DATA_LOSS", "INTERNAL"},
+    "retinue.ambassador.v1": {
+        "OK",
+        *ALLOWED,
+        "UNAVAILABLE",
+        "DEADLINE_EXCEEDED",
+        "ABORTED",
+        "UNIMPLEMENTED",
+        "PERMISSION_DENIED",
+    },
+}
+"""How calls may end, by package."""
+OPERATORS = {"DeclareUpstream", "SetEndpoints", "DrainUpstream", "RemoveUpstream"}
+OF_REPLIES = {"COVERAGE_NOT_MET", "MERGE_FAILED"}
+"""What the contract of scatter/gather calls INTERNAL: the leaves' fault."""
+GARBLED_REPLIES: list[Any] = [b"", b"1", b"[]", b"{}", b"\xff", Raw(b"\xff"), Raw(b"\x12\x02\x08\x01"), Fail("ABORTED")]
 ENDED = {*ALLOWED, "CANCELLED", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "UNAVAILABLE"}
 """What grpc itself says, too, when a frame or a call is broken."""
 
 
 @dataclass
 class Attacked:
-    """A server with tasks that must stay as they are."""
+    """A server with tasks, leaves and an upstream that must stay as they are."""
 
     server: RunningServer
     app: Client
     operator: Client
     line: Line
     before: list[Any]
+    scatterer: Client
+    ambassador: Client
+    leaves: Leaves
+    play: Play
 
     def check_alive(self) -> None:
         """It serves, and what was there is as it was."""
@@ -66,6 +97,8 @@ class Attacked:
         assert self.line.tasks() == self.before
         task_id = new_line(self.app).put()
         assert self.app.GetTask(task_id=task_id).task.task_id == task_id
+        assert self.scatterer.Scatter(pool_id="collect", payload=self.play.payload).coverage.complete
+        assert say(self.ambassador.GetUpstream(upstream_id="kept").upstream.status.address) == "web x"
 
     def log(self) -> str:
         return (self.server.data_dir.parent / "server.log").read_text(errors="replace")  # grpc's core logs what it got
@@ -78,22 +111,42 @@ class Attacked:
 
 
 def attacked(where: Path) -> Iterator[Attacked]:
-    server = start_server(where)
-    try:
-        with Client(server.address) as app, Client(server.control) as operator:
-            line = new_line(app)
-            line.put(priority=-5, labels={"a": "b"}, idempotency_key="k")
-            line.complete(line.lend())
-            line.put(priority=5)
-            line.take_one(lease_duration=seconds(3600))
-            made = Attacked(server, app, operator, line, line.tasks())
-            yield made
-            made.check_alive()
-        assert "failed unexpectedly" not in made.log()
-        assert "Traceback" not in made.log()
-        assert server.stop() == 0
-    finally:
-        server.kill()
+    with ExitStack() as stack:
+        leaves, web = stack.enter_context(Leaves()), stack.enter_context(Lines("web"))
+        file = where / "pools.yaml"
+        file.write_text(json.dumps(pools.pools(leaves.at, f"unix:{where}/control.sock")))
+        allowed = {"RETINUE_AMBASSADOR__ENDPOINTS__ALLOW": "127.0.0.1"}
+        server = start_server(where, env=allowed | {"RETINUE_SCATTERGATHER__POOLS": str(file)})
+        stack.callback(server.kill)
+        yield from _attacked(server, leaves, web)
+
+
+def _attacked(server: RunningServer, leaves: Leaves, web: Lines) -> Iterator[Attacked]:
+    with (
+        Client(server.address) as app,
+        Client(server.control) as operator,
+        Client(server.address, services=SCATTER) as scatterer,
+        Client(server.control, services=AMBASSADOR) as ambassador,
+    ):
+        line = new_line(app)
+        line.put(priority=-5, labels={"a": "b"}, idempotency_key="k")
+        line.complete(line.lend())
+        line.put(priority=5)
+        line.take_one(lease_duration=seconds(3600))
+        kept = {"upstream_id": "kept", "protocol": "PROTOCOL_TCP", "static": {"endpoints": [{"address": web.address}]}}
+        ambassador.DeclareUpstream(upstream=kept, wait_duration=seconds(15))
+        leaves.nobodys.says["*"] = garbled_reply
+        made = Attacked(server, app, operator, line, line.tasks(), scatterer, ambassador, leaves, leaves.play())
+        yield made
+        made.check_alive()
+    assert "failed unexpectedly" not in made.log()
+    assert "Traceback" not in made.log()
+    assert server.stop() == 0
+
+
+def garbled_reply(call: Call) -> Any:
+    """What leaves say to garbage: garbage."""
+    return GARBLED_REPLIES[zlib.crc32(call.data + call.shard.encode()) % len(GARBLED_REPLIES)]
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +165,11 @@ def _dry_run(rpc: str) -> bytes:
     return b"" if field is None else bytes([field.number << 3, 1])
 
 
-def garbled(rpc: str) -> st.SearchStrategy[bytes]:
-    """A serialised message, and what becomes of it on a bad day."""
-    kind = GetMessageClass(METHODS[rpc].input_type)
-    whole = messages(METHODS[rpc].input_type).map(lambda fields: kind(**fields).SerializeToString())
+def garbled(rpc: str, descriptor: Any = None) -> st.SearchStrategy[bytes]:
+    """A serialised request, or another message, and what becomes of it on a bad day."""
+    of = descriptor or METHODS[rpc].input_type
+    kind = GetMessageClass(of)
+    whole = messages(of).map(lambda fields: kind(**fields).SerializeToString())
     unknown = st.builds(_field, st.integers(1, 1 << 20), st.binary(max_size=50))
     safe = (
         whole | st.builds(bytes.__add__, whole, unknown) | st.builds(lambda w, n: w * n, whole, st.integers(2, 3_000))
@@ -165,7 +219,7 @@ def call(channel: grpc.Channel, rpc: str, pieces: list[bytes]) -> str:
     try:
         reply = made(sent, timeout=10)
         if method.server_streaming:
-            for _ in range(3 if rpc == "DownloadBlob" else 1):  # a watch has no end
+            for _ in range(5 if rpc in {"DownloadBlob", "ScatterStream"} else 1):  # a watch has no end
                 next(reply, None)
             if not method.client_streaming:
                 reply.cancel()
@@ -175,6 +229,7 @@ def call(channel: grpc.Channel, rpc: str, pieces: list[bytes]) -> str:
     except grpc.RpcError as error:
         found = refused(error)
         assert found.reason or found.code in ENDED - ALLOWED or "larger than max" in found.message, found
+        assert found.code != "INTERNAL" or found.reason in OF_REPLIES, found
         return found.code
     return "OK"
 
@@ -184,15 +239,108 @@ def test_any_bytes_are_answered_by_the_contract(it: Attacked, rpc: str) -> None:
     @settings(max_examples=EXAMPLES, **SETTINGS)
     @given(st.lists(garbled(rpc), min_size=1, max_size=4))
     def ask(pieces: list[bytes]) -> None:
-        assert call(it.operator.channel, rpc, pieces) in {"OK", *ALLOWED}
+        assert call(it.operator.channel, rpc, pieces) in ANSWERS[METHODS[rpc].containing_service.file.package]
 
     ask()
     it.check_alive()
 
 
-def test_a_message_that_is_too_large_is_refused(it: Attacked) -> None:
-    for rpc in ("EnqueueTasks", "StreamTasks", "UploadBlob"):
-        assert call(it.app.channel, rpc, [bytes(5 * MIB)]) == "RESOURCE_EXHAUSTED"
+@pytest.mark.parametrize("rpc", sorted(OPERATORS))
+def test_no_bytes_make_an_app_an_operator(it: Attacked, rpc: str) -> None:
+    @settings(max_examples=EXAMPLES, **SETTINGS)
+    @given(garbled(rpc))
+    def ask(data: bytes) -> None:
+        assert call(it.app.channel, rpc, [data]) in {"PERMISSION_DENIED", "INVALID_ARGUMENT"}
+
+    ask()
+    it.check_alive()
+
+
+TOO_LARGE = (
+    "EnqueueTasks", "StreamTasks", "UploadBlob", "Scatter", "ScatterStream", "GetTopology", "Query", "QueryStream",
+    "Invoke", "WatchUpstreams",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rpc", TOO_LARGE)
+def test_a_message_that_is_too_large_is_refused(it: Attacked, rpc: str) -> None:
+    assert call(it.app.channel, rpc, [bytes(5 * MIB)]) == "RESOURCE_EXHAUSTED"
+
+
+# Streams of queries, and what leaves say to them
+
+QUERIES = st.lists(
+    st.fixed_dictionaries(
+        {"query_id": st.integers(0, 3)},
+        optional={
+            "cancel": st.booleans(),
+            "timeout_micros": st.sampled_from([0, 1, 1_000, -1]),
+            "query": messages(METHODS["Query"].input_type),
+        },
+    ),
+    max_size=8,
+)
+
+
+def test_any_sequence_of_queries_is_answered_by_the_contract(it: Attacked) -> None:
+    @settings(max_examples=2 * EXAMPLES, **SETTINGS)
+    @given(QUERIES)
+    def play(sent: list[dict[str, Any]]) -> None:
+        with it.scatterer.stream("QueryStream") as stream:
+            for fields in sent:
+                stream.send(**fields)
+            stream.half_close()
+            try:
+                said = list(stream)
+            except Refused as error:
+                assert error.fields <= {"query", "query_id", "timeout_micros"}, error  # noqa: PT017 - one of many
+                assert error.code == "INVALID_ARGUMENT", error  # noqa: PT017 - one of many answers
+            else:
+                assert {one.query_id for one in said} <= {fields["query_id"] for fields in sent}
+                assert not [one for one in said if one.code in {1, 2}], "CANCELLED is not told, UNKNOWN never"
+                assert not [one for one in said if "error id" in one.message]
+
+    play()
+    it.check_alive()
+
+
+MERGING = (
+    "collect", "json", "concat", "first", "top_k", *pools.JSON_MERGES, "service", "service_streamed", "streamed",
+    "batched", "foreign", "tree", "hedged",
+)  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["id", "score", "counts", "x"]), inner),
+    max_leaves=8,
+)
+REPLIES = (
+    garbled("Query", leaf.QueryResponse.DESCRIPTOR).map(Raw)
+    | st.binary(max_size=50)
+    | JSON.map(lambda value: json.dumps(value).encode())
+)
+
+
+@pytest.mark.parametrize("pool_id", MERGING)
+def test_any_reply_is_merged_or_its_shard_named_as_lost(it: Attacked, pool_id: str) -> None:
+    play = it.leaves.play()
+
+    @settings(max_examples=EXAMPLES // 3, **SETTINGS)
+    @given(st.lists(REPLIES, min_size=4, max_size=4), st.sampled_from([None, 0.1]))
+    def ask(replies: list[Any], min_coverage: float | None) -> None:
+        play.says = dict(zip("abcd", replies, strict=True))
+        policy = {} if min_coverage is None else {"min_coverage": min_coverage}
+        try:
+            answer = it.scatterer.Scatter(pool_id=pool_id, payload=play.payload, policy=policy)
+        except Refused as error:
+            assert error.reason in OF_REPLIES, error  # noqa: PT017 - one of many answers
+            assert error.scatter is not None, error  # noqa: PT017 - one of many answers
+            lost = error.scatter.failed_by_code
+        else:
+            lost = answer.failed_by_code
+        assert not lost.keys() & {"UNKNOWN", "OK"}, lost
+
+    ask()
+    it.check_alive()
 
 
 # Frames that are no frames
@@ -208,6 +356,16 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 
 
 GREETING = PREFACE + frame(SETTINGS_FRAME, 0, 0)
+
+
+PATHS = (
+    "/retinue.scattergather.v1.ScatterGatherService/Scatter",
+    "/retinue.scattergather.v1.ScatterGatherService/ScatterStream",
+    "/retinue.scattergather.v1.LeafService/Query",
+    "/retinue.scattergather.v1.LeafService/QueryStream",
+    "/retinue.ambassador.v1.AmbassadorService/WatchUpstreams",
+)
+"""As many kinds of RPC as there are behind other doors."""
 
 
 def head(*more: tuple[str, str], stream: int = 1, flags: int = END_HEADERS, **replaced: str | None) -> bytes:
@@ -230,29 +388,39 @@ def message(data: bytes, flag: int = 0, length: int | None = None) -> bytes:
 
 
 ASK = message(_field(1, b"none"))
+
+
+def broken_calls(path: str) -> dict[str, bytes]:
+    """Calls of an RPC that something is wrong with."""
+    return {
+        "a call as it should be": head(__path=path) + body(ASK),
+        "a length beyond the data": head(__path=path) + body(message(b"abc", length=100)),
+        "a length of 4 GiB": head(__path=path) + body(message(b"abc", length=0xFFFFFFFF)),
+        "a length of 5 MiB": head(__path=path) + body(message(b"abc", length=5 * MIB)),
+        "half a prefix": head(__path=path) + body(b"\0\0\0"),
+        "an unknown prefix flag": head(__path=path) + body(message(b"abc", flag=0xFF)),
+        "a compressed flag without an encoding": head(__path=path) + body(message(b"abc", flag=1)),
+        "a compressed flag and no gzip": head(("grpc-encoding", "gzip"), __path=path) + body(message(b"abc", flag=1)),
+        "an unknown encoding": head(("grpc-encoding", "zebra"), __path=path) + body(message(b"abc", flag=1)),
+        "two messages for one": head(__path=path) + body(ASK + ASK),
+        "no message": head(__path=path) + body(b""),
+        "a wrong content type": head(content_type="text/html", __path=path) + body(ASK),
+        "no content type": head(content_type=None, __path=path) + body(ASK),
+        "GET": head(__method="GET", __path=path) + body(ASK),
+        "no path": head(__path=None) + body(ASK),
+        "a path of nonsense": head(__path="/\x01/..//") + body(ASK),
+        "a bad timeout": head(("grpc-timeout", "99999999999999X"), __path=path) + body(ASK),
+        "a timeout that passed": head(("grpc-timeout", "0n"), __path=path) + body(ASK),
+        "a thousand headers": head(*((f"x-{i}", "y") for i in range(1000)), __path=path) + body(ASK),
+        "a header of 60 KiB": frame(HEADERS, 0, 1, b"\0" * 16_000)
+        + frame(CONTINUATION, END_HEADERS, 1, b"\0" * 16_000),
+        "a bad authorization": head(("authorization", "Bearer \x7f"), __path=path) + body(ASK),
+        "a traceparent of nonsense": head(("traceparent", "00-" + "z" * 5_000), __path=path) + body(ASK),
+    }
+
+
 FRAMES: dict[str, bytes] = {
-    "a call as it should be": head() + body(ASK),
-    "a length beyond the data": head() + body(message(b"abc", length=100)),
-    "a length of 4 GiB": head() + body(message(b"abc", length=0xFFFFFFFF)),
-    "a length of 5 MiB": head() + body(message(b"abc", length=5 * MIB)),
-    "half a prefix": head() + body(b"\0\0\0"),
-    "an unknown prefix flag": head() + body(message(b"abc", flag=0xFF)),
-    "a compressed flag without an encoding": head() + body(message(b"abc", flag=1)),
-    "a compressed flag and no gzip": head(("grpc-encoding", "gzip")) + body(message(b"abc", flag=1)),
-    "an unknown encoding": head(("grpc-encoding", "zebra")) + body(message(b"abc", flag=1)),
-    "two messages for one": head() + body(ASK + ASK),
-    "no message": head() + body(b""),
-    "a wrong content type": head(content_type="text/html") + body(ASK),
-    "no content type": head(content_type=None) + body(ASK),
-    "GET": head(__method="GET") + body(ASK),
-    "no path": head(__path=None) + body(ASK),
-    "a path of nonsense": head(__path="/\x01/..//") + body(ASK),
-    "a bad timeout": head(("grpc-timeout", "99999999999999X")) + body(ASK),
-    "a timeout that passed": head(("grpc-timeout", "0n")) + body(ASK),
-    "a thousand headers": head(*((f"x-{i}", "y") for i in range(1000))) + body(ASK),
-    "a header of 60 KiB": frame(HEADERS, 0, 1, b"\0" * 16_000) + frame(CONTINUATION, END_HEADERS, 1, b"\0" * 16_000),
-    "a bad authorization": head(("authorization", "Bearer \x7f")) + body(ASK),
-    "a traceparent of nonsense": head(("traceparent", "00-" + "z" * 5_000)) + body(ASK),
+    **broken_calls(GET_TASK),
     "headers that are no HPACK": frame(HEADERS, END_HEADERS, 1, b"\xff" * 50),
     "data on a stream that is not open": frame(DATA, END_STREAM, 7, ASK),
     "an even stream": head(stream=2),
@@ -322,6 +490,15 @@ def test_a_broken_frame_is_answered_or_its_connection_closed(it: Attacked, row: 
     row("garbage, frames", sent=what, reaction=reaction)
     assert reaction != "UNKNOWN"
     assert reaction != "INTERNAL" or what in GRPCS_OWN
+    it.check_alive()
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.rpartition("/")[2])
+def test_a_broken_call_is_answered_whatever_it_calls(it: Attacked, path: str) -> None:
+    for what, sent in broken_calls(path).items():
+        reaction = exchange(it.server.address, GREETING + sent, patience=0.05)
+        assert reaction != "UNKNOWN", what
+        assert reaction != "INTERNAL" or what in GRPCS_OWN, what
     it.check_alive()
 
 
@@ -500,6 +677,18 @@ def throw_everything(it: Attacked, chance: random.Random) -> None:
     for rpc in sorted(METHODS):
         for size in (10, 1_000, 100_000):
             call(it.operator.channel, rpc, [chance.randbytes(size)])
+    for pool_id in MERGING:
+        answer_garbage(it, pool_id, chance)
     for _ in range(4):
+        call(it.app.channel, "Scatter", [bytes(5 * MIB)])
         call(it.app.channel, "UploadBlob", [bytes(5 * MIB)])
         call(it.app.channel, "UploadBlob", [_field(1, chance.randbytes(MIB)), b"\xff"])
+
+
+def answer_garbage(it: Attacked, pool_id: str, chance: random.Random) -> None:
+    """Small and large replies that are none."""
+    for size in (100, 5 * MIB if pool_id in {"collect", "streamed"} else 10_000):
+        play = it.leaves.play()
+        play.says = {"*": Raw(chance.randbytes(size))}
+        with contextlib.suppress(Refused):
+            it.scatterer.Scatter(pool_id=pool_id, payload=play.payload)

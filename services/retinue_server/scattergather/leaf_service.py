@@ -106,9 +106,19 @@ class _Queries:
                         """Some of them have been written by now."""
             while self._tasks:
                 await asyncio.wait(self._tasks)
+        except RetinueError:
+            await self._end_asked()
+            raise
         finally:
             for task in self._tasks:
                 task.cancel()
+
+    async def _end_asked(self) -> None:
+        """Gives up all but what is being written: the status waits for it, and for half a message it waits forever."""
+        for task in self._asked.values():
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     def _take(self, request: leaf.QueryStreamRequest) -> None:
         limits.refuse(self._violations(request), "answer on this stream")
