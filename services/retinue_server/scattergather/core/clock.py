@@ -46,8 +46,9 @@ class LoopClock:
         return time.time_ns() // 1_000_000
 
     def at(self, when: float, do: Callable[[], None]) -> Timer:
-        """Never too early: uvloop rounds to milliseconds."""
-        return self._loop.call_later(math.ceil(max(when - self.now(), 0) * 1000) / 1000, do)
+        """Never too early: uvloop counts whole milliseconds from the one that has begun."""
+        milliseconds = math.ceil(when * 1000) - math.floor(self.now() * 1000)
+        return self._loop.call_later(max(milliseconds, 0) / 1000, do)
 
     def soon(self, do: Callable[[], None]) -> object:
         os.sched_yield()  # gRPC's thread may have to share a processor with the loop
