@@ -332,6 +332,11 @@ def test_one_leaf_is_not_asked_twice_for_a_shard(tale: Tale) -> None:
     tale.both()
     tale.served(3, "a")
     tale.ok(("s0", 1), ("s1", 2))
+    assert tale.broken() == set(), "a second hedge goes to who was asked first"
+    tale.pool(hedged=False)
+    assert tale.broken() == {"bounded"}
+    tale.pool()
+    tale.served(4, "a")
     assert tale.broken() == {"bounded"}
 
 
@@ -385,7 +390,7 @@ def test_a_shard_with_a_healthy_replica_is_not_missing_while_there_is_budget(tal
     tale.ok(("s0", 1))
     tale.fault("c")
     assert tale.broken() == set()
-    tale.pool(burst=6.0)
+    tale.pool(burst=8.0)
     assert tale.broken() == {"explained"}
     tale.fault("d")
     assert tale.broken() == set()

@@ -201,7 +201,7 @@ async def test_a_slow_call_gets_company_and_the_loser_is_cancelled(play: Played)
 async def test_a_late_reply_of_a_loser_changes_nothing(play: Played) -> None:
     play.serve(shard("a", "r1:1", "r2:1"), shard("b"), merging=Merging(MergeKind.SUM), hedging=HEDGE_SOON)
     asked = play.ask()
-    await play.clock.advance(0.02)
+    await play.clock.advance(0.015)
     slow, _, hedge = play.leaves.calls[:3]
     if slow.address == "b:1":
         slow = play.leaves.calls[1]
@@ -215,12 +215,78 @@ async def test_a_late_reply_of_a_loser_changes_nothing(play: Played) -> None:
 async def test_a_failed_call_waits_for_the_hedge_beside_it(play: Played) -> None:
     play.serve(shard("a", "r1:1", "r2:1"), hedging=HEDGE_SOON)
     asked = play.ask()
-    await play.clock.advance(0.02)
+    await play.clock.advance(0.015)
     slow, hedge = play.leaves.calls
     await slow.fail(Code.UNAVAILABLE)
     assert not asked.done()
     await hedge.reply(b"x")
     assert (await answer_of(asked)).gathered.coverage.complete
+
+
+async def test_where_the_hedge_is_slow_too_the_first_replica_is_asked_once_more(play: Played) -> None:
+    play.serve(shard("a", "r1:1", "r2:1"), hedging=HEDGE_SOON)
+    asked = play.ask()
+    await play.clock.advance(0.019)
+    first, second = play.leaves.calls
+    await play.clock.advance(0.1)
+    [_, _, third] = play.leaves.calls
+    assert (third.address, third.data) == (first.address, b"a#3")
+    await third.reply(b"at last")
+    answer = await answer_of(asked)
+    assert answer.result == [(0, b"at last")]
+    assert first.cancelled
+    assert second.cancelled
+    assert (answer.gathered.stats.hedges, answer.gathered.stats.hedges_won) == (2, 1)
+    play.is_clean()
+
+
+async def test_a_third_replica_is_asked_before_the_first_again(play: Played) -> None:
+    play.serve(shard("a", "r1:1", "r2:1", "r3:1"), hedging=HEDGE_SOON)
+    asked = play.ask()
+    await play.clock.advance(0.1)
+    assert {call.address for call in play.leaves.calls} == {"r1:1", "r2:1", "r3:1"}
+    await play.leaves.calls[0].reply()
+    await answer_of(asked)
+
+
+async def test_a_pool_may_want_one_hedge_only(play: Played) -> None:
+    play.serve(shard("a", "r1:1", "r2:1"), hedging=Hedging(min_samples=0, min_delay_s=0.010, max_hedges=1))
+    asked = play.ask()
+    await play.clock.advance(0.1)
+    assert len(play.leaves.calls) == 2
+    await play.leaves.calls[0].reply()
+    await answer_of(asked)
+
+
+async def test_many_late_calls_are_not_hedged_while_their_replies_come_in(play: Played) -> None:
+    play.serve(*(shard(f"s{i}", f"a{i}:1", f"b{i}:1") for i in range(20)), hedging=HEDGE_SOON)
+    asked = play.ask()
+    await play.clock.advance(0.009)
+    calls = list(play.leaves.calls)
+    for one, other in zip(calls[:18:2], calls[1:18:2], strict=True):
+        await play.clock.advance(0.0011)
+        await one.reply()
+        await other.reply()
+    assert len(play.leaves.calls) == 20
+    await play.clock.advance(0.01)
+    assert len(play.leaves.calls) == 22, "the two that are left are no crowd"
+    for call in calls[18:]:
+        await call.reply()
+    await answer_of(asked)
+    play.is_clean()
+
+
+async def test_many_late_calls_are_hedged_when_nothing_comes_in(play: Played) -> None:
+    play.serve(*(shard(f"s{i}", f"a{i}:1", f"b{i}:1") for i in range(20)), hedging=HEDGE_SOON)
+    asked = play.ask()
+    await play.clock.advance(0.011)
+    assert len(play.leaves.calls) == 20
+    await play.clock.advance(0.003)
+    assert len(play.leaves.calls) == 40
+    for call in play.leaves.calls[20:]:
+        await call.reply()
+    await answer_of(asked)
+    play.is_clean()
 
 
 async def test_hedges_wait_for_the_usual_latency(play: Played) -> None:
@@ -243,14 +309,33 @@ async def test_hedges_wait_for_the_usual_latency(play: Played) -> None:
 async def test_the_budget_bounds_hedges_and_retries_together(play: Played) -> None:
     play.serve(*(shard(f"s{i}", f"a{i}:1", f"b{i}:1") for i in range(20)), hedging=HEDGE_SOON, budget=Budget(0.0, 5))
     asked = play.ask()
-    await play.clock.advance(0.05)
+    await play.clock.advance(0.015)
     assert len(play.leaves.calls) == 25
     assert play.live.denied == 15
+    await play.clock.advance(0.05)
+    assert play.live.denied == 20, "nor a second hedge for the five that have one"
     for call in play.leaves.open_calls:
         if call.open:
             await call.fail(Code.UNAVAILABLE)
     await error_of(asked)
     assert len(play.leaves.calls) == 25, "no retry either"
+    play.is_clean()
+
+
+async def test_a_hedge_that_the_budget_denied_is_made_when_there_is_some(play: Played) -> None:
+    play.serve(shard("a", "r1:1", "r2:1"), hedging=HEDGE_SOON, budget=Budget(0.5, 1))
+    assert play.live.budget.spend()
+    asked = play.ask()
+    await play.clock.advance(0.015)
+    assert len(play.leaves.calls) == 1, "half a hedge is none"
+    other = play.ask()
+    await play.clock.advance(0.006)
+    assert len(play.leaves.calls) == 3
+    assert play.live.denied == 1
+    await play.leaves.calls[2].reply(b"x")
+    assert (await answer_of(asked)).gathered.stats.hedges_won == 1
+    await play.leaves.calls[1].reply()
+    await answer_of(other)
     play.is_clean()
 
 

@@ -172,6 +172,6 @@ def _telling(attempts: Sequence[Attempt]) -> list[Attempt]:
     others = [
         attempt
         for attempt in attempts
-        if attempt.end is End.FAILED or attempt.kind is not Kind.PRIMARY or attempt.part.hedged
+        if attempt.end is End.FAILED or attempt.kind is not Kind.PRIMARY or attempt.part.hedges
     ]
     return list(dict.fromkeys((*slowest, *others)))[:_TOLD]

@@ -77,6 +77,7 @@ class HedgingEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     quantile: Annotated[float, msgspec.Meta(ge=0.5, lt=1)] = 0.975
     min_delay_seconds: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0.002
     min_samples: Annotated[int, msgspec.Meta(ge=0, le=2048)] = 100
+    max_hedges: Annotated[int, msgspec.Meta(ge=1, le=4)] = 2
 
 
 class BudgetEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -312,7 +313,6 @@ def _is_host(host: str) -> bool:
 
 
 def _pool(pool_id: str, entry: PoolEntry) -> Pool:
-    hedging, budget = entry.hedging, entry.budget
     return Pool(
         pool_id,
         tuple(Shard(one.shard_id, one.endpoints, one.weight, one.pool) for one in entry.shards),
@@ -328,8 +328,8 @@ def _pool(pool_id: str, entry: PoolEntry) -> Pool:
         timeout_s=entry.timeout_seconds,
         idempotent=entry.idempotent,
         max_retries=entry.max_retries,
-        hedging=Hedging(hedging.enabled, hedging.quantile, hedging.min_delay_seconds, hedging.min_samples),
-        budget=Budget(budget.ratio, budget.burst),
+        hedging=_hedging(entry.hedging),
+        budget=Budget(entry.budget.ratio, entry.budget.burst),
         limits=PoolLimits(**_plain(entry.limits)),
         forward_metadata=entry.forward_metadata,
         batch=entry.batch,
@@ -337,6 +337,10 @@ def _pool(pool_id: str, entry: PoolEntry) -> Pool:
         slow_s=entry.slow_log_seconds,
         max_traced_attempts=entry.max_traced_attempts,
     )
+
+
+def _hedging(entry: HedgingEntry) -> Hedging:
+    return Hedging(entry.enabled, entry.quantile, entry.min_delay_seconds, entry.min_samples, entry.max_hedges)
 
 
 def _plain(entry: msgspec.Struct) -> Mapping[str, Any]:

@@ -329,7 +329,7 @@ def _remembered(attempts: Sequence[Attempt]) -> Sequence[Attempt]:
 
 def _how_telling(attempt: Attempt) -> tuple[bool, bool, float]:
     """Failures, what is not a first call, and the slowest, in front."""
-    plain = attempt.kind is Kind.PRIMARY and not attempt.part.hedged
+    plain = attempt.kind is Kind.PRIMARY and not attempt.part.hedges
     return attempt.end is not End.FAILED, plain, attempt.started_at - attempt.ended_at
 
 

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 MAX_FAILURES = 16
 _ONE = Coverage(1, 1, complete=True)
 _MESSAGE_BYTES = 256
+_CROWD_SHARE, _CROWD = 0.1, 2
+"""If more of the calls are late at once, and two, it is not for a leaf: this process was held up, or all are slow."""
+_LOOKS = 8
+"""A crowd is looked at again as long as replies come in, so often; within twice the delay of a hedge more."""
 
 
 class Kind(IntEnum):
@@ -70,6 +74,8 @@ class Attempt(msgspec.Struct, eq=False, gc=False):
     end: End | None = None
     code: int = 0
     reply_bytes: int = 0
+    denied: bool = False
+    """Whether the budget had no hedge for it so far."""
     cancel: Callable[[], None] | None = None
     trace: object = None
     """The observer's."""
@@ -87,7 +93,7 @@ class Part(msgspec.Struct, eq=False, gc=False):
     open: tuple[Attempt, ...] = ()
     attempts: int = 0
     retries: int = 0
-    hedged: bool = False
+    hedges: int = 0
     done: bool = False
     code: int = int(Code.CANCELLED)
     message: str = ""
@@ -146,6 +152,7 @@ class Scatter:
         self._hedges: deque[Attempt] = deque()
         """Those that may yet get company, in the order of their beginning."""
         self._hedge_timer: Timer | None = None
+        self._looks, self._seen_answered = 0, -1
         self._timers: list[Timer] = []
         self._soft_over = False
         self._gathered_bytes = 0
@@ -240,9 +247,9 @@ class Scatter:
             metadata = (*metadata, *self._observer.asked(attempt))
         data, left = question.data(shards, part.attempts), max(self._leaf_deadline - now, 0.001)
         attempt.cancel = replica.line.call(data, left, metadata, partial(self._done, attempt))
-        if self._hedge_delay is not None and kind is not Kind.HEDGE:
+        if self._hedge_delay is not None and part.hedges < self._pool.hedging.max_hedges:
             self._hedges.append(attempt)
-            if self._hedge_timer is None:
+            if self._hedge_timer is None and kind is not Kind.HEDGE:  # for those `_hedge` does
                 self._hedge_timer = self._clock.at(now + self._hedge_delay, self._hedge)
 
     # What comes back
@@ -365,24 +372,46 @@ class Scatter:
     # Hedges
 
     def _hedge(self) -> None:
+        """Gives company to what is late, and comes again for what is not yet."""
         self._hedge_timer = None
         assert self._hedge_delay is not None
-        hedges, delay, now = self._hedges, self._hedge_delay, self._clock.now()
-        while hedges and hedges[0].started_at + delay <= now:
-            self._hedge_one(hedges.popleft())
-        while hedges and hedges[0].end is not None:
-            hedges.popleft()
+        delay, now = self._hedge_delay, self._clock.now()
+        hedges = self._hedges = deque([attempt for attempt in self._hedges if attempt.end is None])
+        late = sum([attempt.started_at + delay <= now for attempt in hedges])
+        if self._is_crowd(late):
+            again = now + delay / 4
+        else:
+            denied = [slow for slow in [hedges.popleft() for _ in range(late)] if not self._hedge_one(slow)]
+            hedges.extendleft(reversed(denied))
+            again = now + delay if denied or not hedges else hedges[0].started_at + delay
         if hedges and not self._over:
-            self._hedge_timer = self._clock.at(hedges[0].started_at + delay, self._hedge)
+            self._hedge_timer = self._clock.at(again, self._hedge)
 
-    def _hedge_one(self, slow: Attempt) -> None:
+    def _is_crowd(self, late: int) -> bool:
+        """Whether to wait for replies that are just behind others: hedges of these would use up the budget."""
+        if late <= max(_CROWD, _CROWD_SHARE * len(self._parts)):
+            return False
+        coming, self._seen_answered = self._answered_shards > self._seen_answered, self._answered_shards
+        self._looks += 1
+        return coming and self._looks <= _LOOKS
+
+    def _hedge_one(self, slow: Attempt) -> bool:
+        """False if the budget has none for it now: it may have later, and who is slow for long is what it is for."""
         part = slow.part
-        if self._over or slow.end is not None or part.done or part.hedged:
-            return
+        if self._over or slow.end is not None or part.done or slow is not part.open[-1]:
+            return True
         replica = self._choose(part.replicas, part.tried)
-        if replica is not None and replica.line.connected and self._may_add():
-            part.hedged = True
-            self._call(part, Kind.HEDGE, replica)
+        if replica is None and part.hedges:  # all were asked: the one that was asked first, once more
+            replica = part.tried[0] if part.tried[0].in_flight < self._pool.limits.max_calls_per_endpoint else None
+        if replica is None or not replica.line.connected:
+            return True
+        if not self._live.budget.spend():
+            self._live.denied += not slow.denied
+            slow.denied = True
+            return False
+        part.hedges += 1
+        self._call(part, Kind.HEDGE, replica)
+        return True
 
     # To the end
 

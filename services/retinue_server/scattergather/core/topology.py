@@ -54,6 +54,8 @@ class Hedging(msgspec.Struct, frozen=True):
     min_delay_s: float = 0.002
     min_samples: int = 100
     """No hedges before so many replies have been seen."""
+    max_hedges: int = 2
+    """For a shard in one request; each beside one that is slow, too."""
 
 
 class Budget(msgspec.Struct, frozen=True):
