@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hypothesis import HealthCheck, settings
 from servers import start_server
 from support import etcd as etcds
 from support import kubernetes as clusters
@@ -26,6 +27,10 @@ from support.names import Names
 from support.postgres import Postgres, shared
 
 ENGINES = ("sqlite", "memory", "postgres")
+
+# How long an example takes is the machine's, no claim of ours.
+settings.register_profile("unhurried", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 class Target(NamedTuple):

@@ -101,7 +101,7 @@ def leader(places: list[Place], file: Path) -> tuple[Place, Life]:
     return found[0]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_one_command_lives_at_a_time_through_kills(places: list[Place], tmp_path: Path) -> None:
     file = tmp_path / "lives"
     seed = random.randrange(1 << 32)

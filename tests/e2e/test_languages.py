@@ -21,7 +21,7 @@ from servers import RunningServer
 PATTERNS = ("workqueue", "leaderelection", "scattergather")
 GO, NODE = CLIENTS / "go", CLIENTS / "node"
 
-pytestmark = pytest.mark.timeout(300)  # the first build downloads and compiles what the clients stand on
+pytestmark = pytest.mark.timeout(900)  # the first build downloads and compiles what the clients stand on
 
 
 @pytest.fixture(scope="module")

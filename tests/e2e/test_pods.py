@@ -26,7 +26,7 @@ WORK = f"retinue work {QUEUE} --lease 4s --concurrency 4 --"
 WORKER = {"command": [*WORK.split(), "sh", "-c", "sleep 0.1; hostname"]}
 IDLE = {"command": ["sh", "-c", "trap exit TERM; sleep infinity & wait"]}
 
-pytestmark = pytest.mark.timeout(200)  # the first test may also build the image
+pytestmark = pytest.mark.timeout(900)  # the first test may also build the image
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ except OSError:
     pass
 """
 
-pytestmark = pytest.mark.timeout(200)  # the first test may also build the image
+pytestmark = pytest.mark.timeout(900)  # the first test may also build the image
 
 
 @pytest.fixture(scope="module")

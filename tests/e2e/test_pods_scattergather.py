@@ -37,7 +37,7 @@ print(json.dumps({"counts": counts, "hits": [{"score": hit.score, "id": hit.id} 
 
 Answer = dict[str, Any]
 
-pytestmark = pytest.mark.timeout(200)  # the first test may also build the image
+pytestmark = pytest.mark.timeout(900)  # the first test may also build the image
 
 
 def _leaf() -> Any:

@@ -139,7 +139,7 @@ async def when_over(engine: Engine, election: str) -> str:
     if record.left_ms is None:  # its whole lease must be watched
         await asyncio.sleep((record.lease_ms + 1) / 1000)  # the time is the claim
         return record.version
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while record.left_ms:
             await asyncio.sleep(min(record.left_ms + 1, 100) / 1000)
             record = await engine.read(election)
@@ -153,7 +153,7 @@ async def told(engine: Engine, election: str, act: Awaitable[object]) -> None:
     engine.listen(lambda name: heard.set() if name == election else None)
     engine.watch(election)
     await act
-    await asyncio.wait_for(heard.wait(), 10)
+    await asyncio.wait_for(heard.wait(), 60)
 
 
 async def test_before_the_first_claim_there_is_nothing(engine: Engine) -> None:

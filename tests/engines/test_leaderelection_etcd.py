@@ -29,7 +29,7 @@ from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.config import ConfigError
 from retinue_server.runtime.errors import Reason, Unavailable
 
-PATIENCE_S = 20
+PATIENCE_S = 60
 
 
 class Cluster:

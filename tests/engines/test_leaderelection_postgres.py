@@ -181,7 +181,7 @@ async def test_behind_a_pooler_of_transactions_everything_works(postgres: Postgr
                 assert isinstance(await other.claim(claim("b")), Refused)
                 assert (await one.renew([held])) != [None]
                 assert await one.release(held, EndReason.RESIGNED, 1)
-            await asyncio.wait_for(heard.wait(), 10)
+            await asyncio.wait_for(heard.wait(), 60)
             assert len(list(await other.terms("e", None, 50))) == 10
 
 

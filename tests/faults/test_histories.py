@@ -26,7 +26,7 @@ from workers import eventually
 if TYPE_CHECKING:
     from servers import RunningServer
 
-pytestmark = pytest.mark.timeout(240)  # the first build of the Go worker compiles what the client stands on
+pytestmark = pytest.mark.timeout(900)  # the first build of the Go worker compiles what the client stands on
 
 LEASE_S = 1.0
 

@@ -22,7 +22,7 @@ from support.scatter_faults.stage import Stage
 from support.scatter_faults.storm import MEMORY, Storm, more
 from workers import eventually
 
-pytestmark = pytest.mark.timeout(3_600 if LONG else 240)  # the first build of the Go leaf compiles what it stands on
+pytestmark = pytest.mark.timeout(3_600 if LONG else 900)  # the first build of the Go leaf compiles what it stands on
 
 SLACK_NS = int(DEADLINE_S * 1e9)
 """As much again as a request may take: an upper bound, on a machine that does much else."""

@@ -27,7 +27,7 @@ from retinue.scattergather.v1 import merge_service_pb2 as merge_pb
 from retinue.scattergather.v1 import merge_service_pb2_grpc as merge_rpc
 from retinue.scattergather.v1.coverage_pb2 import Coverage
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 

@@ -210,6 +210,6 @@ Story.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # the story as it was found: making it short takes minutes
 )
-TestStory = pytest.mark.timeout(120)(Story.TestCase)
+TestStory = Story.TestCase
 
 __all__ = ["OnDisconnect", "TestStory"]

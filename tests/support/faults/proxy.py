@@ -15,7 +15,7 @@ from typing import Self, TypeVar
 T = TypeVar("T")
 _PIECE = 64 * 1024
 _DROP = 7
-_PATIENCE_S = 10.0
+_PATIENCE_S = 60.0
 
 
 class Mode(Enum):
