@@ -20,7 +20,9 @@ PATIENCE = 90.0
 def retinue(server: RunningServer, *args: str, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
     """Runs one command to its end."""
     command = [sys.executable, "-m", "retinue.cli", *args]
-    return subprocess.run(command, input=stdin, capture_output=True, env=_env(server, env), timeout=PATIENCE, check=False)
+    return subprocess.run(
+        command, input=stdin, capture_output=True, env=_env(server, env), timeout=PATIENCE, check=False
+    )
 
 
 def rows(done: subprocess.CompletedProcess[bytes]) -> list[dict[str, Any]]:

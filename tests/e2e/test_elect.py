@@ -35,7 +35,7 @@ class Place:
         self.elect = self._start()
 
     def _start(self) -> Elect:
-        leases = ("--lease", "2s", "--app-lease", "1s", "--release-delay", "0")
+        leases = ("--lease", "6s", "--app-lease", "3s", "--release-delay", "0")
         arguments = (NAME, *leases, "--candidate", self._candidate, "--", *alive(self._file))
         return Elect(self.server, *arguments, cwd=self.where)
 

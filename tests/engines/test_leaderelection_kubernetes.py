@@ -66,7 +66,7 @@ async def servers(kubeconfig: Path, namespace: str, **options: object) -> AsyncI
 
 
 def claim(session: str, election: str = ELECTION) -> Claim:
-    return Claim(election, f"candidate-{session}", session, "", 1_000, 0, 1_700_000_000_000)
+    return Claim(election, f"candidate-{session}", session, "", 60_000, 0, 1_700_000_000_000)
 
 
 async def won(engine: KubernetesEngine, wanted: Claim, watched: str | None = None) -> Hold:

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(3_600 if LONG else 900)  # the first build of t
 SLACK_NS = int(DEADLINE_S * 1e9)
 """As much again as a request may take: an upper bound, on a machine that does much else."""
 
-PATIENCE = 3
+PATIENCE = 6
 Seen = tuple[str, ...]
 ALL, THREE = ("OK, 4 of 4",), ("OK, 3 of 4",)
 LATE = ("DEADLINE_EXCEEDED, s1 DEADLINE_EXCEEDED",)
@@ -100,7 +100,7 @@ def test_each_fault_shows_in_each_mode_as_it_should_and_breaks_no_rule(tmp_path:
     matrix, cells = played(tmp_path)
     assert not wrong(cells), "\n".join(table(cells))
     assert len(cells) == len(ROWS) * len(MODES)
-    assert again(cells) == dict.fromkeys(FINE.keys() - {"first 3"}, *ALL), "what is flapping answers when it can"
+    assert recovered(cells), "what is flapping answers when it can"
     assert check(matrix.stage.story(), SLACK_NS) == []
     assert matrix.stage.log_errors() == []
     assert_calls(matrix, matrix.stage.story())
@@ -112,7 +112,7 @@ def played(where: Path) -> tuple[Matrix, Cells]:
         (where / str(attempt)).mkdir()
         with Matrix(where / str(attempt)) as matrix:
             cells = matrix.play()
-        if not (wrong(cells) and matrix.stage.has_stalled):
+        if not ((wrong(cells) or not recovered(cells)) and matrix.stage.has_stalled):
             break
     return matrix, cells
 
@@ -127,9 +127,10 @@ def wrong(cells: Cells) -> dict[tuple[str, str], str]:
     return found
 
 
-def again(cells: Cells) -> dict[str, str]:
-    """What came of the second request to what is flapping."""
-    return {mode: str(more[1]) for (fault, mode), more in cells.items() if fault == "flapping" and mode != "first 3"}
+def recovered(cells: Cells) -> bool:
+    """Whether the second request to what is flapping got all."""
+    again = {mode: str(more[1]) for (fault, mode), more in cells.items() if fault == "flapping" and mode != "first 3"}
+    return again == dict.fromkeys(FINE.keys() - {"first 3"}, *ALL)
 
 
 def assert_calls(matrix: Matrix, story: Story) -> None:

@@ -52,6 +52,8 @@ class Proxy:
         self._links: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self.address = ""
+        self.refused = 0
+        """How many connections were reset as they came."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -117,6 +119,7 @@ class Proxy:
 
     def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._mode is Mode.REFUSE:
+            self.refused += 1
             writer.transport.abort()
             return
         link = self._loop.create_task(self._link(reader, writer))
