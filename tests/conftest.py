@@ -158,6 +158,7 @@ def environment(request: pytest.FixtureRequest) -> dict[str, str]:
     """What tells a server which engines to use."""
     queue = "memory" if request.param == "etcd" else str(request.param)
     chosen = {"RETINUE_WORKQUEUE__ENGINE": queue, "RETINUE_LEADERELECTION__ENGINE": str(request.param)}
+    chosen["RETINUE_DRAIN_SECONDS"] = "1"  # tests leave leaders behind that nobody waits for
     chosen |= {"RETINUE_AMBASSADOR__ENDPOINTS__ALLOW": "127.0.0.1:1024-65535", "RETINUE_AMBASSADOR__DATA_PLANE": "auto"}
     if request.param == "postgres":
         postgres: Postgres = request.getfixturevalue("postgres")

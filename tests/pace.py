@@ -11,9 +11,8 @@ _TRIES = 10
 
 
 def undisturbed(play: Callable[[], T], within_s: float) -> T:
-    """What `play` gives. It is played anew after a failure if it took longer than it may on a machine that keeps time:
-    then a lease may have run out for that alone. Where a deadline ends it in any case, say 0: how long it took tells
-    nothing then, and of some tries one must be right."""
+    """What `play` gives. It is played anew after a failure, unless that came within so many seconds: by then nothing
+    can have run out, however long the machine stood still. Of some tries one must be right."""
     for _ in range(_TRIES - 1):
         began = time.monotonic()
         try:

@@ -136,7 +136,7 @@ async def test_heartbeats_carry_a_term_over_many_leases(server: RunningServer, n
             assert term.is_leader()
             assert 0 < first <= 0.45
 
-    await undisturbed_async(lasts, within_s=2.2)
+    await undisturbed_async(lasts, within_s=0.4)
 
 
 async def test_who_leads_is_seen_proclaimed_and_verified(server: RunningServer, name: str) -> None:

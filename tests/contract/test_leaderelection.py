@@ -155,7 +155,9 @@ def test_a_step_down_is_heard_by_the_leader(elector: Client, election_operator: 
 
 
 def test_trying_renewing_and_resigning_by_hand(elector: Client, name: str) -> None:
-    won = elector.TryAcquire(election_id=name, candidate_id="a", app_lease_duration=seconds(50), value="v")
+    won = elector.TryAcquire(
+        election_id=name, candidate_id="a", app_lease_duration=seconds(50), lease_duration=seconds(120), value="v"
+    )
     assert won.acquired
     held = won.leadership
     assert 0 < ms(held.valid_duration) <= 45_000
@@ -183,7 +185,7 @@ def test_an_observer_gets_the_present_state_first_and_each_leader_after(elector:
         assert not observer.read().leader.candidate_id
         for candidate in ("a", "b"):
             held = elector.TryAcquire(
-                election_id=name, candidate_id=candidate, app_lease_duration=seconds(60)
+                election_id=name, candidate_id=candidate, app_lease_duration=seconds(60), lease_duration=seconds(120)
             ).leadership
             assert observer.read().leader.candidate_id == candidate
             elector.Resign(session_id=held.session_id)
@@ -314,7 +316,9 @@ def test_a_stream_whose_session_is_resumed_elsewhere_is_told(elector: Client, na
 
 
 def test_tokens_and_sessions_that_are_not_the_leaders_are_refused(elector: Client, name: str) -> None:
-    held = elector.TryAcquire(election_id=name, candidate_id="a", app_lease_duration=seconds(60)).leadership
+    held = elector.TryAcquire(
+        election_id=name, candidate_id="a", app_lease_duration=seconds(60), lease_duration=seconds(120)
+    ).leadership
     stale = {"domain": held.token.domain, "value": held.token.value + 1}
     elsewhere = {"domain": "elsewhere", "value": held.token.value}
     cases = [

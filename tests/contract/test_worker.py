@@ -92,7 +92,7 @@ async def test_a_handler_that_blocks_the_loop_keeps_its_lease(queue: Queue, star
         assert (done.state, done.lease_expirations, done.lease_epoch) == (pb.TASK_STATE_SUCCEEDED, 0, 1)
 
     start(block, lease_duration=2)
-    await undisturbed_async(kept, within_s=4)
+    await undisturbed_async(kept, within_s=2)
 
 
 async def test_a_plain_function_runs_in_a_thread_and_its_result_is_kept(queue: Queue, start: Any) -> None:

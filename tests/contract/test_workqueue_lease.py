@@ -302,7 +302,7 @@ def test_an_extension_keeps_a_short_lease_alive(line: Line) -> None:
         assert own.get(task_id).lease_expirations == 0
         assert not own.complete(lease).HasField("status")
 
-    undisturbed(kept, within_s=3.5)
+    undisturbed(kept, within_s=2)
 
 
 def test_an_extension_without_duration_is_as_long_as_the_lease_was_granted(line: Line) -> None:

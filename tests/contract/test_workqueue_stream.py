@@ -243,7 +243,7 @@ def test_extend_all_keeps_the_leases_of_the_stream_alive(line: Line) -> None:
             stream.send(completions=tokens(leases), sequence=9)
             assert list(settled(stream).errors) == []
 
-    undisturbed(kept, within_s=3.9)
+    undisturbed(kept, within_s=2)
 
 
 def test_a_stream_that_does_not_extend_loses_its_leases_and_is_told(line: Line) -> None:
@@ -271,7 +271,7 @@ def test_extend_all_extends_by_the_streams_lease_duration(line: Line) -> None:
             other.ended(other.put(expire_duration=seconds(2.2)))
             assert own.state(lease.task_id) == "LEASED"
 
-    undisturbed(kept, within_s=4)
+    undisturbed(kept, within_s=2)
 
 
 def test_extend_all_tells_which_tasks_were_cancelled(line: Line) -> None:
@@ -304,7 +304,7 @@ def test_extend_all_goes_on_with_a_lease_whose_completion_was_refused(line: Line
             stream.send(sequence=5, completions=tokens([lease]))
             assert list(settled(stream).errors) == []
 
-    undisturbed(kept, within_s=5.2)
+    undisturbed(kept, within_s=3)
 
 
 # How a stream ends

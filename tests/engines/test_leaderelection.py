@@ -239,7 +239,7 @@ async def test_a_renewed_lease_is_not_over(engine: Engine, others: Engine) -> No
             assert renewed.epoch == first.record.epoch
         assert isinstance(await others.claim(claim("b", name), version), Refused)
 
-    await undisturbed_async(outlast, within_s=1.9)
+    await undisturbed_async(outlast, within_s=1)
 
 
 async def test_renewals_of_many_come_together_and_the_lost_ones_are_told(engine: Engine) -> None:

@@ -482,7 +482,7 @@ async def test_who_waits_keeps_its_place_without_claiming(cluster: Cluster) -> N
         await leader.release(hold(first), EndReason.RESIGNED, 1)
         assert (await won(waiter, claim("b", election))).epoch == before["create_revision"]
 
-    await undisturbed_async(keeps, within_s=5)
+    await undisturbed_async(keeps, within_s=2)
 
 
 async def test_a_server_that_stops_leaves_the_lines_and_keeps_what_it_leads(cluster: Cluster) -> None:

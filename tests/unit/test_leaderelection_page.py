@@ -20,7 +20,7 @@ from retinue.leaderelection.v1 import leaderelection_service_pb2_grpc as rpc
 
 @pytest.fixture
 def store(tmp_path: Path) -> dict[str, str]:
-    return {"RETINUE_LEADERELECTION__SQLITE__PATH": str(tmp_path / "elections.db")}
+    return {"RETINUE_LEADERELECTION__SQLITE__PATH": str(tmp_path / "elections.db"), "RETINUE_DRAIN_SECONDS": "0.2"}
 
 
 @pytest.fixture
