@@ -18,6 +18,8 @@ pytestmark = pytest.mark.engines("sqlite", "memory", "postgres", "etcd")
 
 once = pytest.mark.engines("sqlite")
 """What no engine can change."""
+LONG: dict[str, Any] = {"lease_duration": seconds(120), "app_lease_duration": seconds(50)}
+"""Leases for slow machines, where time is not the claim."""
 
 
 @pytest.fixture
@@ -28,9 +30,9 @@ def name() -> str:
 
 @contextmanager
 def campaign(client: Client, **start: Any) -> Iterator[Stream]:
-    """A candidate, as it stands right after its start; where time is not the claim, with a lease for slow machines."""
+    """A candidate, as it stands right after its start."""
     if "lease_duration" not in start:
-        start = {"lease_duration": seconds(120), "app_lease_duration": seconds(60), **start}
+        start = {**LONG, **start}
     with client.stream("Campaign", timeout=60) as stream:
         stream.send(start=start)
         yield stream
@@ -184,9 +186,7 @@ def test_an_observer_gets_the_present_state_first_and_each_leader_after(elector:
     with elector.stream("Observe", election_id=name) as observer:
         assert not observer.read().leader.candidate_id
         for candidate in ("a", "b"):
-            held = elector.TryAcquire(
-                election_id=name, candidate_id=candidate, app_lease_duration=seconds(60), lease_duration=seconds(120)
-            ).leadership
+            held = elector.TryAcquire(election_id=name, candidate_id=candidate, **LONG).leadership
             assert observer.read().leader.candidate_id == candidate
             elector.Resign(session_id=held.session_id)
             assert not observer.read().leader.candidate_id

@@ -431,14 +431,14 @@ def test_a_command_outlives_a_restart_of_the_server_as_long_as_its_lease_may(
     program = script(tmp_path, f"note('began')\nwhile not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.05)\n")
     with Queue("restart", address=server.address) as queue:
         task = queue.enqueue("x")
-        running = Work(server, tmp_path, "restart", "--lease", "5s", "--", sys.executable, program)
+        running = Work(server, tmp_path, "restart", "--lease", "15s", "--", sys.executable, program)
         try:
             eventually((tmp_path / "notes").exists, "the command runs")
             assert server.stop() == 0
             own_server.append(server.restart())
             running.until("connected")
             running.until("connected")
-            time.sleep(5.5)  # longer than the lease: it must have been renewed on the new connection
+            time.sleep(15.5)  # longer than the lease: it must have been renewed on the new connection
             (tmp_path / "go").touch()
             done = finished(queue, task.task_id)
             assert (done.state, done.lease_epoch) == (pb.TASK_STATE_SUCCEEDED, 1)
