@@ -157,15 +157,15 @@ class Stream:
     async def send(self, **event: Any) -> None:
         await self._context.write(api.CampaignResponse(**event))
 
-    async def elect(self, valid: float = 1.8, token: int = 1, sequence: int = 0) -> None:
+    async def elect(self, valid: float = 60, token: int = 1, sequence: int = 0) -> None:
         fence = pb.FencingToken(domain="d", value=token)
         elected = pb.Leadership(session_id=SESSION, token=fence, valid_duration=duration(valid), sequence=sequence)
         await self.send(elected=elected)
 
-    async def acknowledge(self, sequence: int, valid: float = 1.8) -> None:
+    async def acknowledge(self, sequence: int, valid: float = 60) -> None:
         await self.send(heartbeat_ack=api.CampaignHeartbeatAck(sequence=sequence, valid_duration=duration(valid)))
 
-    async def serve(self, valid: float = 1.8) -> None:
+    async def serve(self, valid: float = 60) -> None:
         """Answers heartbeats for as long as the stream lasts."""
         while True:
             message = await self.read()
@@ -343,14 +343,14 @@ async def test_an_election_that_is_told_too_late_is_entered_with_the_next_answer
 
 async def test_a_lost_stream_is_resumed_within_the_term() -> None:
     async def breaks(stream: Stream, start: api.CampaignStart) -> None:
-        await stream.elect(valid=5)
+        await stream.elect(valid=60)
         await stream.refuse(grpc.StatusCode.UNAVAILABLE)
 
     resumed = asyncio.Event()
 
     async def goes_on(stream: Stream, start: api.CampaignStart) -> None:
-        await stream.elect(valid=5)
-        await stream.acknowledge((await stream.read()).heartbeat.sequence, 5)
+        await stream.elect(valid=60)
+        await stream.acknowledge((await stream.read()).heartbeat.sequence, 60)
         resumed.set()
         await stream.serve()
 
@@ -367,7 +367,7 @@ async def test_a_lost_stream_is_resumed_within_the_term() -> None:
 
 async def test_another_term_of_the_same_session_is_not_the_blocks_own() -> None:
     async def breaks(stream: Stream, start: api.CampaignStart) -> None:
-        await stream.elect(valid=5)
+        await stream.elect(valid=60)
         await stream.refuse(grpc.StatusCode.UNAVAILABLE)
 
     async def another(stream: Stream, start: api.CampaignStart) -> None:
