@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,14 @@ def test_a_root_that_breaks_a_rule_is_caught(tmp_path: Path) -> None:
         stage.open(*broken_pools(), connected=False)
         stage.village.links["gone"].refuse()
         stage.notes.add(Fault("ailing", 1, 0, ("late", "stalls", "fails", "fails2", "gone")))
-        ask_broken(stage)
-        eventually(lambda: caught(stage).items() >= DEFECTS.items(), "all are caught")
-        assert "right" not in caught(stage)
+        for _ in range(5):  # a machine that has no time for leaves lets nobody see what they would have shown
+            ask_broken(stage)
+            with suppress(AssertionError):
+                eventually(lambda: caught(stage).items() >= DEFECTS.items(), "all are caught", patience=15)
+                break
+        found = caught(stage)
+        assert found.items() >= DEFECTS.items()
+        assert "right" not in found
 
 
 def broken_pools() -> list[Pool]:
