@@ -22,7 +22,10 @@ import (
 	"retinue/client"
 )
 
-const wait = 20 * time.Second // for what takes a moment
+const (
+	wait  = 20 * time.Second // for what takes a moment
+	asked = 9 + 12           // how many requests are counted
+)
 
 var (
 	ctx    = context.Background()
@@ -210,11 +213,7 @@ func refuse(s *shop) {
 
 func declare(s *shop, seen <-chan string) {
 	waited := make(chan error, 1)
-	go func() {
-		waiting, stop := context.WithTimeout(ctx, wait)
-		defer stop()
-		waited <- s.app.Wait(waiting, s.id)
-	}()
+	go func() { waited <- served(s, s.id) }()
 	first := s.declare(map[string]int32{"a": 1, "b": 1, "c": 1})
 	check(<-waited)
 	local := strings.HasPrefix(s.address, "127.0.0.1:")
@@ -223,6 +222,13 @@ func declare(s *shop, seen <-chan string) {
 	fmt.Println("9 requests:", s.tally(9, nil))
 	again := s.declare(map[string]int32{"a": 1, "b": 1, "c": 1})
 	fmt.Printf("declared again: nothing changes: %t\n", again.Etag == first.Etag)
+}
+
+// served waits as an app does that dials it afterwards.
+func served(s *shop, id string) error {
+	waiting, stop := context.WithTimeout(ctx, wait)
+	defer stop()
+	return s.app.Wait(waiting, id)
 }
 
 func weigh(s *shop) {
@@ -237,7 +243,7 @@ func weigh(s *shop) {
 		for _, one := range counted.Endpoints {
 			sum += one.Requests
 		}
-		return min(counted.Requests, sum) >= 21
+		return min(counted.Requests, sum) >= asked
 	})
 	counts := map[string]int64{}
 	for _, server := range s.servers {
@@ -265,7 +271,8 @@ func split(s *shop) {
 	some := &pb.Split{UpstreamId: s.canaryID, Header: &pb.HeaderMatch{Name: "x-canary"}}
 	fmt.Println("split to one that is not there:", told(refused(s, s.wanted(map[string]int32{"a": 1}, some))))
 	other := client.NewUpstream(s.canaryID, pb.Protocol_PROTOCOL_HTTP, 0, s.servers["d"].address)
-	must(s.operator.Declare(ctx, client.Declaration{Upstream: other, Wait: wait}))
+	must(s.operator.Declare(ctx, client.Declaration{Upstream: other}))
+	check(served(s, s.canaryID))
 	s.declare(map[string]int32{"a": 1, "b": 1, "c": 1}, some)
 	fmt.Println("split by a header: 9 requests with it:", s.tally(9, canary))
 	fmt.Println("9 without it:", s.tally(9, nil))
@@ -281,13 +288,13 @@ func invoke(s *shop, path string) *http.Response {
 
 // change changes much while requests go on.
 func change(s *shop) {
-	stop, asked := make(chan bool), make(chan [2]int)
+	stop, done := make(chan bool), make(chan [2]int)
 	go func(asking shop) {
 		requests, failed := 0, 0
 		for {
 			select {
 			case <-stop:
-				asked <- [2]int{requests, failed}
+				done <- [2]int{requests, failed}
 				return
 			default:
 			}
@@ -302,7 +309,7 @@ func change(s *shop) {
 	some := &pb.Split{UpstreamId: s.canaryID, Header: &pb.HeaderMatch{Name: "x-canary"}}
 	s.declare(map[string]int32{"a": 1, "b": 1}, some)
 	close(stop)
-	counts := <-asked
+	counts := <-done
 	fmt.Println("nothing is, and c leaves: 10 requests:", s.tally(10, nil))
 	fmt.Printf("others went on meanwhile: %t, failed: %d\n", counts[0] > 0, counts[1])
 }

@@ -1,8 +1,9 @@
 """The ambassador from end to end; prints clients/transcripts/ambassador.txt.
 
-It declares upstreams over servers of its own and uses them as any app would: by ports of localhost. It wants an ambassador
-that has Envoy and may dial loopback, as that of `make run` may, and RETINUE_CONTROL_ADDRESS, its control socket, unless
-`make run` has put one above the working directory. Give a name of your own to run it twice: counts go on.
+It declares upstreams over servers of its own and uses them as any app would: by ports of localhost. It wants an
+ambassador that has Envoy and may dial loopback, as that of `make run` may, and RETINUE_CONTROL_ADDRESS, its control
+socket, unless `make run` has put one above the working directory. Give a name of your own to run it twice: counts go
+on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections import Counter
 from contextlib import AsyncExitStack, aclosing
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,11 +31,13 @@ if TYPE_CHECKING:
 
 WAIT = 20.0
 """In seconds, for what takes a moment."""
+ASKED = 9 + 12
+"""How many requests are counted."""
 CANARY = {"x-canary": "1"}
 
 
 class Server(ThreadingHTTPServer):
-    """What stands behind: it answers with its name; nothing is at `/nowhere`, and `/held` waits until it is released."""
+    """What stands behind: it answers with its name; nothing is at `/nowhere`, and `/held` waits for its release."""
 
     def __init__(self, name: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -56,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.held.set()
             self.server.released.wait(WAIT)
         body = self.server.name.encode()
-        self.send_response(404 if self.path == "/nowhere" else 200)
+        self.send_response(HTTPStatus.NOT_FOUND if self.path == "/nowhere" else HTTPStatus.OK)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -110,7 +114,7 @@ class Shop:
     async def tally(self, requests: int, headers: dict[str, str] | None = None) -> str:
         """Who answered how many."""
         answers = [await self.get(headers=headers) for _ in range(requests)]
-        counts = Counter(answer.text if answer.status == 200 else str(answer.status) for answer in answers)
+        counts = Counter(answer.text if answer.status == HTTPStatus.OK else str(answer.status) for answer in answers)
         return ", ".join(f"{name} {counts[name]}" for name in sorted(counts))
 
 
@@ -182,7 +186,7 @@ async def weigh(shop: Shop) -> None:
     print(f"declared by the etag from before: {told(await refused(stale))}")
     async with aclosing(shop.app.stats(shop.id, interval=0.1)) as snapshots:
         async for [stats] in snapshots:
-            if min(stats.requests, sum(one.requests for one in stats.endpoints)) >= 21:
+            if min(stats.requests, sum(one.requests for one in stats.endpoints)) >= ASKED:
                 break
     names = {server.address: server.name for server in shop.servers.values()}
     shares = ", ".join(sorted(f"{names[one.address]} {one.requests}" for one in stats.endpoints))
@@ -193,7 +197,8 @@ async def split(shop: Shop) -> None:
     some = policy.Split(upstream_id=shop.canary_id, header=policy.HeaderMatch(name="x-canary"))
     unknown = shop.operator.declare(shop.wanted({"a": 1}, some))
     print(f"split to one that is not there: {told(await refused(unknown))}")
-    await shop.operator.declare(upstream(shop.canary_id, "HTTP", [shop.servers["d"].address]), wait=WAIT)
+    await shop.operator.declare(upstream(shop.canary_id, "HTTP", [shop.servers["d"].address]))
+    await shop.app.wait(shop.canary_id, timeout=WAIT)
     await shop.declare({"a": 1, "b": 1, "c": 1}, some)
     print(f"split by a header: 9 requests with it: {await shop.tally(9, CANARY)}")
     print(f"9 without it: {await shop.tally(9)}")
@@ -218,7 +223,7 @@ async def change(shop: Shop) -> None:
     await shop.declare({"a": 1, "b": 1}, some)
     stop.set()
     answers = await asking
-    failed = sum(answer.status != 200 for answer in answers)
+    failed = sum(answer.status != HTTPStatus.OK for answer in answers)
     print(f"nothing is, and c leaves: 10 requests: {await shop.tally(10)}")
     print(f"others went on meanwhile: {yes(answers)}, failed: {failed}")
 
@@ -258,7 +263,7 @@ async def remove(shop: Shop, watching: AsyncGenerator[Change]) -> None:
     print(f"removed the other: {yes(await shop.operator.remove(shop.canary_id, drain=0))}")
 
 
-async def seen(watching: AsyncGenerator[Change], wanted: pb.UpstreamState) -> str:
+async def seen(watching: AsyncGenerator[Change], wanted: pb.UpstreamState.ValueType) -> str:
     """Waits until the app has been told that it is so."""
     async for change in watching:
         if change.upstream is not None and change.upstream.status.state == wanted:

@@ -12,6 +12,7 @@ import type { UpstreamStats } from "retinue/ambassador/v1/stats_pb";
 import { Protocol, UpstreamState, type Upstream } from "retinue/ambassador/v1/upstream_pb";
 
 const WAIT_MS = 20_000; // for what takes a moment
+const ASKED = 9n + 12n; // how many requests are counted
 const CANARY = { "x-canary": "1" };
 
 type Weights = Record<string, number>;
@@ -178,7 +179,7 @@ async function weigh(shop: Shop): Promise<void> {
   const stale = shop.operator.declare(shop.wanted({ a: 1 }), { etag });
   console.log(`declared by the etag from before: ${told(await refused(stale))}`);
   const all = ({ endpoints }: UpstreamStats) => endpoints.reduce((sum, { requests }) => sum + requests, 0n);
-  const counted = await stats(shop, (counted) => counted.requests >= 21n && all(counted) >= 21n);
+  const counted = await stats(shop, (counted) => counted.requests >= ASKED && all(counted) >= ASKED);
   const names = new Map([...shop.servers.values()].map(({ name, address }) => [address, name]));
   const counts = counted.endpoints.map(({ address, requests }) => [names.get(address), requests]);
   console.log(`counted: ${counted.requests} requests, ${counted.errors} errors; ${shares(Object.fromEntries(counts))}`);
@@ -197,7 +198,8 @@ async function split(shop: Shop): Promise<void> {
   const unknown = shop.operator.declare(shop.wanted({ a: 1 }, some));
   console.log(`split to one that is not there: ${told(await refused(unknown))}`);
   const other = upstream(shop.canaryId, Protocol.HTTP, [shop.server("d").address]);
-  await shop.operator.declare(other, { waitMs: WAIT_MS });
+  await shop.operator.declare(other);
+  await shop.app.wait([shop.canaryId], { timeoutMs: WAIT_MS });
   await shop.declare({ a: 1, b: 1, c: 1 }, some);
   console.log(`split by a header: 9 requests with it: ${await shop.tally(9, CANARY)}`);
   console.log(`9 without it: ${await shop.tally(9)}`);

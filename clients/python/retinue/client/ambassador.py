@@ -178,7 +178,7 @@ class Ambassador:
         headers: Mapping[str, str] | None = None,
         body: bytes = b"",
     ) -> api.InvokeResponse:
-        """One HTTP request by the upstream's own listener. Any status is an answer; it is never sent twice from here."""
+        """One HTTP request by the upstream's own listener; any status is an answer. It is not repeated."""
         request = api.InvokeRequest(upstream_id=upstream_id, method=method, path=path, body=body)
         for name, value in (headers or {}).items():
             request.headers.add(name=name, value=value)
