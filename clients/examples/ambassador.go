@@ -1,5 +1,5 @@
 // The ambassador from end to end; prints clients/transcripts/ambassador.txt. It declares upstreams over servers of its own and
-// uses them as any app would: by ports of localhost. Give a name of your own to run it twice: counts go on.
+// uses them as any app would: by ports of localhost. Give another name to run it twice: counts stay.
 // In clients/go, with RETINUE_CONTROL_ADDRESS set to the control socket of an ambassador that has Envoy and may dial loopback, as
 // that of `make run` may: go run ../examples/ambassador.go
 package main
@@ -260,8 +260,8 @@ func weigh(s *shop) {
 func stats(s *shop, enough func(*pb.UpstreamStats) bool) *pb.UpstreamStats {
 	for snapshot, err := range s.app.Stats(ctx, 100*time.Millisecond, s.id) {
 		check(err)
-		if enough(snapshot.Stats[0]) {
-			return snapshot.Stats[0]
+		if enough(snapshot[0]) {
+			return snapshot[0]
 		}
 	}
 	panic("the stats ended")

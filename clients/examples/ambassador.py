@@ -2,8 +2,7 @@
 
 It declares upstreams over servers of its own and uses them as any app would: by ports of localhost. It wants an
 ambassador that has Envoy and may dial loopback, as that of `make run` may, and RETINUE_CONTROL_ADDRESS, its control
-socket, unless `make run` has put one above the working directory. Give a name of your own to run it twice: counts go
-on.
+socket, unless `make run` has put one above the working directory. Give another name to run it twice: counts stay.
 """
 
 from __future__ import annotations
@@ -123,9 +122,9 @@ async def main(name: str) -> None:
         app = await stack.enter_async_context(Ambassador())
         operator = await stack.enter_async_context(Ambassador(control_address()))
         shop = Shop(name, app, operator)
-        for server in (Server(letter) for letter in "abcd"):
-            shop.servers[server.name] = server
-            stack.callback(server.stop)
+        for letter in "abcd":
+            shop.servers[letter] = Server(letter)
+            stack.callback(shop.servers[letter].stop)
         watching = await stack.enter_async_context(aclosing(app.watch(shop.id)))
         await look(shop)
         await refuse(shop)

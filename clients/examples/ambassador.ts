@@ -1,5 +1,5 @@
 // The ambassador from end to end; prints clients/transcripts/ambassador.txt. It declares upstreams over servers of its own and
-// uses them as any app would: by ports of localhost. Give a name of your own to run it twice: counts go on.
+// uses them as any app would: by ports of localhost. Give another name to run it twice: counts stay.
 // In clients/node, with RETINUE_CONTROL_ADDRESS set to the control socket of an ambassador that has Envoy and may dial loopback,
 // as that of `make run` may: npm ci && npm run build && node dist/examples/ambassador.js
 import { once } from "node:events";
@@ -90,7 +90,8 @@ class Shop {
 
   /** Asks as any app does: it knows nothing but a port of localhost. */
   async get(path = "/", headers: http.OutgoingHttpHeaders = {}): Promise<{ status: number; text: string }> {
-    const request = http.get(`http://${this.address}${path}`, { headers, agent: false, timeout: WAIT_MS }); // and keeps no connection
+    const oneConnection = { agent: false, timeout: WAIT_MS };
+    const request = http.get(`http://${this.address}${path}`, { headers, ...oneConnection });
     const [answer] = (await once(request, "response")) as [http.IncomingMessage];
     let text = "";
     for await (const piece of answer.setEncoding("utf8")) text += piece;

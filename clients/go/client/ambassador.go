@@ -88,13 +88,16 @@ func (a *Ambassador) Declare(ctx context.Context, wanted Declaration) (*ambassad
 	return response.GetUpstream(), err
 }
 
-// SetEndpoints says who serves an upstream whose discovery is `pushed`.
-func (a *Ambassador) SetEndpoints(ctx context.Context, id string, endpoints ...*ambassadorv1.Endpoint) (*ambassadorv1.Upstream, error) {
+// SetEndpoints says who serves an upstream whose discovery is pushed.
+func (a *Ambassador) SetEndpoints(
+	ctx context.Context, id string, endpoints ...*ambassadorv1.Endpoint,
+) (*ambassadorv1.Upstream, error) {
 	response, err := a.Client.SetEndpoints(ctx, &ambassadorv1.SetEndpointsRequest{UpstreamId: id, Endpoints: endpoints})
 	return response.GetUpstream(), err
 }
 
-// Drain lets it take no new connections; open ones are cut after `drain`. It waits for the last, up to 60 s.
+// Drain lets it take no new connections; those that are open are cut when the time is over, 0 = now. It waits for the last of
+// them, up to 60 s.
 func (a *Ambassador) Drain(ctx context.Context, id string, drain, wait time.Duration) (*ambassadorv1.Upstream, error) {
 	response, err := a.Client.DrainUpstream(ctx, &ambassadorv1.DrainUpstreamRequest{
 		UpstreamId: id, DrainDuration: durationpb.New(drain), WaitDuration: asked(wait),
@@ -102,7 +105,7 @@ func (a *Ambassador) Drain(ctx context.Context, id string, drain, wait time.Dura
 	return response.GetUpstream(), err
 }
 
-// Remove drains it, for as long as it says, and forgets it. It tells whether there was one.
+// Remove drains it and forgets it. It tells whether there was one.
 func (a *Ambassador) Remove(ctx context.Context, id string, drain time.Duration) (bool, error) {
 	response, err := a.Client.RemoveUpstream(ctx, &ambassadorv1.RemoveUpstreamRequest{
 		UpstreamId: id, DrainDuration: durationpb.New(drain),
@@ -150,22 +153,34 @@ func (a *Ambassador) DataPlanes(ctx context.Context) ([]*ambassadorv1.DataPlane,
 // An error is the last that comes.
 func (a *Ambassador) Watch(ctx context.Context, ids ...string) iter.Seq2[*ambassadorv1.WatchUpstreamsResponse, error] {
 	request := &ambassadorv1.WatchUpstreamsRequest{UpstreamIds: ids}
-	return again(ctx, func(ctx context.Context) (grpc.ServerStreamingClient[ambassadorv1.WatchUpstreamsResponse], error) {
-		return a.Client.WatchUpstreams(ctx, request)
-	})
+	return again(ctx, func(ctx context.Context) (changes, error) { return a.Client.WatchUpstreams(ctx, request) })
 }
 
 // Stats gives the counts of these or all, at once and then at an interval (0 = 1 s), until ctx is done. It goes on over lost
 // connections. An error is the last that comes.
-func (a *Ambassador) Stats(ctx context.Context, interval time.Duration, ids ...string) iter.Seq2[*ambassadorv1.WatchUpstreamStatsResponse, error] {
+func (a *Ambassador) Stats(
+	ctx context.Context, interval time.Duration, ids ...string,
+) iter.Seq2[[]*ambassadorv1.UpstreamStats, error] {
 	request := &ambassadorv1.WatchUpstreamStatsRequest{UpstreamIds: ids, IntervalDuration: asked(interval)}
-	return again(ctx, func(ctx context.Context) (grpc.ServerStreamingClient[ambassadorv1.WatchUpstreamStatsResponse], error) {
-		return a.Client.WatchUpstreamStats(ctx, request)
-	})
+	open := func(ctx context.Context) (counts, error) { return a.Client.WatchUpstreamStats(ctx, request) }
+	return func(yield func([]*ambassadorv1.UpstreamStats, error) bool) {
+		for response, err := range again(ctx, open) {
+			if !yield(response.GetStats(), err) {
+				return
+			}
+		}
+	}
 }
 
+type (
+	changes = grpc.ServerStreamingClient[ambassadorv1.WatchUpstreamsResponse]
+	counts  = grpc.ServerStreamingClient[ambassadorv1.WatchUpstreamStatsResponse]
+)
+
 // again gives what a stream gives, and opens another one after each that is lost.
-func again[T any](ctx context.Context, open func(context.Context) (grpc.ServerStreamingClient[T], error)) iter.Seq2[*T, error] {
+func again[T any](
+	ctx context.Context, open func(context.Context) (grpc.ServerStreamingClient[T], error),
+) iter.Seq2[*T, error] {
 	return func(yield func(*T, error) bool) {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()

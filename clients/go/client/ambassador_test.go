@@ -124,7 +124,7 @@ func TestADeclaredUpstreamIsServedFoundListedAndCounted(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if snapshot.Stats[0].Requests == 1 {
+		if snapshot[0].Requests == 1 {
 			break
 		}
 	}

@@ -6,7 +6,8 @@ import * as http from "node:http";
 import * as net from "node:net";
 import { after, test, type TestContext } from "node:test";
 import { createGrpcTransport } from "@connectrpc/connect-node";
-import { address, Ambassador, Code, connect, createClient, NotActive, RetinueError, upstream, upstreamAddress } from "retinue/client";
+import { address, Ambassador, Code, connect, createClient, NotActive, RetinueError } from "retinue/client";
+import { upstream, upstreamAddress } from "retinue/client";
 import { AmbassadorService } from "retinue/ambassador/v1/ambassador_service_pb";
 import { Protocol, UpstreamState, type Upstream } from "retinue/ambassador/v1/upstream_pb";
 
@@ -30,7 +31,8 @@ async function listening(server: net.Server): Promise<string> {
 
 /** A server that answers what it gets with its name before it. */
 function echo(name: string): Promise<string> {
-  return listening(net.createServer((socket) => socket.on("error", () => {}).on("data", (data) => socket.write(`${name} ${data}`))));
+  const answer = (socket: net.Socket) => socket.on("error", () => {}).on("data", (data) => socket.write(`${name} ${data}`));
+  return listening(net.createServer(answer));
 }
 
 /** A declaration over such a server. */

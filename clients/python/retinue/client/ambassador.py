@@ -169,21 +169,6 @@ class Ambassador:
         async for response in self._stream("WatchUpstreamStats", request):
             yield response.stats
 
-    async def invoke(
-        self,
-        upstream_id: str,
-        path: str = "/",
-        *,
-        method: str = "GET",
-        headers: Mapping[str, str] | None = None,
-        body: bytes = b"",
-    ) -> api.InvokeResponse:
-        """One HTTP request by the upstream's own listener; any status is an answer. It is not repeated."""
-        request = api.InvokeRequest(upstream_id=upstream_id, method=method, path=path, body=body)
-        for name, value in (headers or {}).items():
-            request.headers.add(name=name, value=value)
-        return await self._call("Invoke", request, repeatable=False)  # type: ignore[no-any-return] # by the contract
-
     async def wait(self, *upstream_ids: str, timeout: float | None = None) -> None:  # noqa: ASYNC109 - NotActive says more
         """Returns when all of these are ACTIVE; one that is not declared yet is waited for. Raises NotActive."""
         left = dict.fromkeys(upstream_ids, f"{self.connection.address} can't be reached")
@@ -212,6 +197,21 @@ class Ambassador:
                 return
 
     # Calling
+
+    async def invoke(
+        self,
+        upstream_id: str,
+        path: str = "/",
+        *,
+        method: str = "GET",
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+    ) -> api.InvokeResponse:
+        """One HTTP request by the upstream's own listener; any status is an answer. It is not repeated."""
+        request = api.InvokeRequest(upstream_id=upstream_id, method=method, path=path, body=body)
+        for name, value in (headers or {}).items():
+            request.headers.add(name=name, value=value)
+        return await self._call("Invoke", request, repeatable=False)  # type: ignore[no-any-return] # by the contract
 
     async def _call(self, method: str, request: Any, wait: Seconds = 0, *, repeatable: bool = True) -> Any:
         stub = rpc.AmbassadorServiceStub(self.connection.channel)
