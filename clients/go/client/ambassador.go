@@ -17,6 +17,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	ambassadorv1 "retinue/ambassador/v1"
@@ -214,10 +215,14 @@ func (a *Ambassador) Wait(ctx context.Context, ids ...string) error {
 	}
 	waiting := newWaiting(ids)
 	for event, err := range a.Watch(ctx, ids...) {
-		if over := context.Cause(ctx); over != nil {
-			return &NotActive{Reasons: waiting.left, cause: over}
+		over := context.Cause(ctx)
+		if over == nil && status.Code(err) == codes.DeadlineExceeded { // the server may be the first to say so
+			over = context.DeadlineExceeded
 		}
-		if err != nil {
+		switch {
+		case over != nil:
+			return &NotActive{Reasons: waiting.left, cause: over}
+		case err != nil:
 			return err
 		}
 		if waiting.hear(event); len(waiting.left) == 0 {
@@ -270,15 +275,15 @@ func (w *waiting) set(id, why string) {
 
 // whyNotActive is empty if the latest of it is served.
 func whyNotActive(found *ambassadorv1.Upstream) string {
-	status := found.GetStatus()
-	if rejection := status.GetRejection(); rejection != nil {
+	now := found.GetStatus()
+	if rejection := now.GetRejection(); rejection != nil {
 		return "it is refused: " + rejection.Message
 	}
-	if status.GetState() == ambassadorv1.UpstreamState_UPSTREAM_STATE_ACTIVE {
+	if now.GetState() == ambassadorv1.UpstreamState_UPSTREAM_STATE_ACTIVE {
 		return ""
 	}
-	why := "it is " + strings.ToLower(strings.TrimPrefix(status.GetState().String(), "UPSTREAM_STATE_"))
-	if !status.GetEndpointsResolved() {
+	why := "it is " + strings.ToLower(strings.TrimPrefix(now.GetState().String(), "UPSTREAM_STATE_"))
+	if !now.GetEndpointsResolved() {
 		why += ", and nobody serves it yet"
 	}
 	return why

@@ -194,7 +194,7 @@ func TestToWaitSaysOfEachWhyItIsNotActive(t *testing.T) {
 	if _, err := e.operator.Declare(t.Context(), client.Declaration{Upstream: e.unserved()}); err != nil {
 		t.Fatal(err)
 	}
-	waiting, stop := context.WithTimeout(t.Context(), 3*time.Second)
+	waiting, stop := context.WithTimeout(t.Context(), 5*time.Second)
 	defer stop()
 	err := e.app.Wait(waiting, e.id, "nowhere")
 	var late *client.NotActive

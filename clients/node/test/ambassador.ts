@@ -116,7 +116,7 @@ test("to wait ends when all are active", brief, async (t) => {
 test("to wait says of each why it is not active", brief, async (t) => {
   const upstreamId = named(t);
   await operator.declare(unserved(upstreamId));
-  await assert.rejects(app.wait([upstreamId, "nowhere"], { timeoutMs: 3_000 }), (error) => {
+  await assert.rejects(app.wait([upstreamId, "nowhere"], { timeoutMs: 5_000 }), (error) => {
     assert.ok(error instanceof NotActive, String(error));
     assert.deepEqual(error.reasons, { [upstreamId]: "it is pending, and nobody serves it yet", nowhere: "it is not declared" });
     return true;
