@@ -47,14 +47,6 @@ class World:
             return False
         return True
 
-    def works_in_ambassador(self, *command: str) -> bool:
-        """Whether it ends well in the ambassador's container."""
-        try:
-            self.app.run("ambassador", *command)
-        except PodError:
-            return False
-        return True
-
     def upstreams(self) -> dict[str, dict[str, Any]]:
         """What an operator sees, in the ambassador's container."""
         lines = self.app.run("ambassador", "retinue", "ambassador", "ls", "--output", "json").splitlines()
