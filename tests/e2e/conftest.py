@@ -37,7 +37,7 @@ def image() -> str:
 @pytest.fixture(scope="session")
 def tools(image: str) -> str:
     """An image of Debian with real servers and their own clients, and nothing of ours."""
-    command = [ROOT / "deploy/image/base.sh", "memcached", "redis-server", "libmemcached-tools", "curl"]
+    command = [str(ROOT / "deploy/image/base.sh"), "memcached", "redis-server", "libmemcached-tools", "curl"]
     if "BASE" in os.environ and shutil.which("mmdebstrap") is None:
         pytest.skip(f"needs mmdebstrap: apt-get install -y {PACKAGES}")
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()

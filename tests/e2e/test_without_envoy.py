@@ -122,7 +122,7 @@ def ended(python: tuple[Path, str], where: Path, **settings: str) -> subprocess.
     """A server that does not start."""
     program, packages = python
     env = environment(PATH="/usr/bin:/bin", PYTHONPATH=packages, **settings)
-    command = [program, "-m", "retinue_server", "ambassador", "--data-dir", str(where / "data"), "--http", "none"]
+    command = [str(program), "-m", "retinue_server", "ambassador", "--data-dir", str(where / "data"), "--http", "none"]
     command += ["--listen", "127.0.0.1:0"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
     assert "Traceback" not in done.stderr
