@@ -34,7 +34,7 @@ from retinue.client import sync
 AT_FIRST = 3
 QUARTER = range(15, 36)
 """What percentage of the keys may move when a fourth shard joins."""
-PATIENCE_S = 60.0
+PATIENCE_S = 150.0
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 PACKAGES = "asyncio collections concurrent email html http importlib json logging multiprocessing unittest urllib xml"
 
@@ -153,7 +153,7 @@ class Ambassador:
     def declare(self, kind: Kind) -> int:
         """A port behind which nobody is yet; the port."""
         wanted = pb.Upstream(upstream_id=kind.name, protocol=kind.protocol, pushed=pb.PushedEndpoints())
-        address = self.operator.declare(wanted, wait=PATIENCE_S).status.address
+        address = self.operator.declare(wanted, wait=60).status.address
         return int(address.rpartition(":")[2])
 
     def put_behind(self, kind: Kind, shards: Sequence[Shard]) -> None:

@@ -18,6 +18,8 @@ from support.upstreams import envoy_or_skip
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.timeout(200)  # there are many lines
+
 
 class Running:
     """The suite as `make run` starts it, on free ports."""
@@ -131,7 +133,7 @@ def run_all(suite: Running) -> str:
         env=environment(suite),
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=150,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -149,8 +151,8 @@ def test_every_printed_line_works_as_printed_and_without_envoy_connections_are_s
     assert_said_of_the_others(said := run_all(suite))
     before, after = pages(said)
     assert (len(before), before.total()) == (3, 12)
-    assert sorted(after.values()) == [20, 40, 40]
-    assert_told(said, "native", 112)
+    assert sorted(after.values()) == [10, 20, 20]
+    assert_told(said, "native", 62)
 
 
 def test_every_printed_line_works_as_printed_and_with_envoy_requests_are_split(tmp_path: Path) -> None:
@@ -159,10 +161,10 @@ def test_every_printed_line_works_as_printed_and_with_envoy_requests_are_split(t
         assert_said_of_the_others(said := run_all(suite))
         before, after = pages(said)
         assert (len(before), before.total()) == (3, 12)
-        assert after.total() == 100
+        assert after.total() == 50
         (new,) = (set(re.findall(r"for n in \d+ \d+ (\d+);", line)) for line in suite.guide if "http.server" in line)
-        assert 3 <= after[new.pop()] <= 45, "a fifth, by chance"
-        assert_told(said, "envoy_child", 100)
+        assert 1 <= after[new.pop()] <= 25, "a fifth, by chance"
+        assert_told(said, "envoy_child", 50)
 
 
 def test_what_envoy_would_add_is_said_where_there_is_none_and_only_there(suite: Running, tmp_path: Path) -> None:
