@@ -47,6 +47,10 @@ class World:
             return False
         return True
 
+    def is_cached(self) -> bool:
+        """Whether all files can be read from the cache."""
+        return self.sh(READ) == self.sh(WHOLE)
+
     def upstreams(self) -> dict[str, dict[str, Any]]:
         """What an operator sees, in the ambassador's container."""
         lines = self.app.run("ambassador", "retinue", "ambassador", "ls", "--output", "json").splitlines()

@@ -21,7 +21,7 @@ from retinue_server.ambassador import metrics as ambassador_metrics
 from retinue_server.ambassador import upstreamfile
 from retinue_server.ambassador.config import AmbassadorSettings
 from retinue_server.ambassador.core.endpoints import EndpointPolicy
-from retinue_server.ambassador.core.spec import Dns, Protocol, Spec
+from retinue_server.ambassador.core.spec import Dns, Protocol, Spec, Timeouts
 from retinue_server.ambassador.core.upstreams import Upstreams
 from retinue_server.ambassador.engine import DataPlane
 from retinue_server.ambassador.engines.envoy import plane as envoy
@@ -490,6 +490,19 @@ def test_what_the_upstreams_find_are_headless_services_with_their_port(overlay: 
         service = services[spec.discovery.hostname]
         assert service["clusterIP"] == "None"
         assert [port["port"] for port in service["ports"]] == [spec.discovery.port]
+
+
+def test_the_upstreams_that_podman_runs_with_envoy_are_those_of_the_component_but_for_times(
+    attached: list[Manifest], tmp_path: Path
+) -> None:
+    usual = Timeouts()
+
+    def without_times(manifests: list[Manifest]) -> list[Spec]:
+        specs = _upstreams(manifests, tmp_path / "upstreams.yaml")
+        policies = [msgspec.structs.replace(spec.policy, timeouts=usual) for spec in specs]
+        return [msgspec.structs.replace(spec, policy=policy) for spec, policy in zip(specs, policies, strict=True)]
+
+    assert without_times(_render("ambassador-envoy-podman-ci")) == without_times(attached)
 
 
 def test_the_compose_file_runs_the_upstreams_of_the_base_and_its_server_would_start(tmp_path: Path) -> None:
