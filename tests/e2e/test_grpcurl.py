@@ -30,7 +30,7 @@ def grpcurl(server: RunningServer, *arguments: str, ok: bool = True, operator: b
     options, words = arguments[:-1], arguments[-1:]
     target = ["-unix", server.control.removeprefix("unix:")] if operator else [server.address]
     command = [program, "-plaintext", *options, *target, *words[0].split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert (done.returncode == 0) == ok, done.stderr
     return done.stdout if ok else done.stderr
 

@@ -18,7 +18,7 @@ from support.upstreams import envoy_or_skip
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.timeout(200)  # there are many lines
+pytestmark = pytest.mark.timeout(300)  # there are many lines
 
 
 class Running:
@@ -109,7 +109,7 @@ class Terminal:
     def interrupt(self) -> None:
         """Ctrl-C."""
         self._process.send_signal(signal.SIGINT)
-        self._process.communicate(timeout=10)
+        self._process.communicate(timeout=60)
 
 
 def test_of_the_two_printed_campaigns_the_second_leads_when_the_first_is_interrupted(suite: Running) -> None:
@@ -133,7 +133,7 @@ def run_all(suite: Running) -> str:
         env=environment(suite),
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -205,7 +205,7 @@ def test_a_taken_port_is_answered_with_its_owner(suite: Running, tmp_path: Path)
         [sys.executable, "-m", "retinue_server", "--listen", listen, "--http", "none", "--data-dir", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=90,
         check=False,
     )
     assert second.returncode == 1
