@@ -45,7 +45,7 @@ def test_the_demo_of_scatter_gather_ends_well() -> None:
     assert re.search(hedged, tree, re.MULTILINE), tree
 
 
-@pytest.mark.timeout(320)
+@pytest.mark.timeout(900)
 def test_the_demo_of_the_ambassador_ends_well() -> None:
     need("memcached", "redis-server", "redis-cli")
     envoy_or_skip()
@@ -54,7 +54,7 @@ def test_the_demo_of_the_ambassador_ends_well() -> None:
     assert sharded(said, "redis", "redis-cli") < 100, "maglev moves a few others"
 
 
-@pytest.mark.timeout(320)
+@pytest.mark.timeout(900)
 def test_the_demo_of_the_ambassador_leaves_redis_out_where_envoy_is_not_in_use() -> None:
     need("memcached")
     said = demo("ambassador", RETINUE_AMBASSADOR__DATA_PLANE="native")
