@@ -56,12 +56,12 @@ _ALL = [
     "listen.unix_socket",
     "tls",
     "tls.subject_alt_names",
-    "policy.timeouts.idle_duration",
     "policy.outlier_detection",
     "policy.health_check",
     "policy.rate_limit",
-    "policy.circuit_breaker.max_connections",
 ]
+_NOT_OF_REDIS = ["policy.timeouts.idle_duration", "policy.circuit_breaker.max_connections"]
+_REDIS_ONLY = ["redis_auth", "policy.timeouts.request_duration"]
 _BALANCERS = {
     Protocol.TCP: (Balancer.ROUND_ROBIN, Balancer.LEAST_REQUEST, Balancer.RANDOM, Balancer.RING_HASH, Balancer.MAGLEV),
     Protocol.REDIS: (Balancer.RING_HASH, Balancer.MAGLEV),
@@ -72,7 +72,7 @@ _CAPABILITIES: Mapping[Protocol, frozenset[str]] = {
             protocol.name.lower(),
             *_ALL,
             *(_HTTP_POLICIES if protocol in HTTP_LIKE else ()),
-            *(("redis_auth", "policy.timeouts.request_duration") if protocol is Protocol.REDIS else ()),
+            *(_REDIS_ONLY if protocol is Protocol.REDIS else _NOT_OF_REDIS),
             *(
                 f"policy.load_balancing.balancer={one.name}"
                 for one in _BALANCERS.get(protocol, _BALANCERS[Protocol.TCP])
