@@ -166,12 +166,7 @@ class Campaign:
                     declared("web", "http", addresses(found.webs)),
                     declared(_TLS, "http", addresses(found.secure), tls=tls),
                     declared("rpc", "grpc", addresses(found.rpcs)),
-                    declared(
-                        "frail",
-                        "http",
-                        {"frail": found.frail.address},
-                        policy={"timeouts": {"request_duration": "0.5s"}},
-                    ),
+                    declared("frail", "http", {"frail": found.frail.address}),
                 ]
             if databases:
                 known.append(declared("database", "postgresql", databases))
