@@ -688,8 +688,8 @@ async def test_at_the_end_nobody_is_accepted_and_who_was_is_answered(web: list[W
     while not stopping.done():
         try:
             later.append((await get(wanted.listen.port)).text)
-        except ConnectionRefusedError:
-            later.append("refused")
+        except ConnectionError as error:
+            later.append("refused" if error.errno else "cut")  # the kernel resets what is in a listener's queue
     await stopping
     assert {(await one).text for one in before} == {"a"}
     assert set(later) <= {"a", "refused"}, "none is cut"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 from typing import NamedTuple, Protocol
 
@@ -188,13 +189,17 @@ class Caller:
             async with asyncio.timeout(PATIENCE_NS / 1e9):
                 heard = await self._line.ask(key)
         except _FAILED as error:
-            refused = isinstance(error, ConnectionRefusedError | NobodyThere)
-            self._notes.add(Told(boot_ns(), call, f"{type(error).__name__} {error}", refused))
+            self._notes.add(Told(boot_ns(), call, f"{type(error).__name__} {error}", self._was_refused(error)))
             await self.hang_up()
             return
         self._notes.add(Told(boot_ns(), call, server=heard.server, value=heard.value))
         if not self._stays:
             await self.hang_up()
+
+    def _was_refused(self, error: Exception) -> bool:
+        """Also a new connection that was in the queue of a listener that closed: the kernel resets it."""
+        in_queue = isinstance(error, ConnectionResetError) and error.errno == errno.ECONNRESET and not self._stays
+        return in_queue or isinstance(error, ConnectionRefusedError | NobodyThere)
 
     async def hang_up(self) -> None:
         """The next question is asked on another connection."""
