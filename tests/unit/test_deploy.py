@@ -430,6 +430,28 @@ async def test_the_ambassadors_guide_tells_what_each_data_plane_can_do_for_each_
         assert found == can - {protocol.lower()}, column
 
 
+def test_each_thing_that_a_data_plane_can_do_is_shown_by_tests_that_exist() -> None:
+    lines = [line.strip("|").split("|") for line in _ambassador_guide().splitlines() if line.startswith("| ")]
+    head = next(row for row in lines if "`TCP` native" in row[1])
+    shown = lines[next(n for n, row in enumerate(lines) if row[-1].strip() == "shown by") + 2 :]
+    can = {
+        (row[0].strip(), column.strip())
+        for row in lines[lines.index(head) + 1 :]
+        if len(row) == len(head)
+        for column, cell in zip(head, row, strict=True)
+        if cell.strip() == "yes"
+    }
+    ends = next(n for n, row in enumerate(shown) if len(row) != 3 or not row[2].strip().startswith("`test_"))
+    assert {(row[0].strip(), column.strip()) for row in shown[:ends] for column in row[1].split(",")} == can
+    named = set(re.findall(r"`(test_\w+)`", _ambassador_guide()))
+    files = (DEPLOY.parent / "tests").glob("*/test_ambassador*.py")
+    exist = {
+        name for file in files for name in re.findall(r"^(?:async )?def (test_\w+)", file.read_text(), re.MULTILINE)
+    }
+    assert len(named) > 50
+    assert named - exist == set()
+
+
 def test_what_an_attached_envoy_is_started_with_is_what_a_child_is_but_for_paths(attached: list[Manifest]) -> None:
     (text,) = (m["data"]["envoy.yaml"] for m in _of_kind(attached, "ConfigMap") if "envoy.yaml" in m["data"])
     run = Path("/run/retinue/ambassador")
