@@ -90,6 +90,7 @@ _KINDS: dict[str, tuple[str, Callable[[], None]]] = {
     "node-scatter": ("node/scatter/package-lock.json", _node("node-scatter", "node/scatter/package-lock.json")),
     "go": ("go/go.sum", _go),
     "go-elections": ("go/elections/go.sum", _go_programs("go-elections", "elections", "./etcd", "./clientgo")),
+    "go-ambassador": ("go/ambassador", _go_programs("go-ambassador", "ambassador", "./load", "./backend")),
     "go-scatter": ("go/scatter", _go_programs("go-scatter", "scatter", "./leaf", "./load")),
 }
-_PACKAGES = {"initdb": "postgresql"}
+_PACKAGES = {"initdb": "postgresql", "redis-benchmark": "redis-tools"}
