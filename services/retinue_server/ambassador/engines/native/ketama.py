@@ -7,6 +7,7 @@ bytes of theirs. A client that hashes so itself and one that comes through here 
 from __future__ import annotations
 
 import hashlib
+import struct
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -18,6 +19,7 @@ Shard = TypeVar("Shard")
 _POINTS = 160
 _PER_DIGEST = 4
 _USUAL_PORT = "11211"
+_FIRST = struct.Struct("<I").unpack_from
 
 
 class Ring(Generic[Shard]):
@@ -40,7 +42,8 @@ class Ring(Generic[Shard]):
         """Where a key is."""
         if self._only is not None:
             return self._only
-        at = bisect_left(self._values, int.from_bytes(hashlib.md5(key, usedforsecurity=False).digest()[:4], "little"))
+        (value,) = _FIRST(hashlib.md5(key, usedforsecurity=False).digest())
+        at = bisect_left(self._values, value)
         return self._shards[at if at < len(self._values) else 0]
 
 
