@@ -42,9 +42,9 @@ def memcached(kind: str, clients: int) -> Play:
                 NUTCRACKER: stack.enter_context(nutcracker(shards)),
                 DIRECT: Proxy(int(memcacheds(stack, 1)[0].rpartition(":")[2])),
             }
-            for proxy in proxies.values():
-                load.play(proxy, kind="set", clients=8, keys=_KEYS, bytes=_BYTES, all=True)
-            asked = {"kind": kind, "clients": clients, "keys": _KEYS, "bytes": _BYTES, "seconds": _SECONDS}
+            asked = {"clients": clients, "keys": _KEYS, "bytes": _BYTES, "seconds": _SECONDS, "kind": kind}
+            for proxy in proxies.values() if kind == "get" else ():
+                load.play(proxy, **asked | {"kind": "set", "clients": 64, "all": True})
             return in_turns(list(proxies), lambda name: load.measure(proxies[name], **asked), turns)
 
     return play

@@ -1,4 +1,4 @@
-"""What plays: servers that stand behind, a load generator in Go, and what stands between: ours, nutcracker, HAProxy, Envoy."""
+"""What plays: servers behind, a load generator in Go, and what stands between: ours, nutcracker, HAProxy, Envoy."""
 
 from __future__ import annotations
 
@@ -126,7 +126,10 @@ def await_port(process: subprocess.Popen[bytes], port: int, where: Path) -> None
 
 def memcacheds(stack: ExitStack, count: int) -> list[str]:
     """Addresses of so many, with one thread each, on the core of the load."""
-    return [_on_load_core(stack, "memcached", "-l", "127.0.0.1", "-U", "0", "-u", "nobody", "-t", "1", "-p") for _ in range(count)]
+    return [
+        _on_load_core(stack, "memcached", "-l", "127.0.0.1", "-U", "0", "-u", "nobody", "-t", "1", "-p")
+        for _ in range(count)
+    ]
 
 
 def redises(stack: ExitStack, count: int) -> list[str]:
@@ -211,7 +214,12 @@ def ours(data_plane: str) -> Iterator[Ambassador]:
 
 def upstream(name: str, protocol: str, *addresses: str, **more: Any) -> Json:
     """A declaration with these endpoints, on a port that is free."""
-    return {"upstream_id": name, "protocol": f"PROTOCOL_{protocol}", "static": {"endpoints": [{"address": one} for one in addresses]}, **more}
+    return {
+        "upstream_id": name,
+        "protocol": f"PROTOCOL_{protocol}",
+        "static": {"endpoints": [{"address": one} for one in addresses]},
+        **more,
+    }
 
 
 @contextmanager
@@ -270,7 +278,16 @@ def plain_envoy(filters: Json, cluster: Json) -> Iterator[Proxy]:
     listener = {"name": "it", "address": _address(f"127.0.0.1:{port}"), "filter_chains": [{"filters": [filters]}]}
     said = {"static_resources": {"listeners": [listener], "clusters": [cluster]}}
     (where / "envoy.json").write_text(json.dumps(said))
-    command = [str(binary), "-c", str(where / "envoy.json"), "--concurrency", "1", "--disable-hot-restart", "-l", "warning"]
+    command = [
+        str(binary),
+        "-c",
+        str(where / "envoy.json"),
+        "--concurrency",
+        "1",
+        "--disable-hot-restart",
+        "-l",
+        "warning",
+    ]
     with started(command, where, SERVER_CORE, clean_environment()) as process:
         await_port(process, port, where)
         yield Proxy(port, process)

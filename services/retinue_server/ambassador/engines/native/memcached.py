@@ -206,10 +206,8 @@ class Front(asyncio.Protocol):
         self._last = self._served.now()
         at = self._commands()
         self._buffer = buffer[at:]
-        self._needed = max(0, self._needed - at)
-        if len(self._buffer) > _MAX_LINE and not self._needed:
-            self._say(_TOO_LONG)
-            self._end()
+        if self._buffer:
+            self._waits(at)
         if self._answers and self._answers[0].said is not None:
             self.flush()
 
@@ -224,10 +222,18 @@ class Front(asyncio.Protocol):
             at = after
         return at
 
+    def _waits(self, used: int) -> None:
+        """For the rest of a command, unless that is too long."""
+        self._needed = max(0, self._needed - used)
+        if len(self._buffer) > _MAX_LINE and not self._needed:
+            self._say(_TOO_LONG)
+            self._end()
+
     def _plain(self, at: int) -> int:
         """Takes commands that need no closer look; gives where another one begins."""
         buffer = self._buffer
-        while (found := _PLAIN.match(buffer, at)) is not None:
+        length = len(buffer)
+        while at < length and (found := _PLAIN.match(buffer, at)) is not None:
             key, end, kind = found[1], found.end(), _VALUES
             if key is None:
                 key, kind = found[2], _LINE
@@ -591,8 +597,9 @@ def _refusal(words: list[bytes], least: int) -> bytes:
         return _BAD_FORMAT
     if not least:
         return _TOO_MANY_FLAGS if len(words) > _MAX_META_WORDS else b""
-    numbers = [(words[2], 0, 1 << 32), (words[3].removeprefix(b"-"), 0, 1 << 31), *((word, 0, 1 << 64) for word in words[5:least])]
-    return b"" if all(word.isdigit() and low <= int(word) < high for word, low, high in numbers) else _BAD_FORMAT
+    flags, expires = words[2], words[3].removeprefix(b"-")
+    numbers = (flags, 32), (expires, 31), *((cas, 64) for cas in words[5:least])
+    return b"" if all(word.isdigit() and int(word) >> bits == 0 for word, bits in numbers) else _BAD_FORMAT
 
 
 def _line_end(buffer: bytes, at: int) -> int:
