@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -303,7 +302,7 @@ async def told(wanted: Spec, endpoints: tuple[Endpoint, ...], where: Path) -> As
 
 @contextlib.asynccontextmanager
 async def written(file: str, where: Path) -> AsyncIterator[Admin]:
-    """An Envoy with a file; its admin is a socket, as ours is."""
+    """An Envoy with a file; its admin is a socket, as ours is. It has the upstream that others are split to, too."""
     where.mkdir()
     said = file.replace("TYPE/", "type.googleapis.com/").replace("PORT", str(free_port()))
     config = yaml.safe_load(said.replace("SOCKET", str(where / "it.sock")))
@@ -311,17 +310,17 @@ async def written(file: str, where: Path) -> AsyncIterator[Admin]:
     config["admin"] = {"address": {"pipe": {"path": str(where / "admin.sock")}}}
     (where / "envoy.json").write_text(json.dumps(config))
     command = [str(envoy_or_skip()), "-c", str(where / "envoy.json"), "--disable-hot-restart", "--concurrency", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
     try:
         admin = Admin(where / "admin.sock")
         async with asyncio.timeout(60):
             while not await serves(admin):
-                assert process.poll() is None, "Envoy does not take the file"
+                assert process.returncode is None, "Envoy does not take the file"
                 await asyncio.sleep(0.02)
         yield admin
     finally:
         process.kill()
-        process.wait()
+        await process.wait()
 
 
 async def serves(admin: Admin) -> bool:

@@ -501,65 +501,6 @@ async def dumped(admin: Admin, kind: str) -> dict[str, Any]:
     return found
 
 
-HAND_WRITTEN_CLUSTER = {
-    "type": "EDS",
-    "lb_policy": "LEAST_REQUEST",
-    "connect_timeout": "2s",
-    "circuit_breakers": {
-        "thresholds": [
-            {
-                "max_connections": 100,
-                "max_pending_requests": 10,
-                "max_requests": 200,
-                "retry_budget": {"budget_percent": {"value": 25.0}, "min_retry_concurrency": 5},
-                "track_remaining": True,
-            }
-        ]
-    },
-    "common_lb_config": {"update_merge_window": "0s", "healthy_panic_threshold": {}},
-}
-HAND_WRITTEN_ROUTE = {
-    "timeout": "3s",
-    "cluster": "it",
-    "retry_policy": {
-        "retry_on": "gateway-error,reset",
-        "num_retries": 2,
-        "per_try_timeout": "1s",
-        "retry_back_off": {"base_interval": "0.025s", "max_interval": "0.250s"},
-        "host_selection_retry_max_attempts": "5",
-        "retry_host_predicate": [
-            {
-                "name": "envoy.retry_host_predicates.previous_hosts",
-                "typed_config": {
-                    "@type": "type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"
-                },
-            }
-        ],
-    },
-}
-
-
-async def test_envoy_has_what_one_would_write_by_hand(plane: EnvoyPlane, web: list[WebServer], admin: Admin) -> None:
-    wanted = spec(
-        Protocol.HTTP,
-        load_balancing=LoadBalancing(Balancer.LEAST_REQUEST),
-        timeouts=Timeouts(connect_s=2.0, request_s=3.0, per_try_s=1.0),
-        circuit_breaker=CircuitBreaker(100, 10, 200),
-        retry=Retry(
-            (RetryCondition.GATEWAY_ERROR, RetryCondition.RESET), 2, budget_percent=25.0, budget_min_concurrency=5
-        ),
-    )
-    await plane.put(assignment(wanted, web[0]))
-    cluster = (await dumped(admin, "Clusters"))["it"]
-    assert {key: cluster[key] for key in HAND_WRITTEN_CLUSTER} == HAND_WRITTEN_CLUSTER
-    (host,) = (await dumped(admin, "Routes"))["it"]["virtual_hosts"]
-    assert host["domains"] == ["*"]
-    assert [one["route"] for one in host["routes"]] == [HAND_WRITTEN_ROUTE]
-    listener = (await dumped(admin, "Listeners"))["it"]
-    assert listener["address"]["socket_address"] == {"address": "127.0.0.1", "port_value": wanted.listen.port}
-    assert listener["enable_reuse_port"] is False
-
-
 # What was once a surprise
 
 
