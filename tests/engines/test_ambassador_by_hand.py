@@ -239,7 +239,7 @@ static_resources:
 """
 
 
-WRITTEN = {
+WRITTEN: dict[Protocol, tuple[str, dict[str, Any], tuple[Endpoint, ...]]] = {
     Protocol.HTTP: (
         HTTP,
         {

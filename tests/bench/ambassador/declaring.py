@@ -13,7 +13,7 @@ from bench.figures import percentile
 from bench.processes import Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 NATIVE, ENVOY = "retinue, native", "retinue, Envoy"
 _PLANES = {NATIVE: ("native", "TCP", "echo"), ENVOY: ("envoy", "HTTP", "web")}
@@ -62,10 +62,11 @@ def many(name: str, _: int) -> Mapping[str, Figures]:
                 ambassador.declare(upstream(f"up{number}", protocol, behind.address))
             times.append((time.perf_counter() - began) / (count - before) * 1000)
             sizes.append(ambassador.memory())
-        return {name: _figures(times, sizes)}
+        return {name: growth(times, sizes)}
 
 
-def _figures(times: list[float], sizes: list[Figures]) -> Figures:
+def growth(times: Sequence[float], sizes: Sequence[Figures]) -> Figures:
+    """What one costs, in milliseconds and KiB, and how much of that one cost when there were fewer."""
     _, few, most = times
     start, middle, end = (sum(one.values()) for one in sizes)
     few_kib = (middle - start) / (_STEPS[1] - _STEPS[0]) * 1024
