@@ -21,8 +21,16 @@ def ensure(need: str) -> None:
     if need in _KINDS:
         lock, install = _KINDS[need]
         _once(need, HERE / lock, install)
-    elif need and shutil.which(need) is None:
-        raise Failure(f"{need} is not here: apt-get install {_PACKAGES.get(need, need)}")
+    elif need:
+        program(need)
+
+
+def program(name: str) -> str:
+    """The path of a program of the machine, also where only root looks for it. Raises Failure."""
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin")
+    if found is None:
+        raise Failure(f"{name} is not here: apt-get install {_PACKAGES.get(name, name)}")
+    return found
 
 
 def _once(name: str, lock: Path, install: Callable[[], None]) -> None:

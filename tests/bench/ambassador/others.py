@@ -27,7 +27,7 @@ from bench.ambassador.players import (
     redises,
     upstream,
 )
-from bench.install import ensure
+from bench.install import program
 from bench.processes import LOAD_CORE, Failure, pinned
 
 if TYPE_CHECKING:
@@ -127,8 +127,7 @@ def _plain_redis() -> Json:
 
 
 def _redis_benchmark(proxy: Proxy, command: str, clients: int, count: int) -> Figures:
-    ensure("redis-benchmark")
-    asked = ["redis-benchmark", "-p", str(proxy.port), "-t", command, "-c", str(clients), "-n", str(count)]
+    asked = [program("redis-benchmark"), "-p", str(proxy.port), "-t", command, "-c", str(clients), "-n", str(count)]
     cpu = proxy.cpu()
     done = subprocess.run(
         pinned(LOAD_CORE, [*asked, "-r", str(_KEYS), "-d", str(_BYTES), "--csv"]),

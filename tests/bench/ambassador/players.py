@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,8 +17,8 @@ import grpc
 import yaml
 from google.protobuf import json_format
 
+from bench import install
 from bench.brokers import free_port, fresh, retinue_environment
-from bench.install import ensure
 from bench.processes import (
     HOME,
     LOAD_CORE,
@@ -68,7 +67,7 @@ class Load:
     """The load generator, see `go/ambassador/load`."""
 
     def __init__(self) -> None:
-        ensure("go-ambassador")
+        install.ensure("go-ambassador")
         self.process = Adapter([str(_PROGRAMS / "load")], fresh("ambassador-load"))
         self.process.answer(_PATIENCE)
 
@@ -107,9 +106,8 @@ def in_turns(names: Sequence[str], measure: Callable[[str], Figures], turns: int
 @contextmanager
 def program(name: str, arguments: Sequence[str], port: int, core: str) -> Iterator[Proxy]:
     """A program of the machine that listens on a port."""
-    ensure(name)
     where = fresh(f"ambassador-{name}-{port}")
-    with started([str(shutil.which(name)), *arguments], where, core, clean_environment()) as process:
+    with started([install.program(name), *arguments], where, core, clean_environment()) as process:
         await_port(process, port, where)
         yield Proxy(port, process)
 
@@ -146,7 +144,7 @@ def _on_load_core(stack: ExitStack, name: str, *arguments: str) -> str:
 @contextmanager
 def backend() -> Iterator[Mapping[str, Proxy]]:
     """`web` and `echo`, see `go/ambassador/backend`."""
-    ensure("go-ambassador")
+    install.ensure("go-ambassador")
     process = Adapter([str(_PROGRAMS / "backend")], fresh("ambassador-backend"))
     try:
         yield {kind: Proxy(port) for kind, port in process.answer(_PATIENCE).items()}
