@@ -59,8 +59,12 @@ class Proxy:
         return f"127.0.0.1:{self.port}"
 
     def cpu(self) -> float:
-        """Of all its processes, in seconds."""
-        return sum(map(threads_cpu_seconds, tree(self.process.pid))) if self.process else 0.0
+        return cpu(self.process) if self.process else 0.0
+
+
+def cpu(process: subprocess.Popen[bytes]) -> float:
+    """Of all processes beneath it, in seconds."""
+    return sum(map(threads_cpu_seconds, tree(process.pid)))
 
 
 class Load:
@@ -78,11 +82,11 @@ class Load:
 
     def measure(self, proxy: Proxy, **command: Any) -> Figures:
         """What is shown of one run."""
-        cpu = proxy.cpu()
+        before = proxy.cpu()
         found = self.play(proxy, **command)
-        cpu = proxy.cpu() - cpu
+        used = proxy.cpu() - before
         figures = {"rate": found["calls"] / found["seconds"], "p50_us": found["p50_us"], "p99_us": found["p99_us"]}
-        return figures | ({"cpu_us": cpu / found["calls"] * 1e6} if proxy.process else {})
+        return figures | ({"cpu_us": used / found["calls"] * 1e6} if proxy.process else {})
 
     def __enter__(self) -> Self:
         return self
@@ -175,6 +179,9 @@ class Ambassador:
 
     def remove(self, upstream_id: str) -> None:
         self.stub.RemoveUpstream(api.RemoveUpstreamRequest(upstream_id=upstream_id), timeout=_PATIENCE)
+
+    def cpu(self) -> float:
+        return cpu(self.process)
 
     def memory(self) -> Figures:
         """In MiB: of the server, and of the Envoy beneath it."""
