@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from retinue_server.ambassador.core.spec import Listen
 
 _LOOK_S = 0.005
+_PATIENCE_S = 1.0
+"""For a kernel that answers at once, or is not the one that it seems to be."""
 LISTENING = "0A"
 """A state of TCP, as the kernel has it."""
 _SOCK_DIAG, _BY_FAMILY, _DUMP = 4, 20, 0x301
@@ -72,8 +74,9 @@ def _known() -> set[str]:
 
 
 def listeners() -> Iterator[str]:
-    """Those of TCP, by sock_diag(7): the table in /proc has room for every connection, and takes 10 ms to read."""
+    """Those of TCP, by sock_diag(7): the table in /proc has room for all connections, and takes milliseconds to read."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _SOCK_DIAG) as kernel:
+        kernel.settimeout(_PATIENCE_S)
         header = struct.pack("=IHHII", _HEADER + _ASKED.size, _BY_FAMILY, _DUMP, 0, 0)
         kernel.send(header + _ASKED.pack(socket.AF_INET, socket.IPPROTO_TCP, 1 << int(LISTENING, 16)))
         while True:
