@@ -74,7 +74,7 @@ def _known() -> set[str]:
 
 
 def listeners() -> Iterator[str]:
-    """Those of TCP, by sock_diag(7): the table in /proc has room for all connections, and takes milliseconds to read."""
+    """Those of TCP, by sock_diag(7): the table in /proc has room for all connections, and is slow to read."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _SOCK_DIAG) as kernel:
         kernel.settimeout(_PATIENCE_S)
         header = struct.pack("=IHHII", _HEADER + _ASKED.size, _BY_FAMILY, _DUMP, 0, 0)
