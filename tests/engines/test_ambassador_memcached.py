@@ -174,6 +174,20 @@ async def test_a_value_that_is_taken_for_a_command_is_answered_to_nobody_else(
     assert (await plane.counts())["it"].errors == 0
 
 
+@pytest.mark.parametrize(
+    "line",
+    [b"delete " + b"k" * 3000, b"mg a O" + b"x" * 3000, b"gat 0" + b" key" * 1000, b"set a 0 0 1 " + b"x" * 3000],
+)
+async def test_a_line_for_which_a_shard_ends_its_connection_is_not_sent(
+    plane: NativePlane, shards: list[str], line: bytes
+) -> None:
+    _, address = await served(plane, shards[0])
+    said = await talk(address, b"get a\r\n" + line + b"\r\n", b"until it closes", 50)
+    assert said == b"END\r\nCLIENT_ERROR line too long\r\n"
+    assert await talk(address, b"get" + b" key" * 1000 + b"\r\nmn\r\n", b"MN\r\n", 50) == b"END\r\nMN\r\n"
+    assert (await plane.counts())["it"].errors == 0
+
+
 async def test_commands_that_need_no_closer_look_are_taken_among_others(plane: NativePlane, shards: list[str]) -> None:
     _, address = await served(plane, *shards)
     value = b"get inner\r\nset inner 0 0 1\r\nx\r\n"

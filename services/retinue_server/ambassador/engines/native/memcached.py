@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _LINE, _VALUES, _META, _STATS = range(4)
 """What an answer looks like: a line; values up to END; a line and perhaps a value; lines up to END."""
 _MAX_LINE = 1 << 20
+_MAX_SENT_LINE = 2046
+"""What memcached takes of a command that is neither `get` nor `gets`, without its end."""
 _MAX_VALUE = 64 << 20
 _AGAIN_S = 0.05, 1.0
 """How soon a shard that can't be reached is dialled again: at first, and at the longest."""
@@ -248,6 +250,10 @@ class Front(asyncio.Protocol):
         """Takes one command whose line is buffer[at:end]; gives where the next begins, 0 if it is not all there."""
         buffer = self._buffer
         line = buffer[at : end - 1] if buffer[end - 1 : end] == b"\r" else buffer[at:end]
+        if len(line) > _MAX_SENT_LINE and not line.startswith((b"get ", b"gets ")):
+            self._say(_TOO_LONG)
+            self._end()  # as memcached, which would end the connection that all share
+            return end + 1
         words = line.split()
         name = words[0] if words else b""
         least = _STORES.get(name, 0)
