@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import ssl
 import time
@@ -42,6 +43,7 @@ from retinue_server.ambassador.core.spec import (
     Endpoint,
     Fault,
     HealthCheck,
+    Listen,
     LoadBalancing,
     Mirror,
     OutlierDetection,
@@ -58,6 +60,7 @@ from retinue_server.ambassador.core.spec import (
 from retinue_server.ambassador.engine import Refused
 from retinue_server.ambassador.engines.envoy.admin import Admin
 from retinue_server.ambassador.engines.envoy.plane import EnvoyPlane, make
+from retinue_server.ambassador.ports import HostPorts
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -292,7 +295,7 @@ async def test_faults_are_injected_as_declared(plane: EnvoyPlane, web: list[WebS
     await plane.put(assignment(slow, web[0], generation=2))
     began = time.monotonic()
     assert (await get(wanted.listen.port)).text == "a"
-    assert time.monotonic() - began >= 0.3
+    assert time.monotonic() - began >= 0.29  # its timers have milliseconds
 
 
 async def test_http_is_spoken_by_tls_to_who_it_says(plane: EnvoyPlane, tmp_path: Path) -> None:
@@ -700,15 +703,14 @@ async def refuses(port: int) -> bool:
 
 
 async def test_two_hundred_upstreams_at_once_are_all_served(plane: EnvoyPlane, web: list[WebServer]) -> None:
-    ports: set[int] = set()
-    while len(ports) < 200:
-        ports.add(free_port())
+    below = random.sample(range(15_000, 32_000), 1000)  # what the kernel gives to connections is taken too soon
+    ports = [port for port in below if not HostPorts().objection(Listen(port))][:200]
     usual = spec(Protocol.HTTP)
     known = [
         msgspec.structs.replace(
             usual, upstream_id=f"it{number}", listen=msgspec.structs.replace(usual.listen, port=port)
         )
-        for number, port in enumerate(sorted(ports))
+        for number, port in enumerate(ports)
     ]
     await asyncio.gather(*(plane.put(assignment(one, web[0])) for one in known))
     assert {(await get(one.listen.port)).text for one in known} == {"a"}
