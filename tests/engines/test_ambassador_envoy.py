@@ -22,7 +22,6 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from support.certificates import Authority
-from support.postgres import free_port
 from support.upstreams import (
     Browser,
     LineServer,
