@@ -1,4 +1,4 @@
-"""HTTP, Redis and raw TCP through the Envoy or the relay of ours, beside who else does that."""
+"""HTTP and Redis through our Envoy, raw TCP through our own relay, each beside who else does that."""
 
 from __future__ import annotations
 
