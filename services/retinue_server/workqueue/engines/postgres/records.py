@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
@@ -33,6 +34,9 @@ from retinue_server.workqueue.engines.postgres.literals import (
     unescaped,
 )
 from retinue_server.workqueue.engines.postgres.statements import ROW
+
+Value = str | bytes | None
+"""A parameter."""
 
 DAY_MS = 86_400_000
 SHORT_MS = 3_600_000
@@ -139,7 +143,48 @@ def left_something(wide: TaskBody) -> bool:
     return bool(wide.result or wide.result_blob or wide.failure)
 
 
-def inserted(tasks: Sequence[Task]) -> list[str]:
+_ROW_SHAPE = [name for name in TaskRow.__struct_fields__ if name not in ("seq", "task_id", "idempotency_key")]
+_BODY_SHAPE = [name for name in TaskBody.__struct_fields__ if name not in ("input", "traceparent")]
+_row_shape, _body_shape = attrgetter(*_ROW_SHAPE), attrgetter(*_BODY_SHAPE)
+
+
+def runs(tasks: Iterable[Task]) -> list[list[Task]]:
+    """Neighbours that are alike but for what each has of its own."""
+    return [list(run) for _, run in groupby(tasks, _shape)]
+
+
+def _shape(task: Task) -> tuple[Any, ...]:
+    return _row_shape(task.row), _body_shape(task.body)
+
+
+def alike(tasks: Sequence[Task], others: Sequence[Task]) -> bool:
+    """Whether two runs are one."""
+    return _shape(tasks[0]) == _shape(others[0])
+
+
+def inserted_alike(tasks: Sequence[Task]) -> list[Value]:
+    """The parameters of `insert_alike`."""
+    row, wide = tasks[0]
+    return [
+        texts([row.task_id for row, _ in tasks]),
+        blobs([wide.input for _, wide in tasks]),
+        sparse_texts([wide.traceparent for _, wide in tasks], ""),
+        sparse_texts([row.idempotency_key for row, _ in tasks], ""),
+        row.queue_id,
+        *_numbers(row.state, row.priority, row.create_ms, row.ready_ms, row.expire_ms, row.attempt_ms),
+        row.parent_task_id,
+        escaped(wide.task_type),
+        labels_text(wide.labels),
+        _encode(wide.retry).decode() if wide.retry else None,
+        wide.input_blob,
+    ]
+
+
+def _numbers(*values: int | None) -> list[str | None]:
+    return [None if value is None else str(int(value)) for value in values]
+
+
+def inserted(tasks: Sequence[Task]) -> list[Value]:
     """The parameters of `insert`."""
     rows, bodies = [task.row for task in tasks], [task.body for task in tasks]
     return [

@@ -42,6 +42,21 @@ SELECT seq, create_ms, attempt_ms, task_id, queue_id, coalesce(idempotency_key, 
        coalesce(input, '')
 FROM new
 
+-- name: insert_alike
+-- The same, of tasks that are alike but for what is in the arrays.
+WITH new AS MATERIALIZED (
+  SELECT nextval('{schema}.task_seq') AS seq, n.*
+  FROM unnest($1::text[], $2::bytea[], $3::text[], $4::text[]) AS n (task_id, input, traceparent, idempotency_key)
+), hot AS (
+  INSERT INTO {schema}.task (seq, queue_id, state, priority, ready_ms, expire_ms)
+  SELECT seq, $5::text, $6::smallint, $7::integer, $9::bigint, $10::bigint FROM new
+)
+INSERT INTO {schema}.body (seq, create_ms, attempt_ms, task_id, queue_id, idempotency_key, parent_task_id, task_type,
+                           labels, retry, traceparent, input_blob, input)
+SELECT seq, $8::bigint, $11::bigint, task_id, $5::text, coalesce(idempotency_key, ''), $12::text, $13::text,
+       $14::text, $15::text, coalesce(traceparent, ''), $16::text, coalesce(input, '')
+FROM new
+
 -- name: save
 -- Changes unfinished tasks. A lease that is only extended keeps its lapse_ms, so that the update stays HOT.
 UPDATE {schema}.task SET

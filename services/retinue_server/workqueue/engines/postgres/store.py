@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec.structs import replace
@@ -164,7 +165,8 @@ class _Layer:
         self.results: dict[int, tuple[bytes, str]] = {}
         self.failures: dict[int, str] = {}
         self.deletes: dict[int, TaskRow] = {}
-        self.inserts: list[Task] = []
+        self.inserts: list[list[Task]] = []
+        """In runs of tasks that are alike."""
         self.requests: list[_Request] = []
         self.others: list[Statement] = []
         self.queues = queues
@@ -482,12 +484,13 @@ class Store(View):
         self._queues_version = -1
 
     def insert(self, tasks: Sequence[Task]) -> None:
-        if all(records.is_fresh(task) for task in tasks):
-            for queue_id, priority in {(row.queue_id, row.priority) for row, _ in tasks}:
-                self._marks.ready(queue_id, priority, 1 << 62)
-            self._layers[-1].inserts += tasks
-        else:
+        runs = records.runs(tasks)
+        if not all(records.is_fresh(run[0]) for run in runs):
             self._insert_whole(tasks)
+            return
+        for run in runs:
+            self._marks.ready(run[0].row.queue_id, run[0].row.priority, 1 << 62)
+        self._layers[-1].inserts += runs
 
     def _insert_whole(self, tasks: Sequence[Task]) -> None:
         """Tasks that were somewhere else before: first as if they were new, then what came of them."""
@@ -547,8 +550,10 @@ class Store(View):
     def _statements(self, layer: _Layer) -> list[Statement]:
         if not layer:
             return []
-        written = (*layer.saves.values(), *(task.row for task in layer.inserts))
-        self.ready_tasks.update(row.queue_id for row in written if row.state == State.READY)
+        self.ready_tasks.update([row.queue_id for row in layer.saves.values() if row.state == State.READY])
+        for run in layer.inserts:
+            if run[0].row.state == State.READY:
+                self.ready_tasks[run[0].row.queue_id] += len(run)
         doomed = [seq for seq in layer.deletes if seq in self._unproved]
         statements = [*self._proofs(doomed), *self._saves(layer), *layer.others]
         for seq in layer.deletes:
@@ -650,16 +655,34 @@ class Store(View):
         row = layer.saves.get(seq)
         return row is not None and row.state in FINISHED
 
-    def _finished(self, rows: Sequence[TaskRow], layer: _Layer) -> list[str]:
+    def _finished(self, rows: Sequence[TaskRow], layer: _Layer) -> list[records.Value]:
         days = self._days()
         _, *results = _results([row.seq for row in rows], layer)
         return [*records.saved(rows), ints([records.drop_day(row, days) for row in rows]), *results]
 
-    def _inserts(self, tasks: list[Task]) -> list[Statement]:
-        return [(self._sql["insert"], records.inserted(tasks))] if tasks else []
+    def _inserts(self, runs: Sequence[Sequence[Task]]) -> list[Statement]:
+        """Long runs go as such, in their order; what is between them goes together."""
+        statements: list[Statement] = []
+        for is_long, some in groupby(_joined(runs), lambda run: len(run) >= _MANY):
+            if is_long:
+                statements += [(self._sql["insert_alike"], records.inserted_alike(run)) for run in some]
+            else:
+                statements.append((self._sql["insert"], records.inserted([task for run in some for task in run])))
+        return statements
 
 
-def _requested(requests: Sequence[_Request]) -> list[str]:
+def _joined(runs: Iterable[Sequence[Task]]) -> list[list[Task]]:
+    """The same with neighbours that are alike made one."""
+    joined: list[list[Task]] = []
+    for run in runs:
+        if joined and records.alike(joined[-1], run):
+            joined[-1] += run
+        else:
+            joined.append([*run])
+    return joined
+
+
+def _requested(requests: Sequence[_Request]) -> list[records.Value]:
     return [
         texts([request.request_id for request in requests]),
         blobs([request.fingerprint for request in requests]),
@@ -668,7 +691,7 @@ def _requested(requests: Sequence[_Request]) -> list[str]:
     ]
 
 
-def _results(seqs: Sequence[int], layer: _Layer) -> list[str]:
+def _results(seqs: Sequence[int], layer: _Layer) -> list[records.Value]:
     """Them, and what attempts left on them."""
     results = [layer.results.get(seq) for seq in seqs]
     return [
