@@ -50,6 +50,7 @@ _decode_retry = msgspec.json.Decoder(RetryOverrides).decode
 _decode_failure = msgspec.json.Decoder(Failure).decode
 _decode_settings = msgspec.json.Decoder(QueueSettings).decode
 _STATES = {int(state): state for state in State}
+_READY = State.READY  # looking a member up takes as long as making a row
 _OUTCOMES = {int(outcome): outcome for outcome in Outcome}
 
 
@@ -81,6 +82,27 @@ def task_row(values: Sequence[Any]) -> TaskRow:
 def task(values: Sequence[Any]) -> Task:
     """From the columns of ROW, then those of BODY."""
     return Task(task_row(values[: len(ROW)]), body(values[len(ROW) :]))
+
+
+def fresh(queue_id: str, values: Sequence[Any]) -> Task:
+    """A ready task that was never leased, from the columns of FRESH."""
+    (
+        seq, _, task_id, priority, create_ms, ready_ms, expire_ms, attempt_ms, key, parent, given, task_type, labels,
+        retry, traceparent, input_blob,
+    ) = values  # fmt: skip
+    row = TaskRow(
+        seq, task_id, queue_id, _READY, priority, create_ms, ready_ms, expire_ms, attempt_ms,
+        idempotency_key=unescaped(key) if key else "", parent_task_id=parent,
+    )  # fmt: skip
+    wide = TaskBody(
+        given,
+        unescaped(task_type) if task_type else "",
+        {} if labels == "{}" else _labels(labels),
+        _decode_retry(retry) if retry else None,
+        unescaped(traceparent) if traceparent else "",
+        input_blob,
+    )
+    return Task(row, wide)
 
 
 def body(values: Sequence[Any]) -> TaskBody:

@@ -20,6 +20,12 @@ BODY = (
 )  # fmt: skip
 """The columns of a body, in the order of the fields of TaskBody."""
 
+FRESH = (
+    "seq", "lease_epoch", "task_id", "priority", "create_ms", "ready_ms", "expire_ms", "attempt_ms", "idempotency_key",
+    "parent_task_id", "input", "task_type", "labels", "retry", "traceparent", "input_blob",
+)  # fmt: skip
+"""What can differ between ready tasks of a queue that were never leased (epoch 0)."""
+
 QUEUES_LOCK, ROOM_LOCK, REQUEST_LOCK, DAYS_LOCK = 0x5E71_0001, 0x5E71_0002, 0x5E71_0003, 0x5E71_0004
 """Advisory locks (their first number): all queues, the room of one, a lease request, the days of history."""
 
@@ -43,6 +49,7 @@ class Statements:
             "row": ", ".join(f"{'b' if name in _IN_BODY else 't'}.{name}" for name in ROW),
             "body": ", ".join(f"b.{name}" for name in BODY),
             "light": ", ".join("''::bytea" if name in _HEAVY else f"b.{name}" for name in BODY),
+            "fresh": ", ".join(f"{'t' if name in ROW and name not in _IN_BODY else 'b'}.{name}" for name in FRESH),
             "old_row": ", ".join(f"h.{name}" for name in ROW),
             "old_body": ", ".join(f"h.{name}" for name in BODY),
             "old_light": ", ".join("''::bytea" if name in _HEAVY else f"h.{name}" for name in BODY),

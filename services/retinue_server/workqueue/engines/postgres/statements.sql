@@ -1,5 +1,5 @@
 -- The engine's statements, by name. {schema} is the schema; {row}, {body} and {light} are the columns of a task's row
--- and body (light: without input and result) over `t` (task) and `b` (body), {old_row}, {old_body} and {old_light} the
+-- and body (light: without input and result) over `t` (task) and `b` (body), {fresh} those of a task that was never leased, {old_row}, {old_body} and {old_light} the
 -- same over `h` (history), and {kept} is what of history is still to be seen: a day that is past may not be dropped yet. Arrays come as one literal each; an empty one stands for "the default for all".
 
 -- name: clock
@@ -199,19 +199,24 @@ DELETE FROM {schema}.history WHERE seq = ANY ($1::bigint[])
 SELECT seq FROM {schema}.history WHERE seq = ANY ($1::bigint[])
 
 -- name: ready
+-- What is narrow enough to be sent quickly; what a lease has left (its epoch is not 0) is read by `whole`.
 WITH t AS MATERIALIZED (
-  SELECT * FROM {schema}.task WHERE queue_id = $1::text AND state = 2
+  SELECT seq, priority, ready_ms, expire_ms, lease_epoch FROM {schema}.task WHERE queue_id = $1::text AND state = 2
   ORDER BY priority DESC, seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
-SELECT {row}, {body} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.priority DESC, t.seq
+SELECT {fresh} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.priority DESC, t.seq
 
 -- name: ready_behind
 -- The same, within a priority and behind a task (marks.py).
 WITH t AS MATERIALIZED (
-  SELECT * FROM {schema}.task WHERE queue_id = $1::text AND state = 2 AND priority = $3::integer AND seq > $4::bigint
+  SELECT seq, priority, ready_ms, expire_ms, lease_epoch FROM {schema}.task
+  WHERE queue_id = $1::text AND state = 2 AND priority = $3::integer AND seq > $4::bigint
   ORDER BY seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
-SELECT {row}, {body} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.seq
+SELECT {fresh} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.seq
+
+-- name: whole
+SELECT {row}, {body} FROM {schema}.task t JOIN {schema}.body b USING (seq) WHERE t.seq = ANY ($1::bigint[])
 
 -- name: due
 WITH t AS MATERIALIZED (

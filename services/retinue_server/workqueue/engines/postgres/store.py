@@ -381,13 +381,22 @@ class Store(View):
         place = self._marks.place(queue_id)
         if place is not None:
             behind = str(place.priority), str(place.seq)
-            tasks = self._tasks(self._select(self._sql["ready_behind"], queue_id, str(limit), *behind))
+            tasks = self._ready_tasks("ready_behind", queue_id, str(limit), *behind)
             if len(tasks) == limit:
                 self._marks.leased_upto(queue_id, _place(tasks, limit), None)
                 return tasks
         began = time.monotonic()
-        tasks = self._tasks(self._select(self._sql["ready"], queue_id, str(limit)))
+        tasks = self._ready_tasks("ready", queue_id, str(limit))
         self._marks.leased_upto(queue_id, _place(tasks, limit), time.monotonic() - began)
+        return tasks
+
+    def _ready_tasks(self, name: str, queue_id: str, *values: str) -> list[Task]:
+        found = self._select(self._sql[name], queue_id, *values)
+        tasks = [records.fresh(queue_id, row) for row in found]
+        if again := [seq for seq, epoch, *_ in found if epoch]:
+            whole = {task.row.seq: task for task in map(records.task, self._peek(self._sql["whole"], ints(again)))}
+            tasks = [whole.get(task.row.seq, task) for task in tasks]
+        self._know(tasks)
         return tasks
 
     def due(self, wall_ms: int, limit: int) -> list[TaskRow]:
@@ -446,9 +455,14 @@ class Store(View):
 
     def _tasks(self, found: Iterable[Sequence[Any]]) -> list[Task]:
         tasks = [records.task(row) for row in found]
-        self._hot.update(task.row.seq for task in tasks)
-        self._before.update((task.row.seq, task.row) for task in tasks)
+        self._know(tasks)
         return tasks
+
+    def _know(self, tasks: Sequence[Task]) -> None:
+        """As the tables have them."""
+        rows = {row.seq: row for row, _ in tasks}
+        self._hot.update(rows)
+        self._before.update(rows)
 
     def _select(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         pending = self._take()
