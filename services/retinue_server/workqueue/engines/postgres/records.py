@@ -50,7 +50,7 @@ _decode_retry = msgspec.json.Decoder(RetryOverrides).decode
 _decode_failure = msgspec.json.Decoder(Failure).decode
 _decode_settings = msgspec.json.Decoder(QueueSettings).decode
 _STATES = {int(state): state for state in State}
-_READY = State.READY  # looking a member up takes as long as making a row
+_READY, _IN_USE = State.READY, State.LEASED  # looking a member up takes as long as making a row
 _OUTCOMES = {int(outcome): outcome for outcome in Outcome}
 
 
@@ -282,9 +282,9 @@ _cleared = attrgetter(*_CLEARED)
 
 def usual_change(before: TaskRow, after: TaskRow) -> Change | None:
     """The change, if it is that of a lease granted or ended as nearly all are."""
-    if before.state == State.READY and after.state == State.LEASED:
+    if before.state == _READY and after.state == _IN_USE:
         return _leased_to(after) if _beside_leased(before) == _beside_leased(after) else None
-    if before.state != State.LEASED or after.state not in FINISHED or _cleared(after) != _clear:
+    if before.state != _IN_USE or after.state not in FINISHED or _cleared(after) != _clear:
         return None
     return (*_ended_to(after), after.queue_id) if _beside_ended(before) == _beside_ended(after) else None
 

@@ -106,23 +106,20 @@ WITH hot AS (
   RETURNING task.seq, task.ready_ms, task.expire_ms, task.lease_epoch, task.lease_nonce, task.start_ms, task.priority,
             task.attempt, task.lease_expirations, task.lease_ms, n.result AS new_result,
             n.result_blob AS new_result_blob, n.failure AS new_failure
-), whole AS (
-  DELETE FROM {schema}.body USING hot WHERE body.seq = hot.seq
-  RETURNING hot.*, body.create_ms, body.attempt_ms, body.task_id, body.queue_id, body.idempotency_key,
-            body.parent_task_id, body.task_type, body.labels, body.retry, body.traceparent, body.input_blob,
-            coalesce(new_result_blob, body.result_blob) AS result_blob, coalesce(new_failure, body.failure) AS failure,
-            body.input, coalesce(new_result, body.result) AS result
+), gone AS (
+  DELETE FROM {schema}.body WHERE seq = ANY ($1::bigint[])
 ), moved AS (
   INSERT INTO {schema}.history (
     drop_day, seq, ready_ms, expire_ms, lease_epoch, lease_nonce, start_ms, end_ms, delete_ms, create_ms, attempt_ms,
     priority, attempt, lease_expirations, lease_ms, state, outcome, cancel_requested, worker_id, lease_request_id,
     task_id, queue_id, idempotency_key, parent_task_id, task_type, labels, retry, traceparent, input_blob,
     result_blob, failure, input, result)
-  SELECT $7::integer, seq, ready_ms, expire_ms, lease_epoch, lease_nonce, start_ms, $10::bigint, $11::bigint,
+  SELECT $7::integer, hot.seq, ready_ms, expire_ms, lease_epoch, lease_nonce, start_ms, $10::bigint, $11::bigint,
     create_ms, attempt_ms, priority, attempt, lease_expirations, lease_ms, $8::smallint, $9::smallint, false, '', '',
     task_id, queue_id, idempotency_key, parent_task_id, task_type, labels, retry, traceparent, input_blob,
-    result_blob, failure, input, result
-  FROM whole
+    coalesce(new_result_blob, body.result_blob), coalesce(new_failure, body.failure), input,
+    coalesce(new_result, body.result)
+  FROM hot JOIN {schema}.body ON body.seq = hot.seq
   RETURNING 1
 )
 SELECT {schema}.expect(count(*), $6::bigint) FROM moved

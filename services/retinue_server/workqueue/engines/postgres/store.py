@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from retinue_server.workqueue.engines.postgres.statements import Statements
 
 
+_READY, _LEASED = State.READY, State.LEASED  # looking a member up takes as long as making a row
 _MANY = 8
 """From how many rows on a change has a statement of its own."""
 
@@ -325,17 +326,22 @@ class Store(View):
     def by_seq(self, seqs: Sequence[int]) -> dict[int, TaskRow]:
         if not self._careful:
             self._recall([seq for seq in seqs if seq not in self._hot])
-        known = {seq: row for seq in seqs if (row := self._written(seq) or self._before.get(seq))}
-        found = known | self._fetch([seq for seq in seqs if seq not in known])
-        return {seq: found[seq] for seq in seqs if seq in found and not self._is_deleted(seq)}
+        found = {seq: self._before[seq] for seq in seqs if seq in self._before}
+        for layer in self._layers:
+            if layer.saves:
+                found.update({seq: layer.saves[seq] for seq in seqs if seq in layer.saves})
+        if missing := [seq for seq in seqs if seq not in found]:
+            found.update(self._fetch(missing))
+        gone = [seq for layer in self._layers if layer.deletes for seq in seqs if seq in layer.deletes]
+        return {seq: row for seq, row in found.items() if seq not in gone} if gone else found
 
     def _recall(self, seqs: Sequence[int]) -> None:
         """What is known of them by heart."""
         found = self._leases.take([seq for seq in seqs if seq not in self._taken])
         self._taken.update(found)
         self._hot.update(found)
-        self._before.update((seq, known.row) for seq, known in found.items())
-        self._unproved.update((seq, known.version) for seq, known in found.items())
+        self._before.update({seq: row for seq, (row, _) in found.items()})
+        self._unproved.update({seq: version for seq, (_, version) in found.items()})
 
     def _fetch(self, seqs: Sequence[int]) -> dict[int, TaskRow]:
         """Rows that were not written yet, which so are as the tables have them."""
@@ -349,12 +355,6 @@ class Store(View):
             old = self._peek(self._sql["old_by_seq"] + self._lock_old, ints(missing))
             found.update((row.seq, row) for row in map(records.task_row, old))
         return found
-
-    def _written(self, seq: int) -> TaskRow | None:
-        return next((layer.saves[seq] for layer in reversed(self._layers) if seq in layer.saves), None)
-
-    def _is_deleted(self, seq: int) -> bool:
-        return any(seq in layer.deletes for layer in self._layers)
 
     def by_key(self, queue_id: str, keys: Sequence[str]) -> dict[str, TaskRow]:
         wanted = texts(keys)
@@ -520,9 +520,9 @@ class Store(View):
 
     def save(self, rows: Sequence[TaskRow]) -> None:
         for row in rows:
-            if row.state == State.READY:
+            if row.state == _READY:
                 self._marks.ready(row.queue_id, row.priority, row.seq)
-        self._layers[-1].saves.update((row.seq, row) for row in rows)
+        self._layers[-1].saves.update({row.seq: row for row in rows})
 
     def save_result(self, seq: int, result: bytes, result_blob: str) -> None:
         self._layers[-1].results[seq] = (result, result_blob)
@@ -564,7 +564,7 @@ class Store(View):
     def _statements(self, layer: _Layer) -> list[Statement]:
         if not layer:
             return []
-        self.ready_tasks.update([row.queue_id for row in layer.saves.values() if row.state == State.READY])
+        self.ready_tasks.update([row.queue_id for row in layer.saves.values() if row.state == _READY])
         for run in layer.inserts:
             if run[0].row.state == State.READY:
                 self.ready_tasks[run[0].row.queue_id] += len(run)
@@ -597,22 +597,24 @@ class Store(View):
             statements.append((self._sql["save"], records.saved(going_on)))
         if ended := [row for row in others if row.state in FINISHED]:
             statements.append((self._sql["finish"], self._finished(ended, layer)))
-        self._note(layer.saves)
+        for rows in (*alike.values(), others):
+            self._note(rows)
         left = {seq for seq in (*layer.results, *layer.failures) if not self._ends_in(layer, seq)}
         if left:
             statements.append((self._sql["save_bodies"], _results(sorted(left), layer)))
         return statements
 
-    def _note(self, saves: Mapping[int, TaskRow]) -> None:
+    def _note(self, rows: Sequence[TaskRow]) -> None:
         """What the tables are about to have."""
-        for seq, row in saves.items():
-            if row.state in FINISHED:
-                self._hot.discard(seq)
-            if row.state == State.LEASED:
-                self._granted[seq] = row
-            else:
-                self._granted.pop(seq, None)
+        leased = {row.seq: row for row in rows if row.state == _LEASED}
+        seqs = [row.seq for row in rows if row.seq not in leased]
+        self._hot.difference_update([row.seq for row in rows if row.state in FINISHED])
+        for seq in (*seqs, *leased):
             self._before.pop(seq, None)
+        if self._granted:
+            for seq in seqs:
+                self._granted.pop(seq, None)
+        self._granted.update(leased)
 
     def _alike(self, rows: Iterable[TaskRow]) -> tuple[dict[records.Change, list[TaskRow]], list[TaskRow]]:
         """Rows that change as most do, by what they change to; the others."""
