@@ -754,11 +754,9 @@ SELECT set_config('synchronous_commit',
        set_config('enable_hashjoin', 'off', true),
        set_config('enable_mergejoin', 'off', true),
        set_config('jit', 'off', true),
-       set_config('plan_cache_mode', 'force_generic_plan', true),
        {lock}($1::integer, hashtext($2::text))
 """
 """What holds for a transaction, so that it holds behind PgBouncer, too; then the lock of all queues.
 
 All statements go by indexes; a plan that was made while a table was small must not read all of it when it no longer is.
-So no plan depends on values either, and each is made once.
 """
