@@ -349,6 +349,27 @@ async def test_what_is_past_is_hidden_and_its_day_dropped(postgres: Postgres, sc
         assert len(await enqueue(queue, 1)) == 1
 
 
+async def test_days_of_history_are_analyzed_as_sparingly_as_history_itself(postgres: Postgres, schema: str) -> None:
+    gathered = f"""
+        SELECT count(DISTINCT attrelid) > 3, array_agg(DISTINCT attstattarget::integer)
+        FROM pg_attribute, pg_inherits WHERE inhparent = '{schema}.history'::regclass
+        AND attrelid IN (inhparent, inhrelid) AND attnum > 0 AND attname {{}} (
+          'seq', 'task_id', 'queue_id', 'drop_day', 'idempotency_key', 'parent_task_id', 'task_type', 'state', 'create_ms',
+          'delete_ms', 'input_blob', 'result_blob')
+    """
+    async with coordinators(postgres.url, schema, 1) as (queue,):
+        await queue.create_queue("q", SettingsPatch(retention_ms=DAY_MS, dead_retention_ms=DAY_MS))
+        assert isinstance(queue.engine, PostgresEngine)
+        await asyncio.to_thread(queue.engine.keep_days)
+    for _ in ("as made", "as migrated"):
+        assert postgres.run(gathered.format("IN")) == [(True, [10])], "history, what is deleted row by row, two days"
+        assert postgres.run(gathered.format("NOT IN")) == [(True, [0])]
+        postgres.run(f"ALTER TABLE {schema}.history ALTER seq SET STATISTICS -1, ALTER input SET STATISTICS -1")
+        postgres.run(f"DELETE FROM {schema}.schema_version WHERE version >= 3")
+        async with coordinators(postgres.url, schema, 1):
+            pass
+
+
 # Texts
 
 

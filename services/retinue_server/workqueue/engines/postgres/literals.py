@@ -1,7 +1,8 @@
 """Python values as PostgreSQL reads them: arrays as one literal, and texts that may hold a NUL.
 
-psycopg would adapt lists element by element; one join is several times cheaper, and every parameter being untyped text
-or bytes, a statement is prepared once. Arrays of bytes go as they are on the wire: half of the time here, a third there. PostgreSQL's text can't hold NUL, protobuf's strings can: it is escaped by ESC.
+psycopg would adapt lists element by element; one join is several times cheaper, and with every parameter being text or
+bytes, a statement is prepared once. Arrays of bytes go as they are on the wire: that is cheaper at both ends.
+PostgreSQL's text can't hold NUL, protobuf's strings can: it is escaped by ESC.
 """
 
 from __future__ import annotations

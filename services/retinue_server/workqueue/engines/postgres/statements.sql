@@ -351,6 +351,11 @@ WITH past AS (
 )
 SELECT count(*) FROM gone
 
+-- name: statistics
+-- How much is gathered of history's columns, for a partition to be: LIKE leaves that out.
+SELECT string_agg(format('ALTER %I SET STATISTICS %s', attname, attstattarget), ', ')
+FROM pg_attribute WHERE attrelid = '{schema}.history'::regclass AND attnum > 0 AND NOT attisdropped AND attstattarget >= 0
+
 -- name: begin_upload
 INSERT INTO {schema}.upload VALUES ($1::text, {now_ms})
 
