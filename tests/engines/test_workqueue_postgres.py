@@ -52,6 +52,7 @@ from retinue_server.workqueue.engines.postgres import PostgresEngine
 from retinue_server.workqueue.engines.postgres.literals import blobs, escaped, texts, unescaped
 from retinue_server.workqueue.engines.postgres.migrate import VERSION
 from retinue_server.workqueue.engines.postgres.session import Session
+from retinue_server.workqueue.engines.postgres.statements import Statements
 
 DAY_MS = 86_400_000
 TERMINATE = """
@@ -354,8 +355,8 @@ async def test_days_of_history_are_analyzed_as_sparingly_as_history_itself(postg
         SELECT count(DISTINCT attrelid) > 3, array_agg(DISTINCT attstattarget::integer)
         FROM pg_attribute, pg_inherits WHERE inhparent = '{schema}.history'::regclass
         AND attrelid IN (inhparent, inhrelid) AND attnum > 0 AND attname {{}} (
-          'seq', 'task_id', 'queue_id', 'drop_day', 'idempotency_key', 'parent_task_id', 'task_type', 'state', 'create_ms',
-          'delete_ms', 'input_blob', 'result_blob')
+          'seq', 'task_id', 'queue_id', 'drop_day', 'idempotency_key', 'parent_task_id', 'task_type', 'state',
+          'create_ms', 'delete_ms', 'input_blob', 'result_blob')
     """
     async with coordinators(postgres.url, schema, 1) as (queue,):
         await queue.create_queue("q", SettingsPatch(retention_ms=DAY_MS, dead_retention_ms=DAY_MS))
@@ -639,6 +640,42 @@ async def test_what_was_leased_before_comes_whole_and_in_its_place(postgres: Pos
     assert [task.row.lease_epoch for task in found] == [2] * 6 + [1] * 3
     assert [task.row.attempt for task in found] == [2, 1] * 3 + [1] * 3
     assert [task.body.failure is None for task in found] == [False, True] * 3 + [True] * 3
+
+
+SOME = "{1,2,3}"
+FOUND_BY_INDEX: dict[str, list[str | None]] = {
+    "ready": ["q", "100"],
+    "ready_behind": ["q", "100", "0", "0"],
+    "by_seq": [SOME],
+    "whole": [SOME],
+    "due": ["1", "100", "0"],
+    "lapsed": ["1", "100", "0"],
+    "expired": ["1", "100", "0"],
+    "prove": [SOME, SOME, "3"],
+    "end": [SOME, "{}", "{}", "{}", SOME, "3", "-1", "5", "1", "1", "2", "q"],
+}
+
+
+async def test_tables_that_were_empty_when_they_were_analyzed_are_looked_up_in(postgres: Postgres, schema: str) -> None:
+    """The planner takes a table for empty until it is analyzed again: reading all of it seems as good as looking up."""
+    async with coordinators(postgres.url, schema, 1) as (queue,):
+        await queue.create_queue("q", SettingsPatch())
+        await enqueue(queue, 1_000)
+        await queue.purge("q", include_finished=True)
+    for table in ("task", "body"):
+        postgres.run(f"VACUUM (ANALYZE, TRUNCATE off) {schema}.{table}")
+    assert postgres.run(f"SELECT reltuples, relpages > 0 FROM pg_class WHERE oid = '{schema}.body'::regclass") == [
+        (0, True)
+    ]
+    with psycopg.connect(postgres.url, cursor_factory=psycopg.RawCursor) as connection:
+        for kind in ("seqscan", "hashjoin", "mergejoin"):
+            connection.execute(f"SET enable_{kind} = off")
+        for name, values in FOUND_BY_INDEX.items():
+            plan = connection.execute(f"EXPLAIN {Statements(schema)[name]}", values).fetchall()
+            text = "\n".join(line for (line,) in plan)
+            assert "Join Filter" not in text, f"{name}: {text}"
+            for index, condition in re.findall(r"using (body_\w+).*\n *Index Cond: (.*)", text):
+                assert index == "body_pkey" or "queue_id" in condition, f"{name}: {text}"
 
 
 async def test_an_extension_changes_nothing_that_an_index_has(postgres: Postgres, schema: str) -> None:

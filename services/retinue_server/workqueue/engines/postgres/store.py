@@ -633,7 +633,7 @@ class Store(View):
         return alike, others
 
     def _same_change(self, change: records.Change, rows: Sequence[TaskRow], layer: _Layer) -> Statement:
-        seqs = [row.seq for row in rows]
+        seqs = sorted([row.seq for row in rows])
         if change[0] == State.LEASED:
             return self._sql["lease"], (ints(seqs), *records.change_texts(change))
         versions = [self._unproved.pop(seq, None) for seq in seqs]
@@ -644,13 +644,14 @@ class Store(View):
             sparse(versions, None),
             str(len(seqs)),
             str(day),
-            *records.change_texts(change[:-1]),
+            *records.change_texts(change),
         )
 
     def _proofs(self, seqs: Sequence[int]) -> list[Statement]:
         """That these are still as they were known by heart."""
         if not seqs:
             return []
+        seqs = sorted(seqs)
         versions = [self._unproved.pop(seq) for seq in seqs]
         return [(self._sql["prove"], (ints(seqs), ints(versions), str(len(seqs))))]
 
