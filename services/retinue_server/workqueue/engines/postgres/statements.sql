@@ -98,8 +98,8 @@ SELECT {schema}.expect(count(*), $3::bigint) FROM (
 WHERE version = ($2::xid[])[place]
 
 -- name: end
--- Moves leased tasks of a queue that all end alike into history, with what the attempts gave; raises unless each (they come in
--- order) is still as that transaction wrote it. Nothing is joined that the planner could turn round.
+-- Moves leased tasks of a queue that all end alike into history, with what the attempts gave; raises unless each (they
+-- come in order) is still as that transaction wrote it. Nothing is joined that the planner could turn round.
 WITH hot AS (
   DELETE FROM {schema}.task WHERE seq = ANY ($1::bigint[])
   RETURNING seq, queue_id, ready_ms, expire_ms, lease_epoch, lease_nonce, start_ms, priority, attempt,
