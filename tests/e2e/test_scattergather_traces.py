@@ -13,7 +13,7 @@ from leaves import leaves, pool
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 NO_HEDGES = {"enabled": False}
-HEDGES = {"min_samples": 0, "min_delay_seconds": 0.02}
+HEDGES = {"min_samples": 0, "min_delay_seconds": 0.02, "max_hedges": 1}
 SHOWN_IMPORTS = {"PYTHONPROFILEIMPORTTIME": "1"}
 """Python writes into the server's log what it imports."""
 SLOW = [f"s{number}" for number in range(2, 7)]
