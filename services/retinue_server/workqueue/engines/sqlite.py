@@ -62,6 +62,8 @@ _log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 _CHECKPOINT_PAGES = 1_000
 """How long the log may be before it is moved into the file."""
+_CAUTIOUS_PAGES = 64
+"""The same while nothing new is let in: what lies beyond the end of the file needs room, which others may take."""
 _LOG_FILE_BYTES = 16 * 1024**2
 """To what the log's file is cut when it was longer (a slow reader had kept it from being moved)."""
 _BUSY_MS = 5_000
@@ -129,7 +131,7 @@ class SqliteEngine:
         self._log_pages = self._checked_pages = 0
         """How long the log is, and up to where a checkpoint has looked at it."""
         self._log_is_gone = False
-        """Whether nothing was written since the log's file was emptied."""
+        """Whether nothing was written since the log's file was emptied, not even by a group that failed."""
         self._steps = Steps()
         self._writer: threading.Thread | None = None
         self._reader: ThreadPoolExecutor | None = None
@@ -207,11 +209,14 @@ class SqliteEngine:
 
     def _write_steps(self, loop: asyncio.AbstractEventLoop) -> None:
         while group := self._steps.next_group():
+            admitting = self._disk.report.admitting
             try:
                 self._recover()
                 self._run(group)
             except Exception as error:  # noqa: BLE001 - a writer that ends would let every caller wait for ever
                 self._undo(group, error)
+            if admitting and not self._disk.report.admitting:
+                self._look_after_disk()  # before anybody hears of it, while there is room for what the log holds
             loop.call_soon_threadsafe(answer, group)
             self._look_after_disk()
 
@@ -249,6 +254,7 @@ class SqliteEngine:
         """Removes what a failed group left, in the database and by heart; raises while that can't be done."""
         if not self._failed:
             return
+        self._log_is_gone = False  # what did not fit ends in the middle of the log, and keeps the disk full
         if self._store.db.in_transaction:
             self._store.db.execute("ROLLBACK")
         self._store.reload()
@@ -276,7 +282,9 @@ class SqliteEngine:
             self._disk.look()
             if self._disk.tight and not self._log_is_gone:
                 self._give_log_back()
-            elif self._log_pages - self._checked_pages >= _CHECKPOINT_PAGES:
+            elif self._log_pages - self._checked_pages >= (
+                _CHECKPOINT_PAGES if self._disk.report.admitting else _CAUTIOUS_PAGES
+            ):
                 self._checkpoint()
         except Exception as error:  # noqa: BLE001 - as above; the next group is told, if it concerns it
             if _is_failed_sync(error):
