@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from retinue_server.runtime.lifecycle import Process
 
 PATTERNS = {
+    "adapter": "retinue_server.adapter.wiring",
     "ambassador": "retinue_server.ambassador.wiring",
     "leaderelection": "retinue_server.leaderelection.wiring",
     "scattergather": "retinue_server.scattergather.wiring",

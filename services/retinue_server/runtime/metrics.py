@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
@@ -118,24 +118,40 @@ def of_limits(limits: Limits) -> Collect:
     return collect
 
 
+class MetricPages(Protocol):
+    """A pattern whose product is metrics: it shows those of others, with the process's own among them."""
+
+    def page(self, own: Iterable[Any], name: str, *, open_metrics: bool) -> tuple[str, bytes] | None:
+        """Content type and text of `/metrics/NAME`, or of `/metrics`, where `own` belong; None = there is no such thing."""
+
+
 class Exposition:
     """The families as text for Prometheus; its library loads on the first reading."""
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: Metrics, pages: MetricPages | None = None) -> None:
+        self._metrics, self._pages = metrics, pages
         self._registry: Any = None
 
-    def text(self) -> bytes:
-        """What `/metrics` answers."""
+    def page(self, name: str, accept: str) -> tuple[str, bytes] | None:
+        """What `/metrics`, or `/metrics/NAME`, answers: content type and text."""
         import prometheus_client  # noqa: PLC0415 - most servers are never asked
 
         if self._registry is None:
             self._registry = prometheus_client.CollectorRegistry()
             self._registry.register(self)
             prometheus_client.ProcessCollector(registry=self._registry)
-        return prometheus_client.generate_latest(self._registry)
+        if self._pages is not None:
+            wanted = "application/openmetrics-text" in accept
+            return self._pages.page(self._registry.collect(), name, open_metrics=wanted)
+        return None if name else (self.content_type, prometheus_client.generate_latest(self._registry))
+
+    def text(self) -> bytes:
+        """Of `/metrics`."""
+        found = self.page("", "")
+        assert found is not None
+        return found[1]
 
     def describe(self) -> list[Any]:
         """Tells the library that names are known only when they are read."""

@@ -1,0 +1,267 @@
+"""What becomes of what a target brings: normalised, checked against what is there, within its limits, as lines.
+
+A `Collector` is one target's, from its first collection to its end; the `Registry` all of them share keeps two targets
+from saying different things by one name. What is refused is counted by reason:
+
+    bad_name            nothing of the name can be one            negative_counter   a counter below zero
+    bad_label           nothing of a label's name can be one      not_a_number       where a number must be
+    label_collision     two labels have the same name then        bad_histogram      bounds or counts fall, or are none
+    label_limit         more labels than its limit                series_limit       a new series beyond its limit
+    duplicate_series    twice in one collection                   type_conflict      the name is of another type elsewhere
+    name_conflict       its lines would bear another family's name
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from retinue_server.adapter.core import exposition, naming
+from retinue_server.adapter.core.packs import Reject
+from retinue_server.adapter.core.points import CUMULATIVE, Family, Histogram, Labels, Series, Summary, Type, Value
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from retinue_server.adapter.core.points import Raw, RawFamily
+
+RESERVED = ("instance", "kind", "service", "target")
+"""Labels that are ours; a source's own are called `exported_…`."""
+_MAX_LABEL = 1024
+"""Characters of a label's value; the rest is cut off."""
+
+
+class Limits(msgspec.Struct, frozen=True, array_like=True):
+    """Of one target."""
+
+    max_bytes: int = 10 << 20
+    max_series: int = 10_000
+    max_labels: int = 30
+
+
+class Registry:
+    """Which names are in use, of what type, by which targets; and which family each exposed name belongs to."""
+
+    def __init__(self) -> None:
+        self._types: dict[str, tuple[Type, str]] = {}
+        self._users: dict[str, set[str]] = {}
+        self._exposed: dict[str, str] = {}
+
+    def claim(self, name: str, kind: Type, unit: str, target: str) -> str:
+        """Why the target can't use the name so; empty if it can, and then it does."""
+        known = self._types.get(name)
+        if known is not None:
+            if known != (kind, unit) and self._users[name] != {target}:
+                return "type_conflict"
+            if known == (kind, unit):
+                self._users[name].add(target)
+                return ""
+            self._free(name)
+        names = exposition.taken_names(name, kind)
+        if any(self._exposed.get(one, name) != name for one in names):
+            return "name_conflict"
+        self._types[name], self._users[name] = (kind, unit), {target}
+        self._exposed.update(dict.fromkeys(names, name))
+        return ""
+
+    def release(self, names: Iterable[str], target: str) -> None:
+        """The target uses these no more."""
+        for name in names:
+            users = self._users.get(name, set())
+            users.discard(target)
+            if not users and name in self._types:
+                self._free(name)
+
+    def _free(self, name: str) -> None:
+        kind, _ = self._types.pop(name)
+        del self._users[name]
+        for one in exposition.taken_names(name, kind):
+            if self._exposed.get(one) == name:
+                del self._exposed[one]
+
+
+class _Known(msgspec.Struct):
+    """A series between two collections."""
+
+    labels: Labels
+    prefix: str
+    value: Value
+    start_ms: int
+    seen: int
+
+
+class Collector:
+    """See the module. `own` are the values of RESERVED for this target."""
+
+    def __init__(self, target: str, own: dict[str, str], limits: Limits, registry: Registry) -> None:
+        self.target, self._own, self.limits, self._registry = target, own, limits, registry
+        self._known: dict[tuple[str, tuple[tuple[str, str], ...]], _Known] = {}
+        """By name and labels as they came: what has to be worked out once."""
+        self._same: dict[tuple[str, Labels], _Known] = {}
+        """By name and labels as they are shown: an empty value is none, an odd name becomes another, a long value is cut."""
+        self._names: set[str] = set()
+        self._turn = 0
+        self.reject = Reject()
+        self.limited = False
+
+    def take(self, families: Iterable[RawFamily], now_ms: int) -> list[Family]:
+        """What is left of a collection, by name; series that are missing in it are forgotten."""
+        self._turn += 1
+        self.limited = False
+        taken: dict[str, Family] = {}
+        for raw in families:
+            self._family(raw, now_ms, taken)
+        if len(self._known) > sum(len(family.series) for family in taken.values()):
+            self._known = {key: one for key, one in self._known.items() if one.seen == self._turn}
+            self._same = {(key[0], one.labels): one for key, one in self._known.items()}
+        self._registry.release(self._names - taken.keys(), self.target)
+        self._names = set(taken)
+        return [taken[name] for name in sorted(taken)]
+
+    def close(self) -> None:
+        """Its names are free for others."""
+        self._registry.release(self._names, self.target)
+        self._names = set()
+
+    def _family(self, raw: RawFamily, now_ms: int, taken: dict[str, Family]) -> None:
+        base, unit, factor = naming.based(naming.metric_name(raw.name), raw.unit)
+        kind = raw.type
+        if not base:
+            self.reject("bad_name", repr(raw.name)[:200], len(raw.points))
+            return
+        why = self._registry.claim(base, kind, unit, self.target)
+        family = taken.get(base)
+        if family is not None and (family.type, family.unit) != (kind, unit):
+            why = "type_conflict"
+        if why:
+            self.reject(why, base, len(raw.points))
+            return
+        if family is None:
+            family = Family(base, kind, unit, raw.help, [])
+        text = [family.text.decode()] if family.text else []
+        self._points(raw, family, factor, now_ms, text)
+        if family.series:
+            family.text = "".join(text).encode()
+            taken[base] = family
+        elif base not in self._names:
+            self._registry.release((base,), self.target)
+
+    def _points(self, raw: RawFamily, family: Family, factor: float, now_ms: int, text: list[str]) -> None:
+        kind, turn, known_by, number = family.type, self._turn, self._known, exposition.number
+        plain = kind not in (Type.HISTOGRAM, Type.SUMMARY)
+        for point in raw.points:
+            key = (family.name, tuple(point.labels.items()))
+            known = known_by.get(key) or self._new(key, point, family, now_ms)
+            if known is None:
+                continue
+            if known.seen == turn:
+                self.reject("duplicate_series", known.prefix or family.name)
+                continue
+            value = point.value if factor == 1.0 else _scaled(point.value, factor)
+            why = _fault(kind, value)
+            if why:
+                self.reject(why, f"{family.name} {value}"[:200])
+                continue
+            known.seen = turn
+            if kind in CUMULATIVE and _fell(known.value, value):
+                known.start_ms = now_ms
+            known.value = value
+            family.series.append(Series(known.labels, value, known.start_ms if kind in CUMULATIVE else 0))
+            if plain:
+                text.append(f"{known.prefix}{number(value)}\n")  # type: ignore[arg-type]
+            else:
+                text.append(exposition.lines(family.name, kind, known.labels, value))
+
+    def _new(
+        self, key: tuple[str, tuple[tuple[str, str], ...]], point: Raw, family: Family, now_ms: int
+    ) -> _Known | None:
+        labels = self._labels(point.labels, family.type)
+        if labels is None:
+            return None
+        if len(self._known) >= self.limits.max_series:
+            self.limited = True
+            self.reject("series_limit", family.name)
+            return None
+        plain = family.type not in (Type.HISTOGRAM, Type.SUMMARY)
+        prefix = exposition.prefix(exposition.sample_name(family.name, family.type), labels) if plain else ""
+        known = _Known(labels, prefix, point.value, now_ms, 0)
+        known = self._same.setdefault((family.name, labels), known)
+        self._known[key] = known
+        return known
+
+    def _labels(self, said: dict[str, str], kind: Type) -> Labels | None:
+        """With ours, by name; None if they were refused."""
+        if len(said) > self.limits.max_labels:
+            self.limited = True
+            self.reject("label_limit", ", ".join(itertools.islice(said, 5)))
+            return None
+        found = dict(self._own)
+        for name, text in said.items():
+            clean = naming.label_name(name)
+            if (
+                clean in RESERVED
+                or (clean == "le" and kind is Type.HISTOGRAM)
+                or (clean == "quantile" and kind is Type.SUMMARY)
+            ):
+                clean = f"exported_{clean}"
+            if not clean:
+                self.reject("bad_label", repr(name)[:200])
+                return None
+            if clean in found:
+                self.reject("label_collision", clean)
+                return None
+            if text:
+                found[clean] = _printable(text)
+        return tuple(sorted(found.items()))
+
+
+def _printable(text: str) -> str:
+    text = text[:_MAX_LABEL]
+    return text if text.isascii() else text.encode(errors="replace").decode()
+
+
+def _scaled(value: Value, factor: float) -> Value:
+    if isinstance(value, Histogram):
+        return Histogram(
+            tuple((bound * factor, count) for bound, count in value.buckets), value.sum * factor, value.count
+        )
+    if isinstance(value, Summary):
+        return Summary(tuple((q, one * factor) for q, one in value.quantiles), value.sum * factor, value.count)
+    return value * factor
+
+
+def _fault(kind: Type, value: Value) -> str:
+    if isinstance(value, Histogram):
+        return "" if kind is Type.HISTOGRAM and _is_histogram(value) else "bad_histogram"
+    if isinstance(value, Summary):
+        right = kind is Type.SUMMARY and value.count >= 0 and all(0 <= q <= 1 for q, _ in value.quantiles)
+        return "" if right else "bad_histogram"
+    if kind in (Type.HISTOGRAM, Type.SUMMARY):
+        return "bad_histogram"
+    if kind is Type.COUNTER and not value >= 0:
+        return "not_a_number" if math.isnan(value) else "negative_counter"
+    return ""
+
+
+def _is_histogram(value: Histogram) -> bool:
+    bounds, counts = [b for b, _ in value.buckets], [n for _, n in value.buckets]
+    rising = all(a < b for a, b in itertools.pairwise(bounds)) and all(a <= b for a, b in itertools.pairwise(counts))
+    return bool(bounds) and rising and bounds[-1] == math.inf and counts[0] >= 0 and counts[-1] == value.count
+
+
+def _fell(before: Value, now: Value) -> bool:
+    if isinstance(before, Histogram | Summary) or isinstance(now, Histogram | Summary):
+        return isinstance(before, type(now)) and now.count < before.count  # type: ignore[union-attr]
+    return now < before
+
+
+def by_name(targets: Iterable[Sequence[Family]]) -> list[list[Family]]:
+    """Families of all targets, those of one name together."""
+    found: dict[str, list[Family]] = {}
+    for families in targets:
+        for family in families:
+            found.setdefault(family.name, []).append(family)
+    return [found[name] for name in sorted(found)]

@@ -1,0 +1,94 @@
+"""Servers that tell of themselves in lines: Redis by INFO, memcached by stats."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from retinue_server.adapter.core.spec import Kind
+from retinue_server.adapter.engine import Answer, SourceError, Unexpected
+from retinue_server.adapter.engines.dialling import connected, credentials
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from retinue_server.adapter.core.spec import Spec
+    from retinue_server.adapter.engines.dialling import Objection
+
+_PAIRS = re.compile(r"([a-z_0-9.]+)=([^,]*)")
+_MANY_FIELDS = ("keyspace", "commandstats", "errorstats", "latencystats")
+"""Sections of INFO whose values are fields themselves: `keys=1,expires=0`."""
+
+
+class LineSource:
+    """One server."""
+
+    def __init__(self, spec: Spec, objection: Objection) -> None:
+        self._spec, self._objection = spec, objection
+        host, _, port = spec.endpoint.rpartition(":")
+        self._host, self._port = host.removeprefix("[").removesuffix("]"), int(port)
+
+    async def collect(self) -> Answer:
+        async with connected(self._host, self._port, self._objection) as (reader, writer):
+            if self._spec.kind is Kind.MEMCACHED:
+                return Answer(document=await self._memcached(reader, writer))
+            return Answer(document=await self._redis(reader, writer))
+
+    async def close(self) -> None:
+        """Each collection has a connection of its own."""
+
+    async def _redis(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> dict[str, Any]:
+        if self._spec.credentials_file:
+            words = ("AUTH", await credentials(self._spec.credentials_file))
+            writer.write(_command(*words))
+            _told(await reader.readline())
+        writer.write(_command("INFO", "everything"))
+        head = _told(await reader.readline())
+        if not head.startswith("$"):
+            raise Unexpected("it does not speak Redis")
+        size = int(head[1:])
+        if not 0 <= size <= self._spec.limits.max_bytes:
+            raise Unexpected(f"its answer is longer than {self._spec.limits.max_bytes} bytes")
+        return info((await reader.readexactly(size)).decode(errors="replace"))
+
+    async def _memcached(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for section in ("", "settings"):
+            writer.write(f"stats {section}".rstrip().encode() + b"\r\n")
+            values = found if not section else found.setdefault(section, {})
+            while (line := (await reader.readline()).decode(errors="replace").rstrip()) != "END":
+                word, _, rest = line.partition(" ")
+                name, _, value = rest.partition(" ")
+                if word != "STAT":
+                    raise Unexpected(f"it answers {line[:100]!r} to stats")
+                values[name] = value
+        return found
+
+
+def _command(*words: str) -> bytes:
+    parts = [f"${len(word.encode())}\r\n{word}\r\n" for word in words]
+    return f"*{len(words)}\r\n{''.join(parts)}".encode()
+
+
+def _told(line: bytes) -> str:
+    text = line.decode(errors="replace").rstrip()
+    if not text:
+        raise SourceError("it closed the connection")
+    if text.startswith("-"):
+        raise SourceError(f"it refuses: {text[1:200]}")
+    return text
+
+
+def info(text: str) -> dict[str, Any]:
+    """The answer to INFO by section, in lower case; https://redis.io/docs/latest/commands/info."""
+    found: dict[str, Any] = {}
+    section: dict[str, Any] = {}
+    many = False
+    for line in text.splitlines():
+        if line.startswith("#"):
+            name = line[1:].strip().lower()
+            section, many = found.setdefault(name, {}), name in _MANY_FIELDS
+        elif ":" in line:
+            key, _, value = line.partition(":")
+            section[key] = dict(_PAIRS.findall(value)) if many else value
+    return found

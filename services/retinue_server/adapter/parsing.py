@@ -1,0 +1,77 @@
+"""Prometheus' text format and OpenMetrics -> families, by prometheus_client's parsers. For the worker process alone."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from retinue_server.adapter.core.points import Histogram, Raw, RawFamily, Summary, Type
+from retinue_server.adapter.engine import Unexpected
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from retinue_server.adapter.core.packs import Reject
+
+_TYPES = {
+    "counter": Type.COUNTER,
+    "gauge": Type.GAUGE,
+    "histogram": Type.HISTOGRAM,
+    "summary": Type.SUMMARY,
+    "info": Type.INFO,
+}
+_NOT_SHOWN = "_created"
+
+
+def parse(text: bytes, content_type: str, reject: Reject) -> Iterator[RawFamily]:
+    """Raises Unexpected for what neither parser takes; a family that makes no sense is refused alone."""
+    return of_metrics(_parsed(text, content_type), reject)
+
+
+def of_metrics(metrics: Iterable[Any], reject: Reject) -> Iterator[RawFamily]:
+    """Of metrics as prometheus_client has them."""
+    for metric in metrics:
+        kind = _TYPES.get(metric.type, Type.UNKNOWN)
+        name = metric.name
+        if metric.type == "stateset":
+            kind = Type.GAUGE
+        if kind in (Type.HISTOGRAM, Type.SUMMARY):
+            points = list(_grouped(metric.samples, name, kind, reject))
+        else:
+            points = [Raw(s.labels, s.value) for s in metric.samples if not s.name.endswith(_NOT_SHOWN)]
+            if metric.type == "gaugehistogram":
+                points = []
+                reject("type_unsupported", name, len(metric.samples))
+        yield RawFamily(name, kind, points, metric.unit, metric.documentation)
+
+
+def _parsed(text: bytes, content_type: str) -> Iterable[Any]:
+    from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics  # noqa: PLC0415
+    from prometheus_client.parser import text_string_to_metric_families as plain  # noqa: PLC0415 - where it is asked for
+
+    try:
+        said = text.decode()
+        yield from open_metrics(said) if content_type.startswith("application/openmetrics-text") else plain(said)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:  # the parsers' own
+        raise Unexpected(f"its metrics can't be read: {str(error)[:300]}") from None
+
+
+def _grouped(samples: Iterable[Any], name: str, kind: Type, reject: Reject) -> Iterator[Raw]:
+    """Histograms and summaries, whose samples are several each."""
+    bound = "le" if kind is Type.HISTOGRAM else "quantile"
+    found: dict[tuple[tuple[str, str], ...], tuple[dict[str, str], list[tuple[float, float]], dict[str, float]]] = {}
+    for sample in samples:
+        labels = {key: value for key, value in sample.labels.items() if key != bound}
+        _, parts, sums = found.setdefault(tuple(labels.items()), (labels, [], {}))
+        if bound in sample.labels:
+            try:
+                parts.append((float(sample.labels[bound]), sample.value))
+            except ValueError:
+                reject("bad_histogram", f"{name} {bound}={sample.labels[bound]}"[:200])
+        else:
+            sums[sample.name.removeprefix(name)] = sample.value
+    for labels, parts, sums in found.values():
+        parts.sort()
+        count = sums.get("_count", parts[-1][1] if parts and kind is Type.HISTOGRAM else math.nan)
+        value = (Histogram if kind is Type.HISTOGRAM else Summary)(tuple(parts), sums.get("_sum", math.nan), count)
+        yield Raw(labels, value)

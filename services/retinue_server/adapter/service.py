@@ -1,0 +1,329 @@
+"""AdapterService: translate, call the core."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from retinue.adapter.v1 import adapter_service_pb2 as api
+from retinue_server.adapter import translate
+from retinue_server.adapter.core import exposition, limits, packs
+from retinue_server.adapter.core.collection import Collector, Registry
+from retinue_server.adapter.core.matching import select
+from retinue_server.adapter.core.spec import TOLD, Kind
+from retinue_server.runtime import wire
+from retinue_server.runtime.dispatch import Role
+from retinue_server.runtime.errors import (
+    Reason,
+    ResourceExhausted,
+    Unavailable,
+    Unimplemented,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from retinue.adapter.v1 import metric_pb2 as metric_pb
+    from retinue.adapter.v1 import target_pb2 as pb
+    from retinue_server.adapter.core.matching import Match
+    from retinue_server.adapter.core.points import Labels, Series
+    from retinue_server.adapter.core.spec import Spec
+    from retinue_server.adapter.core.target import Target
+    from retinue_server.adapter.core.targets import Targets
+    from retinue_server.adapter.engine import Answer
+    from retinue_server.runtime.dispatch import Call
+
+DESCRIPTOR = api.DESCRIPTOR.services_by_name["AdapterService"]
+ROLES = dict.fromkeys(("CreateTarget", "UpdateTarget", "DeleteTarget", "TestTarget"), Role.OPERATOR)
+
+_PAGES: wire.PageTokens[str] = wire.PageTokens("targets", 1, str)
+_MAX_BYTES = 3 * 1024 * 1024
+_MAX_TESTED = 1000
+_RETRY_MS = 1000
+
+
+class AdapterService:
+    """For apps and operators; see the contract."""
+
+    def __init__(self, targets: Targets) -> None:
+        self._targets = targets
+
+    # Targets
+
+    async def CreateTarget(self, request: api.CreateTargetRequest, call: Call) -> api.CreateTargetResponse:
+        read = translate.Reader()
+        wait_s = read.wait_s(request.wait_duration, call.time_remaining())
+        target = await self._targets.create(read.target(request.target, "create the target"))
+        if wait_s:
+            try:
+                await asyncio.wait_for(target.collected.wait(), wait_s)
+            except TimeoutError:
+                pass  # it is collected all the same
+        return api.CreateTargetResponse(target=self._told(target))
+
+    async def UpdateTarget(self, request: api.UpdateTargetRequest, call: Call) -> api.UpdateTargetResponse:
+        spec = translate.Reader().target(request.target, "update the target")
+        return api.UpdateTargetResponse(target=self._told(await self._targets.update(spec, etag=request.etag)))
+
+    async def DeleteTarget(self, request: api.DeleteTargetRequest, call: Call) -> api.DeleteTargetResponse:
+        self._named(request.target_id, "delete the target")
+        return api.DeleteTargetResponse(deleted=await self._targets.delete(request.target_id, etag=request.etag))
+
+    async def GetTarget(self, request: api.GetTargetRequest, call: Call) -> api.GetTargetResponse:
+        self._named(request.target_id, "get the target")
+        return api.GetTargetResponse(target=self._told(self._targets.get(request.target_id)))
+
+    async def ListTargets(self, request: api.ListTargetsRequest, call: Call) -> api.ListTargetsResponse:
+        read = translate.Reader()
+        size = limits.page_size(request.page_size, limits.PAGE_SIZES, read.violations)
+        limits.refuse(read.violations, "list targets")
+        names = self._targets.names(_PAGES.decode(request.page_token) or "")
+        return api.ListTargetsResponse(
+            targets=[self._told(self._targets.get(name)) for name in names[:size]],
+            next_page_token=_PAGES.encode(names[size - 1]) if len(names) > size else "",
+        )
+
+    async def TestTarget(self, request: api.TestTargetRequest, call: Call) -> api.TestTargetResponse:
+        spec = translate.Reader().target(request.target, "test the target")
+        if spec.kind in TOLD:
+            raise Unimplemented(
+                f"cannot test a target of kind {spec.kind.name}: it is not asked, it tells",
+                reason=Reason.CAPABILITY_MISSING,
+                capability="TestTarget",
+            )
+        found = api.TestTargetResponse()
+        found.failure = await self._targets.try_out(spec, lambda answer, pack: _tested(found, spec, answer, pack))
+        return found
+
+    def _told(self, target: Target) -> pb.Target:
+        source = self._targets.source(target.spec.target_id)
+        told = {name: getattr(source, name, 0) for name in ("received", "dropped")}
+        address = getattr(source, "address", "")
+        return translate.target(target, self._targets.etag(target), address=address, **told)
+
+    def _named(self, target_id: str, what: str) -> None:
+        read = translate.Reader()
+        limits.check_id(target_id, read.violations)
+        limits.refuse(read.violations, what)
+
+    # Metrics
+
+    async def GetMetrics(self, request: api.GetMetricsRequest, call: Call) -> api.GetMetricsResponse:
+        read = translate.Reader()
+        matches = read.matches(request.matches)
+        max_age = None
+        if request.HasField("max_age_duration"):
+            max_age = wire.duration_ms(request.max_age_duration, "max_age_duration", read.violations)
+        limits.refuse(read.violations, "get metrics")
+        targets = self._wanted(matches)
+        if max_age is not None:
+            _check_age(targets, max_age)
+        response = api.GetMetricsResponse(metrics=_merged(targets, matches, include_stale=request.include_stale))
+        _check_size(response)
+        return response
+
+    async def WatchMetrics(self, request: api.WatchMetricsRequest, call: Call) -> None:
+        read = translate.Reader()
+        matches = read.matches(request.matches)
+        limits.refuse(read.violations, "watch metrics")
+        watcher = self._targets.watch()
+        news = watcher.news()
+        known: dict[str, dict[tuple[str, Labels], Series]] = {}
+        try:
+            first = self._changes(list(self._targets.names()), matches, known)
+            for index, response in enumerate(first):
+                response.synced = index == len(first) - 1
+                await call.write(response)
+            async for target_ids, coalesced in news:
+                for response in self._changes(target_ids, matches, known):
+                    if response.metrics:
+                        response.coalesced = coalesced
+                        await call.write(response)
+        finally:
+            await news.aclose()
+
+    def _changes(
+        self, target_ids: Iterable[str], matches: Sequence[Match], known: dict[str, dict[tuple[str, Labels], Series]]
+    ) -> list[api.WatchMetricsResponse]:
+        """What changed since `known`, which is brought up to date; one message at least."""
+        metrics: list[metric_pb.Metric] = []
+        for target_id in target_ids:
+            before = known.pop(target_id, {})
+            now: dict[tuple[str, Labels], Series] = {}
+            target = self._targets.find(target_id)
+            time_ms = target.shown.time_ms if target else 0
+            for family, series in select(target.shown.families if target else (), matches, target_id):
+                new = [one for one in series if before.get((family.name, one.labels)) != one]
+                now.update(((family.name, one.labels), one) for one in series)
+                if new:
+                    metrics.append(translate.metric(family, new, time_ms=time_ms, stale=False))
+            metrics += _gone(before, now)
+            if now:
+                known[target_id] = now
+        return list(_cut(metrics))
+
+    async def DescribeMetrics(self, request: api.DescribeMetricsRequest, call: Call) -> api.DescribeMetricsResponse:
+        read = translate.Reader()
+        matches = read.matches(request.matches)
+        limits.refuse(read.violations, "describe metrics")
+        found = {
+            family.name: translate.described(family)
+            for target in self._wanted(matches)
+            for family, _ in select(target.shown.families, matches, target.spec.target_id)
+        }
+        response = api.DescribeMetricsResponse(metrics=[found[name] for name in sorted(found)])
+        _check_size(response)
+        return response
+
+    def _wanted(self, matches: Sequence[Match]) -> list[Target]:
+        return [
+            target
+            for target in self._targets.all()
+            if not matches or any(match.target(target.spec.target_id) for match in matches)
+        ]
+
+    # Signals
+
+    async def GetSignals(self, request: api.GetSignalsRequest, call: Call) -> api.GetSignalsResponse:
+        names = self._each_named(request.target_ids)
+        now = time.time_ns() // 1_000_000
+        return api.GetSignalsResponse(
+            signals=[translate.signals(name, self._targets.get(name).shown, now) for name in names]
+        )
+
+    async def WatchSignals(self, request: api.WatchSignalsRequest, call: Call) -> None:
+        names = self._each_named(request.target_ids)
+        only = set(request.target_ids)
+        watcher = self._targets.watch()
+        news = watcher.news()
+        shown: dict[str, object] = {}
+        try:
+            await self._write_signals(names, shown, call)
+            async for target_ids, _ in news:
+                await self._write_signals([name for name in target_ids if not only or name in only], shown, call)
+        finally:
+            await news.aclose()
+
+    async def _write_signals(self, names: Iterable[str], shown: dict[str, object], call: Call) -> None:
+        for name in names:
+            target = self._targets.find(name)
+            if target is None:
+                shown.pop(name, None)
+                continue
+            now = (list(target.shown.signals), list(target.shown.rates))
+            if shown.get(name) != now:
+                shown[name] = now
+                told = translate.signals(name, target.shown, time.time_ns() // 1_000_000)
+                await call.write(api.WatchSignalsResponse(signals=told))
+
+    def _each_named(self, target_ids: Sequence[str]) -> list[str]:
+        read = translate.Reader()
+        for index, name in enumerate(target_ids):
+            limits.check_id(name, read.violations, f"target_ids[{index}]")
+        limits.refuse(read.violations, "find the targets")
+        names = list(target_ids) or self._targets.names()
+        for name in names:
+            self._targets.get(name)
+        return names
+
+    # Reports
+
+    async def ReportMetrics(self, request: api.ReportMetricsRequest, call: Call) -> api.ReportMetricsResponse:
+        read = translate.Reader()
+        families = read.report(request)
+        limits.refuse(read.violations, "take the report")
+        reports: Any = self._targets.report(request.target_id)
+        left = reports.put(families)
+        taken = sum(len(family.points) for family in families) - left
+        response = api.ReportMetricsResponse(accepted_points=taken)
+        if left:
+            response.rejections.extend(translate.rejections({"series_limit": left}, {}))
+        return response
+
+
+def _check_age(targets: Iterable[Target], max_age_ms: int) -> None:
+    now = time.time_ns() // 1_000_000
+    for target in targets:
+        if now - target.shown.time_ms > max_age_ms:
+            raise Unavailable(
+                f"cannot give metrics so new: the latest of target {target.spec.target_id} are older",
+                reason=Reason.METRICS_TOO_OLD,
+                retry_ms=_RETRY_MS,
+                target_id=target.spec.target_id,
+            )
+
+
+def _merged(targets: Iterable[Target], matches: Sequence[Match], *, include_stale: bool) -> list[metric_pb.Metric]:
+    found: dict[str, metric_pb.Metric] = {}
+    for target in targets:
+        if target.is_stale and not include_stale:
+            continue
+        for family, series in select(target.shown.families, matches, target.spec.target_id):
+            made = translate.metric(family, series, time_ms=target.shown.time_ms, stale=target.is_stale)
+            if family.name in found:
+                found[family.name].series.extend(made.series)
+            else:
+                found[family.name] = made
+    return [found[name] for name in sorted(found)]
+
+
+def _check_size(response: Any) -> None:
+    if response.ByteSize() > _MAX_BYTES:
+        raise ResourceExhausted(
+            f"cannot answer: it is more than {_MAX_BYTES} bytes; match less", reason=Reason.MESSAGE_TOO_LARGE
+        )
+
+
+def _gone(
+    before: dict[tuple[str, Labels], Series], now: dict[tuple[str, Labels], Series]
+) -> Iterator[metric_pb.Metric]:
+    """Series that were there and are not any more."""
+    from retinue.adapter.v1 import metric_pb2  # noqa: PLC0415 - a message
+
+    for name, labels in before.keys() - now.keys():
+        yield metric_pb2.Metric(name=name, series=[metric_pb2.Series(labels=dict(labels), stale=True)])
+
+
+def _cut(metrics: Sequence[metric_pb.Metric]) -> Iterator[api.WatchMetricsResponse]:
+    """Into messages that are not too long."""
+    response, size = api.WatchMetricsResponse(), 0
+    for one in metrics:
+        more = one.ByteSize()
+        if size and size + more > _MAX_BYTES // 2:
+            yield response
+            response, size = api.WatchMetricsResponse(), 0
+        response.metrics.append(one)
+        size += more
+    yield response
+
+
+def _tested(found: api.TestTargetResponse, spec: Spec, answer: Answer, pack: packs.Pack | None) -> None:
+    """Each point alone, so that what becomes of it can be told; then all of them together, for the signals."""
+    from retinue_server.adapter import parsing  # noqa: PLC0415 - where it is asked for
+
+    whole = Collector(spec.target_id, spec.own_labels, spec.limits, Registry())
+    if spec.kind is Kind.PROMETHEUS:
+        raw = list(parsing.parse(answer.text, answer.content_type, whole.reject))
+    else:
+        raw = packs.apply(pack, answer.document, whole.reject) if pack else []
+    families = whole.take(raw, 0)
+    found.signals.extend(translate.tested_signals(packs.signals(pack, {one.name: one for one in families})))
+    alone = Collector(spec.target_id, spec.own_labels, spec.limits, Registry())
+    for family in raw:
+        for point in family.points:
+            if len(found.points) >= _MAX_TESTED:
+                found.omitted_points += 1
+                continue
+            labels = ",".join(f"{name}={value!r}" for name, value in point.labels.items())
+            told = api.TestedPoint(raw=f"{family.name}{{{labels}}} {_shown(point.value)}"[:1000])
+            before = dict(alone.reject.counts)
+            taken = alone.take([type(family)(family.name, family.type, [point], family.unit, family.help)], 0)
+            told.normalised = "".join(one.text.decode() for one in taken)[:4000]
+            refused = [reason for reason, count in alone.reject.counts.items() if count != before.get(reason, 0)]
+            told.rejection = refused[0] if refused else ""
+            found.points.append(told)
+
+
+def _shown(value: object) -> str:
+    return exposition.number(value) if isinstance(value, int | float) else type(value).__name__.lower()
