@@ -1,8 +1,8 @@
 """The adapter: one monitoring interface for apps of any kind.
 
-A collection goes `core/targets.py` (when) -> `engines/` (how an app is asked) -> the worker process (`worker.py`: parse,
-`core/packs.py`: what it means, `core/collection.py`: what of it is taken) -> what is shown. Reading (`service.py`, `/metrics`)
-takes what is shown and asks nobody.
+A collection goes `core/targets.py` (when) -> `engines/` (how an app is asked) -> the worker process (`worker.py`:
+parse, `core/packs.py`: what it means, `core/collection.py`: what of it is taken) -> what is shown. Reading
+(`service.py`, `/metrics`) takes what is shown and asks nobody.
 
 States of a target
 ------------------
@@ -28,9 +28,10 @@ Who owns the clock: this process's monotonic clock for schedules, its wall clock
 What each failure does
 ----------------------
 
-App slow: its timeout ends the collection; no other target waits. App down: STALE, then DOWN. App says nonsense: MISCONFIGURED,
-and what was there stands. App says too much: known series stay, new ones are left out (LIMITED). Two apps say different things
-by one name: who came first has it, the other's points are refused. Counter falls: a reset, since then it counts anew. Worker
-dies: the next collection starts another; counters begin anew. Rule pack broken: the last good one stands, the log says so; at
-start the server refuses. StatsD comes too fast: the kernel drops datagrams, and how many is told.
+App slow: its timeout ends the collection; no other target waits. App down: STALE, then DOWN. App says nonsense:
+MISCONFIGURED, and what was there stands. App says too much: known series stay, new ones are left out (LIMITED). Two
+apps say different things by one name: who came first has it, the other's points are refused. Counter falls: a reset,
+since then it counts anew. Worker dies: the next collection starts another; counters begin anew. Rule pack broken: the
+last good one stands, the log says so; at start the server refuses. StatsD comes too fast: the kernel drops datagrams,
+and how many is told.
 """

@@ -15,8 +15,8 @@ class EndpointSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Which addresses may be dialled."""
 
     allow: tuple[str, ...] = ()
-    """Beside loopback and this host's own addresses: `CIDR[:PORT[-PORT]]`. Link-local and metadata addresses only if they
-    are named."""
+    """Beside loopback and this host's own addresses: `CIDR[:PORT[-PORT]]`. Link-local and metadata addresses only if
+    they are named."""
 
 
 class AdapterSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 if TYPE_CHECKING:
-
     from retinue_server.adapter.core.points import RawFamily
 
 
@@ -35,7 +34,8 @@ class Answer(msgspec.Struct, array_like=True):
 
 
 class Source(Protocol):
-    """Asks one app. Made when its target is declared, closed when that is gone; never used by two collections at once."""
+    """Asks one app. Made when its target is declared, closed when that is gone; never used by two collections at
+    once."""
 
     async def collect(self) -> Answer:
         """Asks once; raises SourceError. The caller cancels it when the target's time is over."""

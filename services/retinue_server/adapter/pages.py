@@ -26,7 +26,8 @@ class MetricPages:
         self._own = Collector("", {}, Limits(), Registry())
 
     def page(self, own: Iterable[Any], name: str, *, open_metrics: bool) -> tuple[str, bytes] | None:
-        """Content type and text; `own` are prometheus_client's metrics of this process, shown where no target is named."""
+        """Content type and text; `own` are prometheus_client's metrics of this process, shown where no target is
+        named."""
         if not name:
             shown = [self._of_process(own), *(one.shown.families for one in self._targets.all() if not one.is_stale)]
             return _page(shown, self._targets.all(), open_metrics=open_metrics)

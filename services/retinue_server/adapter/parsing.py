@@ -50,8 +50,8 @@ def _parsed(text: bytes, content_type: str) -> Iterable[Any]:
     from prometheus_client.parser import text_string_to_metric_families as plain  # noqa: PLC0415 - where it is asked for
 
     try:
-        said = text.decode()
-        yield from open_metrics(said) if content_type.startswith("application/openmetrics-text") else plain(said)
+        parser: Any = open_metrics if content_type.startswith("application/openmetrics-text") else plain
+        yield from parser(text.decode())
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:  # the parsers' own
         raise Unexpected(f"its metrics can't be read: {str(error)[:300]}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +57,8 @@ class AdapterService:
         wait_s = read.wait_s(request.wait_duration, call.time_remaining())
         target = await self._targets.create(read.target(request.target, "create the target"))
         if wait_s:
-            try:
+            with contextlib.suppress(TimeoutError):  # it is collected all the same
                 await asyncio.wait_for(target.collected.wait(), wait_s)
-            except TimeoutError:
-                pass  # it is collected all the same
         return api.CreateTargetResponse(target=self._told(target))
 
     async def UpdateTarget(self, request: api.UpdateTargetRequest, call: Call) -> api.UpdateTargetResponse:

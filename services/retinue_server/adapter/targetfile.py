@@ -5,8 +5,8 @@
         kind: REDIS
         endpoint: 127.0.0.1:6379
 
-Its entries are messages `retinue.adapter.v1.Target` as JSON has them, with the field names of the proto; kinds may go without
-their prefix.
+Its entries are messages `retinue.adapter.v1.Target` as JSON has them, with the field names of the proto; kinds may go
+without their prefix.
 """
 
 from __future__ import annotations

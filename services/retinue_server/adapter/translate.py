@@ -44,7 +44,7 @@ class Reader:
         for name in ("status", "etag"):
             if said.HasField("status") if name == "status" else said.etag:
                 self.wrong(f"target.{name}", "is output only; leave it out")
-        if said.kind not in Kind._value2member_map_ or said.kind == Kind.OTLP:
+        if said.kind not in Kind._value2member_map_ or said.kind == pb.TARGET_KIND_OTLP:
             names = ", ".join(kind.name for kind in Kind if kind is not Kind.OTLP)
             self.wrong("target.kind", f"must be one of {names}")
         interval = self._ms(said, "interval_duration", _INTERVAL_MS, _SHORTEST_MS, _HOUR_MS)

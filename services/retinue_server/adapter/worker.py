@@ -1,8 +1,8 @@
 """The worker process: parses, normalises and renders, so that the event loop of the server never waits for it.
 
-Messages both ways are msgpack with four bytes of length in front, over standard input and output; when the input ends, so
-does the process. What it knows of targets (which series there were, since when they count) is lost with it: the server
-declares them anew, and their counters begin anew.
+Messages both ways are msgpack with four bytes of length in front, over standard input and output; when the input
+ends, so does the process. What it knows of targets (which series there were, since when they count) is lost with it:
+the server declares them anew, and their counters begin anew.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 from retinue_server.adapter import parsing
 from retinue_server.adapter.core import packs
 from retinue_server.adapter.core.collection import Collector, Limits, Registry
-from retinue_server.adapter.core.points import Family, RawFamily, Signal
+from retinue_server.adapter.core.points import Family, RawFamily, Signal  # noqa: TC001 - fields are read at run time
 from retinue_server.adapter.engine import SourceError
 
 

@@ -122,7 +122,8 @@ class MetricPages(Protocol):
     """A pattern whose product is metrics: it shows those of others, with the process's own among them."""
 
     def page(self, own: Iterable[Any], name: str, *, open_metrics: bool) -> tuple[str, bytes] | None:
-        """Content type and text of `/metrics/NAME`, or of `/metrics`, where `own` belong; None = there is no such thing."""
+        """Content type and text of `/metrics/NAME`, or of `/metrics`, where `own` belong; None = there is no such
+        thing."""
 
 
 class Exposition:

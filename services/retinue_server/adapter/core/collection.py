@@ -3,12 +3,12 @@
 A `Collector` is one target's, from its first collection to its end; the `Registry` all of them share keeps two targets
 from saying different things by one name. What is refused is counted by reason:
 
-    bad_name            nothing of the name can be one            negative_counter   a counter below zero
-    bad_label           nothing of a label's name can be one      not_a_number       where a number must be
-    label_collision     two labels have the same name then        bad_histogram      bounds or counts fall, or are none
-    label_limit         more labels than its limit                series_limit       a new series beyond its limit
-    duplicate_series    twice in one collection                   type_conflict      the name is of another type elsewhere
-    name_conflict       its lines would bear another family's name
+    bad_name           nothing of the name can be one         negative_counter  a counter below zero
+    bad_label          nothing of a label's name can be one   not_a_number      where a number must be
+    label_collision    two labels have the same name then     bad_histogram     bounds or counts fall, or there are none
+    label_limit        more labels than its limit             series_limit      a new series beyond its limit
+    duplicate_series   twice in one collection                type_conflict     the name is of another type elsewhere
+    name_conflict      its lines would bear another's name    type_unsupported  a type that no reader of ours knows
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ class Collector:
         self._known: dict[tuple[str, tuple[tuple[str, str], ...]], _Known] = {}
         """By name and labels as they came: what has to be worked out once."""
         self._same: dict[tuple[str, Labels], _Known] = {}
-        """By name and labels as they are shown: an empty value is none, an odd name becomes another, a long value is cut."""
+        """By name and labels as they are shown: an empty value is none, an odd name becomes another, a long value is
+        cut."""
         self._names: set[str] = set()
         self._turn = 0
         self.reject = Reject()

@@ -1,4 +1,5 @@
-"""Families as text: Prometheus' 0.0.4 and OpenMetrics 1.0, which differ in their headers alone as they are written here.
+"""Families as text: Prometheus' 0.0.4 and OpenMetrics 1.0, which differ in their headers alone as they are written
+here.
 
 https://prometheus.io/docs/instrumenting/exposition_formats, https://prometheus.io/docs/specs/om/open_metrics_spec
 """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from retinue_server.adapter.core.spec import Kind
 from retinue_server.runtime.errors import InvalidArgument, NotFound, Reason, Violation
@@ -22,7 +23,6 @@ MAX_MATCHES = 100
 MAX_REPORTED = 1000
 MAX_BYTES, MAX_SERIES, MAX_LABELS = 64 << 20, 100_000, 100
 _MAX_TEXT = 1024
-_HTTP = (Kind.PROMETHEUS, Kind.JSON, Kind.NGINX)
 
 
 def check(spec: Spec, violations: MutableSequence[Violation], at: str = "target.") -> None:
@@ -45,26 +45,44 @@ def check(spec: Spec, violations: MutableSequence[Violation], at: str = "target.
 
 
 def _endpoint(spec: Spec) -> str:
-    text = spec.endpoint
     try:
-        url = urlsplit(text)
-        host, port, has_password = url.hostname, url.port, url.password is not None
+        url = urlsplit(spec.endpoint)
+        has_password = url.password is not None
     except ValueError:
         return "is not an address"
     if has_password:
         return "must have no password: use credentials_file"
-    if spec.kind in _HTTP:
-        return "" if url.scheme in ("http", "https") and host and not url.fragment else "must be http:// or https://"
-    if spec.kind is Kind.POSTGRESQL:
-        known = url.scheme in ("postgresql", "postgres") and host and not url.query
-        return "" if known else "must be postgresql://[USER@]HOST[:PORT]/DATABASE"
-    if spec.kind in (Kind.REDIS, Kind.MEMCACHED):
-        return "" if _is_host_port(text) else "must be HOST:PORT"
-    if spec.kind is Kind.STATSD:
-        known = text.startswith("unixgram:/") or (text.startswith("udp:") and _is_host_port(text[4:], 0))
-        return "" if known else "must be udp:HOST:PORT or unixgram:/PATH"
-    del port
-    return "must be empty" if text else ""
+    well_formed, form = _FORMS[spec.kind]
+    return "" if well_formed(spec.endpoint, url) else f"must be {form}"
+
+
+def _is_http(_: str, url: SplitResult) -> bool:
+    return url.scheme in ("http", "https") and bool(url.hostname) and not url.fragment
+
+
+def _is_database(_: str, url: SplitResult) -> bool:
+    return url.scheme in ("postgresql", "postgres") and bool(url.hostname) and not url.query
+
+
+def _is_socket(text: str, _: SplitResult) -> bool:
+    return text.startswith("unixgram:/") or (text.startswith("udp:") and _is_host_port(text[4:], 0))
+
+
+_HTTP = (_is_http, "http:// or https://")
+_HOST_PORT = (lambda text, _: _is_host_port(text), "HOST:PORT")
+_EMPTY = (lambda text, _: not text, "empty")
+_FORMS: dict[Kind, tuple[Callable[[str, SplitResult], bool], str]] = {
+    Kind.PROMETHEUS: _HTTP,
+    Kind.JSON: _HTTP,
+    Kind.NGINX: _HTTP,
+    Kind.REDIS: _HOST_PORT,
+    Kind.MEMCACHED: _HOST_PORT,
+    Kind.POSTGRESQL: (_is_database, "postgresql://[USER@]HOST[:PORT]/DATABASE"),
+    Kind.STATSD: (_is_socket, "udp:HOST:PORT or unixgram:/PATH"),
+    Kind.REPORT: _EMPTY,
+    Kind.OTLP: _EMPTY,
+}
+"""What endpoints look like, by kind."""
 
 
 def _is_host_port(text: str, lowest: int = 1) -> bool:

@@ -60,7 +60,10 @@ UNITS: dict[str, tuple[str, float]] = {
 }
 """By the name of a unit, of UCUM or in words: the base unit and the factor to it."""
 
-_IN_NAMES = {name: to for name, to in UNITS.items() if name in ("ms", "us", "ns") or (name.islower() and len(name) > 3)}
+_TELLING = 3
+_IN_NAMES = {
+    name: to for name, to in UNITS.items() if name in ("ms", "us", "ns") or (name.islower() and len(name) > _TELLING)
+}
 """What tells a unit at the end of a name, where nothing else does; `_s`, `_min` and the like mean too much."""
 
 
@@ -81,7 +84,8 @@ def label_name(text: str) -> str:
 
 
 def based(name: str, unit: str) -> tuple[str, str, float]:
-    """A name without its type's suffixes and its unit -> the name with the base unit, that unit, and the factor to it."""
+    """A name without its type's suffixes and its unit -> the name with the base unit, that unit, and the factor to
+    it."""
     if not unit:
         stem, _, last = name.rpartition("_")
         if not stem or last not in _IN_NAMES:

@@ -1,8 +1,8 @@
 """Rule packs: how metrics and golden signals are made of what a source says.
 
-What is not Prometheus' already comes as a document, nested names and lists as in JSON. A rule finds values in it by a path
-of names with `/` between them (JSON Pointer, RFC 6901, with `~0` for `~` and `~1` for `/`), of which `*` stands for every
-name or index in its place; `$1`, `$2` ... are what they stood for, and make labels.
+What is not Prometheus' already comes as a document, nested names and lists as in JSON. A rule finds values in it by a
+path of names with `/` between them (JSON Pointer, RFC 6901, with `~0` for `~` and `~1` for `/`), of which `*` stands
+for every name or index in its place; `$1`, `$2` ... are what they stood for, and make labels.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _KINDS = {kind.name.lower(): kind for kind in Type}
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
+_ANY = "*"
 _PLACE = re.compile(r"\$(\d)")
 
 
@@ -37,7 +38,8 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     scale: float = 1.0
     """Values are multiplied by it before their unit is looked at."""
     labels: dict[str, str] = {}
-    """By name: a text in which `$1` is what the first `*` stood for; `@PATH` is the value at a path from the same place."""
+    """By name: a text in which `$1` is what the first `*` stood for; `@PATH` is the value at a path from the same
+    place."""
     values: dict[str, float] = {}
     """What words stand for: `{up: 1, down: 0}`."""
     help: str = ""
@@ -58,7 +60,8 @@ class SignalRule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     absent: str
     """Why there is none; shown to people."""
     sums: list[list[str]] = []
-    """Alternatives: metrics whose series are added up. `NAME{label=~pattern}` takes those whose label matches as a whole."""
+    """Alternatives: metrics whose series are added up. `NAME{label=~pattern}` takes those whose label matches as a
+    whole."""
     ratios: list[Ratio] = []
     """The greatest of these."""
     histograms: list[str] = []
@@ -86,7 +89,7 @@ def check(pack: Pack, faults: MutableSequence[str]) -> None:
         at = f"metrics[{number}]"
         if not rule.path.startswith("/"):
             faults.append(f"{at}.path must begin with /")
-        stars = tokens(rule.path).count("*")
+        stars = tokens(rule.path).count(_ANY)
         for name, text in rule.labels.items():
             places = [int(place) for place in _PLACE.findall(text)]
             if any(place > stars or not place for place in places):
@@ -137,7 +140,7 @@ def _find(at: Any, path: Sequence[str], places: tuple[str, ...]) -> Iterator[tup
     inside = None
     for index, token in enumerate(path):
         inside = at
-        if token == "*":
+        if token == _ANY:
             for name, one in _children(at):
                 if index + 1 == len(path):
                     yield (*places, name), one, at
@@ -181,8 +184,8 @@ def _number(rule: Rule, value: Any) -> float | None:
 def _label(text: str, places: Sequence[str], document: Any, inside: Any) -> str:
     if text.startswith("@"):
         found = inside if not text.startswith("@/") else document
-        for token in tokens("/" + text.removeprefix("@").removeprefix("/")):
-            found = _child(found, token)
+        for name in tokens("/" + text.removeprefix("@").removeprefix("/")):
+            found = _child(found, name)
         return "" if found is None or isinstance(found, dict | list) else str(found)
     return _PLACE.sub(lambda place: places[int(place[1]) - 1], text)
 
@@ -242,7 +245,7 @@ def _signal(rule: SignalRule | None, families: Mapping[str, Family]) -> Signal:
     if rule is None:
         return Signal(None, "its rule pack says nothing of it", "")
     for names in rule.sums:
-        numbers = [float(one.value) for name in names for one in _plain(name, families)]
+        numbers = [one for name in names for one in _plain(name, families)]
         if numbers or all(Selector.parse(name).name in families for name in names):
             return Signal(sum(numbers), "", " + ".join(names))
     for name in rule.histograms:
@@ -252,8 +255,9 @@ def _signal(rule: SignalRule | None, families: Mapping[str, Family]) -> Signal:
     return _fullest(rule, families)
 
 
-def _plain(selector: str, families: Mapping[str, Family]) -> list[Series]:
-    return [one for one in Selector.parse(selector).of(families) if isinstance(one.value, float)]
+def _plain(selector: str, families: Mapping[str, Family]) -> list[float]:
+    """The numbers of its series."""
+    return [one.value for one in Selector.parse(selector).of(families) if isinstance(one.value, float | int)]
 
 
 def _fullest(rule: SignalRule, families: Mapping[str, Family]) -> Signal:
@@ -261,13 +265,13 @@ def _fullest(rule: SignalRule, families: Mapping[str, Family]) -> Signal:
     why = rule.absent
     for ratio in rule.ratios:
         used, of = _plain(ratio.used, families), _plain(ratio.of, families)
-        total = sum(float(one.value) for one in of)
+        total = sum(of)
         if not used:
             continue
         if total <= 0:
             why = ratio.unlimited or why
             continue
-        share = sum(float(one.value) for one in used) / total
+        share = sum(used) / total
         found.append((min(max(share, 0.0), 1.0), f"{ratio.used} / {ratio.of}"))
     if not found:
         return Signal(None, why, "")

@@ -1,7 +1,7 @@
 """All targets: declared, collected on a schedule of our own, read by everybody else.
 
-Each target has a task that asks its source, hands what came to the worker and keeps what comes back. Nobody who reads waits
-for it.
+Each target has a task that asks its source, hands what came to the worker and keeps what comes back. Nobody who reads
+waits for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Connections to apps: the address is looked up, each result checked against the endpoint policy, and that one dialled."""
+"""Connections to apps: the address is looked up, each result checked against the endpoint policy, and that one
+dialled."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ async def connected(
             continue
         try:
             reader, writer = await asyncio.open_connection(
-                address[0], port, ssl=tls, server_hostname=host if tls else None, limit=1 << 16
+                str(address[0]), port, ssl=tls, server_hostname=host if tls else None, limit=1 << 16
             )
         except OSError as error:
             why = f"cannot connect to {shown}: {error.strerror or error}"

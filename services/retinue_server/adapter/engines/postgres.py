@@ -56,7 +56,7 @@ class PostgresSource:
             await connection.close()
 
     async def _connect(self) -> Any:
-        said = self._psycopg.conninfo.conninfo_to_dict(self._spec.endpoint)
+        said: dict[str, Any] = self._psycopg.conninfo.conninfo_to_dict(self._spec.endpoint)
         host, port = str(said.get("host", "127.0.0.1")), int(said.get("port", 5432))
         async with connected(host, port, self._objection) as (
             _,

@@ -1,10 +1,11 @@
 """StatsD: datagrams by UDP or a Unix socket, added up as they come.
 
-    NAME:VALUE[:VALUE...]|TYPE[|@RATE][|#TAG:VALUE,...]      c counter, g gauge (+/- change it), ms timer, h d distribution, s set
+    NAME:VALUE[:VALUE...]|TYPE[|@RATE][|#TAG:VALUE,...]      c counter, g gauge (+/- change it), ms timer, h d
+    distribution, s set
 
-Tags also within the name, as InfluxDB (`name,tag=value`), Librato (`name#tag=value`) and SignalFX (`name[tag=value]`) have them.
-Counters are cumulative here, a rate scales them; timers are histograms in seconds. What the kernel dropped since the reader was
-too slow is read from the socket's own counter (SO_MEMINFO), in datagrams.
+Tags also within the name, as InfluxDB (`name,tag=value`), Librato (`name#tag=value`) and SignalFX (`name[tag=value]`)
+have them. Counters are cumulative here, a rate scales them; timers are histograms in seconds. What the kernel dropped
+since the reader was too slow is read from the socket's own counter (SO_MEMINFO), in datagrams.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 import socket
 import struct
 import time
@@ -37,7 +37,6 @@ _DATAGRAM_BYTES = 65536
 _BURST = 256
 """Datagrams, before others get the loop."""
 _RECEIVE_BYTES = 8 << 20
-_BRACKET, _HASH, _COMMA = b"[", b"#", b","
 
 
 class _Sum:
@@ -72,7 +71,6 @@ class StatsdListener:
         self._same: dict[tuple[str, tuple[tuple[str, str], ...], Type], _Sum] = {}
         self.reject = Reject()
         self.received = 0
-        self.lines = 0
         self._buffer = bytearray(_DATAGRAM_BYTES)
         self._now = 0.0
         self.address = spec.endpoint
@@ -106,7 +104,7 @@ class StatsdListener:
             self.address = f"udp:[{shown}]:{number}" if ":" in shown else f"udp:{shown}:{number}"
         with contextlib.suppress(OSError):  # as much as this system lets
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
-        sock.setblocking(False)
+        sock.setblocking(False)  # noqa: FBT003 - the socket's own shape
         return sock
 
     @property
@@ -124,7 +122,7 @@ class StatsdListener:
             sock.close()
         if self._path is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._path)
+                self._path.unlink()
 
     def drain(self) -> list[RawFamily]:
         """Everything so far; what had no news for long is left out."""
@@ -153,35 +151,24 @@ class StatsdListener:
 
     def take(self, datagram: bytes) -> None:
         """One datagram; a line that makes no sense costs itself."""
-        known, now = self._known, self._now
         for line in datagram.split(b"\n"):
-            name, colon, rest = line.partition(b":")
+            name, _, rest = line.partition(b":")
             values, _, rest = rest.partition(b"|")
             kind, _, more = rest.partition(b"|")
-            if not colon or not kind:
+            if not kind:
                 if line.strip():
-                    self.reject("bad_line", line[:100].decode(errors="replace"))
+                    self.reject("bad_line", _told(line))
                 continue
-            rate = 1.0
-            tags = b""
-            if more:
-                for part in more.split(b"|"):
-                    if part[:1] == b"@":
-                        rate = _rate(part[1:])
-                    elif part[:1] == _HASH:
-                        tags = part[1:]
-            one = known.get((name, kind, tags))
+            rate, tags = _extras(more) if more else (1.0, b"")
+            one = self._known.get((name, kind, tags)) or self._new(name, kind, tags)
             if one is None:
-                one = self._new(name, kind, tags)
-                if one is None:
-                    continue
-            one.at = now
+                continue
+            one.at = self._now
             try:
                 for text in values.split(b":") if b":" in values else (values,):
                     self._add(one, kind, text, rate)
             except ValueError:
-                self.reject("not_a_number", line[:100].decode(errors="replace"))
-            self.lines += 1
+                self.reject("not_a_number", _told(line))
 
     def _add(self, one: _Sum, kind: bytes, text: bytes, rate: float) -> None:
         if kind == b"c":
@@ -218,6 +205,21 @@ class StatsdListener:
         one = self._same.setdefault((bare, tuple(sorted(labels.items())), shown), fresh)
         self._known[name, kind, tags] = one
         return one
+
+
+def _told(line: bytes) -> str:
+    return line[:100].decode(errors="replace")
+
+
+def _extras(more: bytes) -> tuple[float, bytes]:
+    """The rate and the tags."""
+    rate, tags = 1.0, b""
+    for part in more.split(b"|"):
+        if part[:1] == b"@":
+            rate = _rate(part[1:])
+        elif part[:1] == b"#":
+            tags = part[1:]
+    return rate, tags
 
 
 def _rate(text: bytes) -> float:

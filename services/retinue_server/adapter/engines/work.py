@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from retinue_server.adapter.core.packs import Pack
 from retinue_server.adapter.engine import Answer, SourceError
 from retinue_server.adapter.engines.working import WorkerGone, Working
 from retinue_server.adapter.worker import Declare, Forget, Take, Taken
 
 if TYPE_CHECKING:
+    from retinue_server.adapter.core.packs import Pack
     from retinue_server.adapter.core.points import RawFamily
     from retinue_server.adapter.core.spec import Spec
 

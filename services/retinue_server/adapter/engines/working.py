@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -67,10 +68,8 @@ class Working:
         self._write(asked)
         process = self._process
         if process is not None and process.stdin is not None:
-            try:
+            with contextlib.suppress(OSError):  # the reader notices, too
                 await process.stdin.drain()
-            except OSError:
-                pass  # the reader notices, too
         return await answer
 
     async def _begin(self) -> None:
