@@ -9,6 +9,7 @@ from saying different things by one name. What is refused is counted by reason:
     label_limit        more labels than its limit             series_limit      a new series beyond its limit
     duplicate_series   twice in one collection                type_conflict     the name is of another type elsewhere
     name_conflict      its lines would bear another's name    type_unsupported  a type that no reader of ours knows
+    bad_info           its value is not 1
 """
 
 from __future__ import annotations
@@ -83,6 +84,10 @@ class Registry:
                 del self._exposed[one]
 
 
+_Key = tuple[str, Type, Labels]
+"""Of a series: the name of its family, with the type that it had then, and labels."""
+
+
 class _Known(msgspec.Struct):
     """A series between two collections."""
 
@@ -98,9 +103,9 @@ class Collector:
 
     def __init__(self, target: str, own: dict[str, str], limits: Limits, registry: Registry) -> None:
         self.target, self._own, self.limits, self._registry = target, own, limits, registry
-        self._known: dict[tuple[str, tuple[tuple[str, str], ...]], _Known] = {}
+        self._known: dict[_Key, _Known] = {}
         """By name and labels as they came: what has to be worked out once."""
-        self._same: dict[tuple[str, Labels], _Known] = {}
+        self._same: dict[_Key, _Known] = {}
         """By name and labels as they are shown: an empty value is none, an odd name becomes another, a long value is
         cut."""
         self._names: set[str] = set()
@@ -117,7 +122,7 @@ class Collector:
             self._family(raw, now_ms, taken)
         if len(self._known) > sum(len(family.series) for family in taken.values()):
             self._known = {key: one for key, one in self._known.items() if one.seen == self._turn}
-            self._same = {(key[0], one.labels): one for key, one in self._known.items()}
+            self._same = {(key[0], key[1], one.labels): one for key, one in self._known.items()}
         self._registry.release(self._names - taken.keys(), self.target)
         self._names = set(taken)
         return [taken[name] for name in sorted(taken)]
@@ -128,15 +133,17 @@ class Collector:
         self._names = set()
 
     def _family(self, raw: RawFamily, now_ms: int, taken: dict[str, Family]) -> None:
-        base, unit, factor = naming.based(naming.metric_name(raw.name), raw.unit)
-        kind = raw.type
+        kind, base, unit, factor = raw.type, naming.metric_name(raw.name), "", 1.0
+        if kind is not Type.INFO:
+            base, unit, factor = naming.based(base, raw.unit)
         if not base:
             self.reject("bad_name", repr(raw.name)[:200], len(raw.points))
             return
-        why = self._registry.claim(base, kind, unit, self.target)
         family = taken.get(base)
-        if family is not None and (family.type, family.unit) != (kind, unit):
-            why = "type_conflict"
+        if family is None:
+            why = self._registry.claim(base, kind, unit, self.target)
+        else:
+            why = "" if (family.type, family.unit) == (kind, unit) else "type_conflict"
         if why:
             self.reject(why, base, len(raw.points))
             return
@@ -147,14 +154,14 @@ class Collector:
         if family.series:
             family.text = "".join(text).encode()
             taken[base] = family
-        elif base not in self._names:
+        else:
             self._registry.release((base,), self.target)
 
     def _points(self, raw: RawFamily, family: Family, factor: float, now_ms: int, text: list[str]) -> None:
         kind, turn, known_by, number = family.type, self._turn, self._known, exposition.number
         plain = kind not in (Type.HISTOGRAM, Type.SUMMARY)
         for point in raw.points:
-            key = (family.name, tuple(point.labels.items()))
+            key = (family.name, kind, tuple(point.labels.items()))
             known = known_by.get(key) or self._new(key, point, family, now_ms)
             if known is None:
                 continue
@@ -176,9 +183,7 @@ class Collector:
             else:
                 text.append(exposition.lines(family.name, kind, known.labels, value))
 
-    def _new(
-        self, key: tuple[str, tuple[tuple[str, str], ...]], point: Raw, family: Family, now_ms: int
-    ) -> _Known | None:
+    def _new(self, key: _Key, point: Raw, family: Family, now_ms: int) -> _Known | None:
         labels = self._labels(point.labels, family.type)
         if labels is None:
             return None
@@ -189,7 +194,7 @@ class Collector:
         plain = family.type not in (Type.HISTOGRAM, Type.SUMMARY)
         prefix = exposition.prefix(exposition.sample_name(family.name, family.type), labels) if plain else ""
         known = _Known(labels, prefix, point.value, now_ms, 0)
-        known = self._same.setdefault((family.name, labels), known)
+        known = self._same.setdefault((family.name, family.type, labels), known)
         self._known[key] = known
         return known
 
@@ -238,10 +243,11 @@ def _fault(kind: Type, value: Value) -> str:
     if isinstance(value, Histogram):
         return "" if kind is Type.HISTOGRAM and _is_histogram(value) else "bad_histogram"
     if isinstance(value, Summary):
-        right = kind is Type.SUMMARY and value.count >= 0 and all(0 <= q <= 1 for q, _ in value.quantiles)
-        return "" if right else "bad_histogram"
+        return "" if kind is Type.SUMMARY and _is_summary(value) else "bad_histogram"
     if kind in (Type.HISTOGRAM, Type.SUMMARY):
         return "bad_histogram"
+    if kind is Type.INFO and value != 1:
+        return "bad_info"
     if kind is Type.COUNTER and not value >= 0:
         return "not_a_number" if math.isnan(value) else "negative_counter"
     return ""
@@ -250,7 +256,14 @@ def _fault(kind: Type, value: Value) -> str:
 def _is_histogram(value: Histogram) -> bool:
     bounds, counts = [b for b, _ in value.buckets], [n for _, n in value.buckets]
     rising = all(a < b for a, b in itertools.pairwise(bounds)) and all(a <= b for a, b in itertools.pairwise(counts))
-    return bool(bounds) and rising and bounds[-1] == math.inf and counts[0] >= 0 and counts[-1] == value.count
+    whole = counts[:1] >= [0] and all(float(count).is_integer() for count in counts) and counts[-1:] == [value.count]
+    return rising and whole and bounds[-1:] == [math.inf] and (bounds[0] < 0 or not value.sum < 0)
+
+
+def _is_summary(value: Summary) -> bool:
+    """OpenMetrics has no negative quantiles or sums of them."""
+    whole = value.count >= 0 and float(value.count).is_integer() and not value.sum < 0
+    return whole and all(0 <= share <= 1 and not one < 0 for share, one in value.quantiles)
 
 
 def _fell(before: Value, now: Value) -> bool:
