@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hypothesis import HealthCheck, settings
 from servers import start_server
 from support import etcd as etcds
 from support import kubernetes as clusters
@@ -26,6 +27,10 @@ from support.names import Names
 from support.postgres import Postgres, shared
 
 ENGINES = ("sqlite", "memory", "postgres")
+
+# How long an example takes is the machine's, no claim of ours.
+settings.register_profile("unhurried", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 class Target(NamedTuple):
@@ -153,6 +158,7 @@ def environment(request: pytest.FixtureRequest) -> dict[str, str]:
     """What tells a server which engines to use."""
     queue = "memory" if request.param == "etcd" else str(request.param)
     chosen = {"RETINUE_WORKQUEUE__ENGINE": queue, "RETINUE_LEADERELECTION__ENGINE": str(request.param)}
+    chosen["RETINUE_DRAIN_SECONDS"] = "1"  # tests leave leaders behind that nobody waits for
     chosen |= {"RETINUE_AMBASSADOR__ENDPOINTS__ALLOW": "127.0.0.1:1024-65535", "RETINUE_AMBASSADOR__DATA_PLANE": "auto"}
     if request.param == "postgres":
         postgres: Postgres = request.getfixturevalue("postgres")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 ROOT = Path(__file__).parent.parent
-_START, _STOP = 30.0, 20.0
+_START, _STOP = 90.0, 60.0
 
 
 @dataclass

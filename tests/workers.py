@@ -14,13 +14,15 @@ from typing import Any
 
 from servers import RunningServer, environment
 
-PATIENCE = 30.0
+PATIENCE = 90.0
 
 
 def retinue(server: RunningServer, *args: str, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
     """Runs one command to its end."""
     command = [sys.executable, "-m", "retinue.cli", *args]
-    return subprocess.run(command, input=stdin, capture_output=True, env=_env(server, env), timeout=60, check=False)
+    return subprocess.run(
+        command, input=stdin, capture_output=True, env=_env(server, env), timeout=PATIENCE, check=False
+    )
 
 
 def rows(done: subprocess.CompletedProcess[bytes]) -> list[dict[str, Any]]:
@@ -90,7 +92,7 @@ class Work:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(10)
+                self.process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 self.kill()
         self._reader.join(PATIENCE)

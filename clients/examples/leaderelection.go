@@ -17,7 +17,7 @@ import (
 	pb "retinue/leaderelection/v1"
 )
 
-const appLease = 500 * time.Millisecond
+const appLease = 2 * time.Second
 
 var ctx = context.Background()
 

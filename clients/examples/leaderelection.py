@@ -21,7 +21,7 @@ from retinue.leaderelection.v1 import leaderelection_service_pb2 as api
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-APP_LEASE = 0.5
+APP_LEASE = 2.0
 """In seconds."""
 
 

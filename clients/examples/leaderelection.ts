@@ -9,7 +9,7 @@ import { LeaderElectionService } from "retinue/leaderelection/v1/leaderelection_
 
 type Elections = Client<typeof LeaderElectionService>;
 
-const APP_LEASE_MS = 500;
+const APP_LEASE_MS = 2000;
 
 async function main(electionId: string): Promise<void> {
   const elections = createClient(LeaderElectionService, connect("leaderelection"));

@@ -31,7 +31,7 @@ from retinue.workqueue.v1 import (
     workqueue_service_pb2_grpc,
 )
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 SERVICES = {
     workqueue_service_pb2.DESCRIPTOR.services_by_name["WorkQueueService"]: workqueue_service_pb2_grpc,
     workqueue_admin_service_pb2.DESCRIPTOR.services_by_name["WorkQueueAdminService"]: workqueue_admin_service_pb2_grpc,

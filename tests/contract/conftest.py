@@ -110,7 +110,7 @@ def root(request: pytest.FixtureRequest, leaves: Leaves) -> Iterator[str]:
 def scatterer(root: str) -> Iterator[Client]:
     """Calls of scatter/gather with the role app, once the root has found the leaves."""
     with Client(root, services=SCATTER) as client:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not _has_found_all(client) and time.monotonic() < end:
             time.sleep(0.05)
         yield client

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from contract.client import Refused
 from google.protobuf.duration_pb2 import Duration
 
 from retinue.workqueue.v1 import task_pb2
@@ -13,7 +15,12 @@ from retinue.workqueue.v1 import workqueue_admin_service_pb2 as admin
 if TYPE_CHECKING:
     from contract.client import Client, Stream
 
+T = TypeVar("T")
 WORKER = "worker-1"
+LONG = 50.0
+"""Seconds of a wait that what is waited for ends; it must not last so long."""
+SOON = 15.0
+"""Seconds: much less than LONG, and more than a machine stalls for."""
 
 
 def seconds(value: float) -> Duration:
@@ -26,6 +33,17 @@ def seconds(value: float) -> Duration:
 def text(value: str) -> task_pb2.Payload:
     """A payload for people."""
     return task_pb2.Payload(text=value)
+
+
+def in_time(call: Callable[[], T]) -> T:
+    """What it gives; it is called again when the machine was too slow for the deadline that it sets."""
+    for _ in range(20):
+        try:
+            return call()
+        except Refused as error:
+            if error.code != "DEADLINE_EXCEEDED":
+                raise
+    return call()
 
 
 class Line:
@@ -57,7 +75,7 @@ class Line:
             fields["wait_duration"] = seconds(wait)
         return list(self.app.LeaseTasks(queue_id=self.id, max_tasks=count, **fields).leases)
 
-    def take_one(self, wait: float = 10, **fields: Any) -> task_pb2.Lease:
+    def take_one(self, wait: float = LONG, **fields: Any) -> task_pb2.Lease:
         """Leases one task, waiting for it."""
         [lease] = self.take(1, wait, **fields)
         return lease
@@ -96,7 +114,7 @@ class Line:
         """Where it stands, without the prefix."""
         return task_pb2.TaskState.Name(self.get(task_id).state).removeprefix("TASK_STATE_")
 
-    def ended(self, task_id: str, wait: float = 15) -> task_pb2.Task:
+    def ended(self, task_id: str, wait: float = LONG) -> task_pb2.Task:
         """The task once it is in a terminal state."""
         task: task_pb2.Task = self.app.WaitTask(task_id=task_id, wait_duration=seconds(wait)).task
         return task

@@ -21,7 +21,7 @@ from grpc import aio
 from retinue.scattergather.v1 import leaf_service_pb2 as leaf
 from retinue.scattergather.v1 import merge_service_pb2 as merging
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 _REMEMBERED = 1000
 _NAME = re.compile(rb"play-[0-9a-f]{32}")
 _QUERY = "/retinue.scattergather.v1.LeafService/Query"

@@ -22,6 +22,7 @@ LAYOUT = (*REPLICAS, MERGER, NOBODY)
 """Who listens where, from the first port on."""
 FOREIGN = "/shop.v1.Catalog/Find"
 HEDGE_SOON = {"min_samples": 0, "min_delay_seconds": 0.02}
+QUICK_S = 1.0
 NO_HEDGES = {"enabled": False}
 JSON_MERGES = ("sum", "min", "max", "count", "group_sum", "union", "histogram")
 
@@ -56,7 +57,7 @@ def pools(at: Callable[[str], str], root: str) -> dict[str, Any]:
         "narrow": plain | {"limits": {"max_calls": 3}},
         "empty": {"shards": []},
         "away": plain | {"shards": [shard("a", "r0"), shard("b", NOBODY)]},
-        "quick": plain | {"timeout_seconds": 0.4},
+        "quick": plain | {"timeout_seconds": QUICK_S},
         "left": plain | {"merge": "sum", "shards": [shard("a", "r0"), shard("b", "r1")]},
         "right": plain | {"merge": "sum", "shards": [shard("c", "r2"), shard("d", "r3")]},
         "loop": {"shards": [{"shard_id": "self", "endpoints": [root], "pool": "loop"}]},

@@ -103,7 +103,7 @@ def test_signals_go_to_the_command(elect: Start, tmp_path: Path) -> None:
 
 
 def test_a_signal_ends_who_stands_by(elect: Start, tmp_path: Path) -> None:
-    elect("--", "sleep", "60").until("elected")
+    elect("--", "sleep", "600").until("elected")
     waiting = elect("--", "touch", str(tmp_path / "ran"))
     waiting.until("standby")
     waiting.send(signal.SIGTERM)
@@ -112,7 +112,7 @@ def test_a_signal_ends_who_stands_by(elect: Start, tmp_path: Path) -> None:
 
 
 def test_no_wait_gives_up_if_somebody_leads(server: RunningServer, elect: Start, name: str) -> None:
-    elect("--candidate", "one", "--", "sleep", "60").until("elected")
+    elect("--candidate", "one", "--", "sleep", "600").until("elected")
     done = retinue(server, "elect", name, "--no-wait", "--", "true")
     assert done.returncode == 75
     assert b"one leads" in done.stderr
@@ -136,7 +136,7 @@ def test_who_is_asked_to_step_down_ends_its_command_and_stands_by_behind_others(
 
 
 def test_once_ends_when_leadership_is_lost(server: RunningServer, elect: Start, name: str) -> None:
-    running = elect("--once", "--", "sleep", "60")
+    running = elect("--once", "--", "sleep", "600")
     running.until("elected")
     run(server, "election", "step-down", name)
     assert running.ended() == 75
@@ -145,7 +145,7 @@ def test_once_ends_when_leadership_is_lost(server: RunningServer, elect: Start, 
 def test_a_command_that_ignores_sigterm_is_killed_with_its_children(
     server: RunningServer, elect: Start, name: str, tmp_path: Path
 ) -> None:
-    program = f"trap '' TERM; sleep 60 & echo $$ $! > {tmp_path}/pids; wait; while :; do sleep 1; done"
+    program = f"trap '' TERM; sleep 600 & echo $$ $! > {tmp_path}/pids; wait; while :; do sleep 1; done"
     running = elect("--grace", "0.3s", "--once", "--", "sh", "-c", program)
     eventually(lambda: len(pids_in(tmp_path / "pids")) == 2, "the command is up")
     run(server, "election", "step-down", name)
@@ -158,12 +158,12 @@ def test_a_killed_elect_takes_its_command_along_and_the_proof_of_it_passes_the_e
     server: RunningServer, elect: Start, name: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "lives"
-    first = elect("--app-lease", "20s", "--lease", "60s", "--", *alive(file))
+    first = elect("--app-lease", "300s", "--lease", "600s", "--", *alive(file))
     now = await_life(file, 0)
-    second = elect("--app-lease", "20s", "--lease", "60s", "--", *alive(file))
+    second = elect("--app-lease", "300s", "--lease", "600s", "--", *alive(file))
     second.until("standby")
     first.process.kill()
-    later = await_life(file, now.token, patience=15)  # the leases are longer
+    later = await_life(file, now.token)
     assert later.token == now.token + 1
     assert history(server, name)[1]["end_reason"] == "app_dead"
     check_lives(lives(file))
@@ -173,9 +173,9 @@ def test_a_stopped_elect_has_no_command_when_the_next_one_leads(
     server: RunningServer, elect: Start, name: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "lives"
-    first = elect("--app-lease", "1s", "--", *alive(file))
+    first = elect("--app-lease", "3s", "--", *alive(file))
     now = await_life(file, 0)
-    elect("--app-lease", "1s", "--", *alive(file)).until("standby")
+    elect("--app-lease", "3s", "--", *alive(file)).until("standby")
     first.send(signal.SIGSTOP)
     later = await_life(file, now.token)
     assert not workers.alive(now.pid), "the guard has kept the deadline"
@@ -189,7 +189,7 @@ def test_a_stopped_elect_has_no_command_when_the_next_one_leads(
 def test_a_server_that_hangs_ends_the_command_before_the_deadline(tmp_path: Path, name: str) -> None:
     running = start_server(tmp_path)
     file = tmp_path / "lives"
-    leader = Elect(running, name, "--app-lease", "1s", "--", *alive(file), cwd=tmp_path)
+    leader = Elect(running, name, "--app-lease", "3s", "--", *alive(file), cwd=tmp_path)
     try:
         now = await_life(file, 0)
         running.process.send_signal(signal.SIGSTOP)
@@ -236,7 +236,7 @@ def test_who_leads_is_told_to_people_and_to_shells(server: RunningServer, elect:
     assert vacant == {"election_id": name, "state": "vacant"}
     assert retinue(server, "election", "check", name).returncode == 1
     assert retinue(server, "election", "leader", name, "--value").returncode == 1
-    elect("--candidate", "me", "--value", "10.0.0.1:5432", "--", "sleep", "60").until("elected")
+    elect("--candidate", "me", "--value", "10.0.0.1:5432", "--", "sleep", "600").until("elected")
     [leader] = run(server, "election", "leader", name)
     assert (leader["state"], leader["candidate_id"], leader["token"]) == ("leads", "me", 1)
     assert retinue(server, "election", "leader", name, "--value").stdout == b"10.0.0.1:5432\n"
@@ -252,7 +252,7 @@ def test_watching_shows_the_leader_and_each_change(server: RunningServer, elect:
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as watching:
         assert watching.stdout is not None
         assert json.loads(watching.stdout.readline())["state"] == "vacant"
-        running = elect("--candidate", "me", "--", "sleep", "60")
+        running = elect("--candidate", "me", "--", "sleep", "600")
         assert json.loads(watching.stdout.readline())["candidate_id"] == "me"
         running.send(signal.SIGTERM)
         assert json.loads(watching.stdout.readline())["state"] == "vacant"
@@ -260,7 +260,7 @@ def test_watching_shows_the_leader_and_each_change(server: RunningServer, elect:
 
 
 def test_stepping_down_is_for_operators(server: RunningServer, elect: Start, name: str) -> None:
-    elect("--", "sleep", "60").until("elected")
+    elect("--", "sleep", "600").until("elected")
     done = retinue(server, "election", "step-down", name, "--address", server.address)
     assert done.returncode == 4
     assert b"ROLE_REQUIRED" in done.stderr
@@ -274,14 +274,14 @@ def test_an_unreachable_server_ends_with_3_and_says_where_it_looked(tmp_path: Pa
     for args in ("election ls", "election check x", "elect x --no-wait -- true"):
         env = environment(RETINUE_LEADERELECTION_ADDRESS=f"unix:{tmp_path}/none.sock")
         command = [sys.executable, "-m", "retinue.cli", *args.split()]
-        done = subprocess.run(command, capture_output=True, env=env, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, env=env, timeout=60, check=False)
         assert done.returncode == 3, args
         assert b"none.sock" in done.stderr
         assert b"Traceback" not in done.stderr
 
 
 def test_on_a_terminal_answers_are_tables(server: RunningServer, elect: Start, name: str) -> None:
-    elect("--candidate", "me", "--", "sleep", "60").until("elected")
+    elect("--candidate", "me", "--", "sleep", "600").until("elected")
     ours, theirs = pty.openpty()
     env = environment(RETINUE_ADDRESS=server.address, COLUMNS="200", TERM="xterm")
     command = [sys.executable, "-m", "retinue.cli", "election", "history", name]

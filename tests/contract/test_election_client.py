@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from elections import ENGINES
+from pace import undisturbed_async
 from servers import RunningServer, environment, start_server
 from workers import PATIENCE
 
@@ -114,10 +116,10 @@ async def end_reasons(address: str, name: str) -> list[str]:
 
 
 async def test_leadership_passes_on_when_the_block_ends_under_a_higher_token(server: RunningServer, name: str) -> None:
-    async with campaign(name, address=server.address, lease=60, app_lease=30) as first:
+    async with campaign(name, address=server.address, lease=600, app_lease=300) as first:
         assert first.is_leader()
     async with candidate(server.address, name) as later:
-        term = await within(later, 10)  # the lease was longer
+        term = await within(later)  # the lease was longer
         assert term.token.value > first.token.value
         assert term.token.domain == first.token.domain
         assert not first.is_leader()
@@ -125,11 +127,16 @@ async def test_leadership_passes_on_when_the_block_ends_under_a_higher_token(ser
 
 
 async def test_heartbeats_carry_a_term_over_many_leases(server: RunningServer, name: str) -> None:
-    async with campaign(name, address=server.address, app_lease=0.5) as term:
-        first = term.remaining()
-        await asyncio.sleep(2)  # four leases
-        assert term.is_leader()
-        assert 0 < first <= 0.45
+    elections = (f"{name[:90]}-{number}" for number in itertools.count())
+
+    async def lasts() -> None:
+        async with campaign(next(elections), address=server.address, app_lease=0.5) as term:
+            first = term.remaining()
+            await asyncio.sleep(2)  # four leases
+            assert term.is_leader()
+            assert 0 < first <= 0.45
+
+    await undisturbed_async(lasts, within_s=0.4)
 
 
 async def test_who_leads_is_seen_proclaimed_and_verified(server: RunningServer, name: str) -> None:
@@ -176,7 +183,7 @@ async def test_a_candidate_that_gave_up_is_never_elected(server: RunningServer, 
 
 
 async def test_two_live_candidates_of_one_name_are_refused(server: RunningServer, name: str) -> None:
-    async with candidate(server.address, name, candidate_id="same", app_lease=0.4):
+    async with candidate(server.address, name, candidate_id="same", lease=600, app_lease=300):
         with pytest.raises(errors.AlreadyExists):
             async with campaign(name, address=server.address, candidate_id="same", app_lease=0.4):
                 pytest.fail("it lives")
@@ -221,10 +228,10 @@ HOLDER = """
 import sys, time
 from retinue.client.sync import Election
 proof = {"proof": None, "none": False}[sys.argv[2]]
-with Election(sys.argv[1], app_lease=float(sys.argv[3]), lease=60, proof_dir=proof) as election:
+with Election(sys.argv[1], app_lease=float(sys.argv[3]), lease=600, proof_dir=proof) as election:
     with election.campaign() as term:
         print(term.proof, flush=True)
-        time.sleep(60)
+        time.sleep(600)
 """
 
 
@@ -241,36 +248,37 @@ def holder(server: RunningServer, name: str, proof: str, app_lease: float) -> su
 async def test_proof_of_death_passes_the_election_on_long_before_the_lease_is_over(
     server: RunningServer, name: str
 ) -> None:
-    with holder(server, name, "proof", 20) as process:
+    with holder(server, name, "proof", 300) as process:
         async with candidate(server.address, name) as later:
             process.kill()
-            await within(later, 10)  # the lease is 20 s
+            await within(later)  # the lease is 300 s
     assert await end_reasons(server.address, name) == ["RESIGNED", "APP_DEAD"]
 
 
 async def test_without_proof_a_term_is_kept_until_the_lease_is_over(server: RunningServer, name: str) -> None:
-    with holder(server, name, "none", 3) as process:
+    with holder(server, name, "none", 5) as process:
         async with candidate(server.address, name) as later:
+            killed = asyncio.get_running_loop().time()
             process.kill()
             process.wait()
-            await still_waits(later, 1)
             await within(later)
+            assert asyncio.get_running_loop().time() - killed > 1, "heartbeats are a third of the lease apart"
     assert await end_reasons(server.address, name) == ["RESIGNED", "APP_SILENT"]
 
 
 async def test_a_child_that_has_the_lock_is_no_dead_app(server: RunningServer, name: str) -> None:
-    async with Election(name, address=server.address, app_lease=20, lease=60) as election:
+    async with Election(name, address=server.address, app_lease=300, lease=600) as election:
         candidacy = election.campaign()
         with pytest.raises(asyncio.CancelledError):  # noqa: PT012 - what happens in the block is the claim
             async with candidacy as term:
                 assert term.proof is not None
-                child = await asyncio.create_subprocess_exec("sleep", "60", pass_fds=(term.proof,))
+                child = await asyncio.create_subprocess_exec("sleep", "600", pass_fds=(term.proof,))
                 _crash(candidacy)
                 async with candidate(server.address, name) as later:
                     await still_waits(later, 0.5)
                     child.kill()
                     await child.wait()
-                    await within(later, 10)
+                    await within(later)
                 raise asyncio.CancelledError
 
 
@@ -282,7 +290,7 @@ async def test_a_server_that_is_killed_and_starts_again_finds_the_same_term(fres
     running = fresh
     try:
         async with (
-            Election(name, address=fresh.address, listener=events, app_lease=20, lease=60) as election,
+            Election(name, address=fresh.address, listener=events, app_lease=300, lease=600) as election,
             election.campaign() as term,
         ):
             fresh.kill()
@@ -300,7 +308,7 @@ async def test_a_server_that_is_killed_and_starts_again_finds_the_same_term(fres
 async def test_a_block_that_ends_while_its_server_starts_resigns_all_the_same(fresh: RunningServer, name: str) -> None:
     running = fresh
     try:
-        async with campaign(name, address=fresh.address, app_lease=20, lease=60):
+        async with campaign(name, address=fresh.address, app_lease=300, lease=600):
             fresh.kill()
             running = await asyncio.to_thread(fresh.restart)
         assert await end_reasons(running.address, name) == ["RESIGNED"]
@@ -315,13 +323,13 @@ async def test_a_server_that_stops_asks_its_leader_to_resign_and_is_not_held_up(
         async with campaign(name, address=fresh.address, lease=60, app_lease=30):
             fresh.process.send_signal(signal.SIGTERM)
             await asyncio.Event().wait()
-    assert await asyncio.to_thread(fresh.process.wait, 20) == 0
+    assert await asyncio.to_thread(fresh.process.wait, 60) == 0
 
 
 async def test_a_server_that_hangs_ends_the_block_before_the_deadline(fresh: RunningServer, name: str) -> None:
     left = []
     with pytest.raises(TermLost, match="DEADLINE"):  # noqa: PT012 - what happens in the block is the claim
-        async with campaign(name, address=fresh.address, app_lease=1) as term:
+        async with campaign(name, address=fresh.address, app_lease=6, margin=3) as term:
             fresh.process.send_signal(signal.SIGSTOP)
             try:
                 await asyncio.Event().wait()

@@ -13,7 +13,8 @@ import grpc
 import pytest
 from contract.client import METHODS, Client, Pending, Refused
 from contract.conftest import Serve, new_line
-from contract.line import Line, seconds, text
+from contract.line import LONG, Line, seconds, text
+from workers import eventually
 
 from retinue.error.v1 import error_reason_pb2
 
@@ -187,7 +188,7 @@ def test_a_reason_comes_with_the_metadata_that_its_comment_promises(line: Line, 
 def test_a_request_that_is_no_message_is_refused(app: Client) -> None:
     call: Any = app.channel.unary_unary("/retinue.workqueue.v1.WorkQueueService/GetTask")
     with pytest.raises(grpc.RpcError) as error:
-        call(b"\xff\xff", timeout=5)
+        call(b"\xff\xff", timeout=60)
     assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -195,7 +196,7 @@ def test_a_request_that_is_no_message_is_refused(app: Client) -> None:
 def test_an_unknown_method_is_unimplemented(app: Client) -> None:
     call: Any = app.channel.unary_unary("/retinue.workqueue.v1.WorkQueueService/Nothing")
     with pytest.raises(grpc.RpcError) as error:
-        call(b"", timeout=5)
+        call(b"", timeout=60)
     assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -203,7 +204,7 @@ def test_an_unknown_method_is_unimplemented(app: Client) -> None:
 def test_fields_that_the_server_does_not_know_are_ignored(line: Line) -> None:
     call: Any = line.app.channel.unary_unary("/retinue.workqueue.v1.WorkQueueService/EnqueueTasks")
     request = line.app.request("EnqueueTasks", tasks=[line.spec()]).SerializeToString() + b"\xfa\x3f\x02hi"
-    assert call(request, timeout=5)
+    assert call(request, timeout=60)
     assert len(line.tasks()) == 1
 
 
@@ -213,9 +214,11 @@ def test_fields_that_the_server_does_not_know_are_ignored(line: Line) -> None:
 def test_too_many_calls_at_once_are_refused_and_may_be_tried_again(serve: Serve) -> None:
     server = serve(RETINUE_LIMITS__MAX_CONCURRENT_CALLS="2")
     with Client(server.address) as app:
-        asked = {"queue_id": "q", "worker_id": "w", "wait_duration": seconds(1)}
-        outcomes = [_outcome(call) for call in [app.begin("LeaseTasks", **asked) for _ in range(3)]]
-        [failed] = [outcome for outcome in outcomes if isinstance(outcome, Refused)]
+        asked = {"queue_id": "q", "worker_id": "w", "wait_duration": seconds(LONG)}
+        calls = [app.begin("LeaseTasks", **asked) for _ in range(3)]
+        eventually(lambda: any(call.done() for call in calls), "one is refused")
+        [failed] = [_outcome(call) for call in calls if call.done()]
+        assert isinstance(failed, Refused)
         assert (failed.code, failed.reason) == ("RESOURCE_EXHAUSTED", "CONCURRENCY_LIMIT")
         assert failed.retry_s
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from servers import RunningServer, start_server
-from workers import Work, alive, eventually, pids_in
+from workers import PATIENCE, Work, alive, eventually, pids_in
 
 from retinue.client.queue import duration
 from retinue.client.sync import Queue
@@ -57,7 +57,7 @@ def script(tmp_path: Path, text: str) -> str:
     return str(path)
 
 
-def finished(queue: Queue, task_id: str, patience: float = 30) -> Task:
+def finished(queue: Queue, task_id: str, patience: float = PATIENCE) -> Task:
     task: Task = queue.wait(task_id, timeout=patience)
     return task
 
@@ -207,23 +207,23 @@ def test_a_program_that_cannot_be_started_fails_the_attempt(queue: Queue, work: 
 
 def test_a_hanging_command_is_killed_at_the_attempt_deadline(queue: Queue, work: Any, tmp_path: Path) -> None:
     program = f"trap '' TERM; echo $$ >> {tmp_path}/notes; exec sleep 600"
-    task = queue.enqueue("x", attempt_duration=1.0, retry=pb.RetryPolicy(max_attempts=1))
+    task = queue.enqueue("x", attempt_duration=4.0, retry=pb.RetryPolicy(max_attempts=1))
     running = work("--kill-grace", "0.5", "--", "sh", "-c", program)
     done = finished(queue, task.task_id)
     assert (done.state, done.last_failure.reason) == (pb.TASK_STATE_DEAD, "ATTEMPT_DEADLINE")
     running.until("dead", "lost")  # its clock and the server's end the attempt at the same moment
     [pid] = pids_in(tmp_path / "notes")
-    eventually(lambda: not alive(pid), "the command ends", 5)
+    eventually(lambda: not alive(pid), "the command ends")
 
 
 def test_a_cancelled_task_ends_its_command_and_the_whole_group(queue: Queue, work: Any, tmp_path: Path) -> None:
     program = script(tmp_path, "note(os.getpid())\nnote(subprocess.Popen(['sleep', '600']).pid)\ntime.sleep(600)\n")
     task = queue.enqueue("x")
     work(*SHORT_LEASE, "--", sys.executable, program)
-    eventually(lambda: len(pids_in(tmp_path / "notes")) == 2, "the command runs")
+    eventually(lambda: len(pids_in(tmp_path / "notes")) >= 2, "the command runs")
     assert queue.cancel(task.task_id) == [None]
     assert finished(queue, task.task_id).state == pb.TASK_STATE_CANCELLED
-    eventually(lambda: not any(map(alive, pids_in(tmp_path / "notes"))), "the group ends", 10)
+    eventually(lambda: not any(map(alive, pids_in(tmp_path / "notes"))), "the group ends")
 
 
 def test_then_enqueues_the_output_with_its_labels(queue: Queue, work: Any) -> None:
@@ -337,10 +337,14 @@ def test_a_second_signal_ends_at_once_even_a_command_that_ignores_sigterm(
     task = queue.enqueue("x")
     running = work("--kill-grace", "300", "--", sys.executable, program)
     eventually(lambda: bool(pids_in(tmp_path / "notes")), "the command runs")
-    running.signal(signal.SIGINT)
-    time.sleep(0.2)  # two signals at once are one
-    running.signal(signal.SIGINT)
-    assert running.ended(10) == 0
+
+    def interrupted() -> bool:
+        running.signal(signal.SIGINT)  # two at once are one
+        time.sleep(0.2)
+        return running.process.poll() is not None
+
+    eventually(interrupted, "it ends, though the grace is not over")
+    assert running.ended() == 0
     assert queue.get(task.task_id).state == pb.TASK_STATE_READY
     assert not any(map(alive, pids_in(tmp_path / "notes")))
 
@@ -353,12 +357,12 @@ def test_a_killed_runner_leaves_no_process_no_directory_and_no_output(queue: Que
     )
     out = tmp_path / "out"
     task = queue.enqueue("x", labels={"path": "result"})
-    first = work(*SHORT_LEASE, "--output-dir", str(out), "--", sys.executable, program)
+    first = work("--lease", "5s", "--output-dir", str(out), "--", sys.executable, program)
     eventually(lambda: len(pids_in(tmp_path / "notes")) == 2, "the command and its child run")
     first.kill()
-    eventually(lambda: not any(map(alive, pids_in(tmp_path / "notes"))), "the whole group ends", 5)
-    eventually(lambda: not list(first.work_dir.iterdir()) and not list(out.iterdir()), "the files go", 5)
-    work(*SHORT_LEASE, "--output-dir", str(out), "--", sys.executable, program)
+    eventually(lambda: not any(map(alive, pids_in(tmp_path / "notes"))), "the whole group ends")
+    eventually(lambda: not list(first.work_dir.iterdir()) and not list(out.iterdir()), "the files go")
+    work("--lease", "5s", "--output-dir", str(out), "--", sys.executable, program)
     done = finished(queue, task.task_id)
     assert (done.state, done.lease_expirations) == (pb.TASK_STATE_SUCCEEDED, 1)
     assert (out / "result").read_text() == "partial"
@@ -402,7 +406,7 @@ def test_a_worker_survives_a_killed_server_and_completes_exactly_once(
     with Queue("survivor", address=server.address) as queue:
         task, later = queue.enqueue("x"), queue.enqueue("y")
         running = Work(
-            server, tmp_path, "survivor", "--concurrency", "1", "--lease", "5s", "--", sys.executable, program
+            server, tmp_path, "survivor", "--concurrency", "1", "--lease", "60s", "--", sys.executable, program
         )
         try:
             eventually((tmp_path / "notes").exists, "the command runs")
@@ -427,14 +431,14 @@ def test_a_command_outlives_a_restart_of_the_server_as_long_as_its_lease_may(
     program = script(tmp_path, f"note('began')\nwhile not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.05)\n")
     with Queue("restart", address=server.address) as queue:
         task = queue.enqueue("x")
-        running = Work(server, tmp_path, "restart", "--lease", "5s", "--", sys.executable, program)
+        running = Work(server, tmp_path, "restart", "--lease", "15s", "--", sys.executable, program)
         try:
             eventually((tmp_path / "notes").exists, "the command runs")
             assert server.stop() == 0
             own_server.append(server.restart())
             running.until("connected")
             running.until("connected")
-            time.sleep(5.5)  # longer than the lease: it must have been renewed on the new connection
+            time.sleep(15.5)  # longer than the lease: it must have been renewed on the new connection
             (tmp_path / "go").touch()
             done = finished(queue, task.task_id)
             assert (done.state, done.lease_epoch) == (pb.TASK_STATE_SUCCEEDED, 1)
@@ -451,7 +455,7 @@ def test_a_command_ends_when_its_lease_can_no_longer_be_valid(own_server: list[R
         try:
             eventually(lambda: bool(pids_in(tmp_path / "notes")), "the command runs")
             os.kill(server.process.pid, signal.SIGSTOP)
-            eventually(lambda: not any(map(alive, pids_in(tmp_path / "notes"))), "the command ends", 10)
+            eventually(lambda: not any(map(alive, pids_in(tmp_path / "notes"))), "the command ends")
             assert running.process.poll() is None, "the runner stays"
         finally:
             os.kill(server.process.pid, signal.SIGCONT)

@@ -181,14 +181,14 @@ async def test_what_may_have_reached_a_leaf_is_asked_once(of: Callable[..., Pool
 
 async def test_what_the_root_has_no_room_for_is_asked_again_until_it_has(of: Callable[..., Pool]) -> None:
     async with of("narrow") as pool:
-        slow = asyncio.create_task(pool.scatter(json={"a": {"sleep": 0.3}}))
+        slow = asyncio.create_task(pool.scatter(json={"a": {"sleep": 3}}))
         await asyncio.wait_for(busy(pool), PATIENCE)
         assert (await pool.scatter()).complete
         assert (await slow).complete
         hanging = asyncio.create_task(pool.scatter(json={"a": {"hang": True}}, timeout=PATIENCE))
         await asyncio.wait_for(busy(pool), PATIENCE)
         with pytest.raises(errors.ResourceExhausted) as caught:
-            await pool.scatter(timeout=1)
+            await pool.scatter(timeout=3)
         assert caught.value.reason == "SCATTER_LIMIT"
         hanging.cancel()
 
@@ -203,7 +203,7 @@ async def test_a_root_that_is_away_is_waited_for_unless_one_is_impatient(tmp_pat
     nowhere = f"unix:{tmp_path}/none.sock"
     async with Pool("p", address=nowhere) as pool:
         with pytest.raises(errors.Unavailable, match="cannot reach"):
-            await pool.scatter(timeout=0.2)
+            await pool.scatter(timeout=2)
     async with Pool("p", address=nowhere, patient=False) as pool:
         with pytest.raises(errors.Unavailable):
             await pool.scatter(timeout=PATIENCE)
@@ -229,7 +229,7 @@ async def test_a_root_that_comes_up_is_asked_what_waited_for_it(sockets: Path, t
 
 async def test_events_come_as_shards_do_and_the_answer_last(of: Callable[..., Pool]) -> None:
     async with of("top") as pool:
-        question = {"a": {"fail": "UNAVAILABLE"}, "b": {"sleep": 0.1}}
+        question = {"a": {"fail": "UNAVAILABLE"}, "b": {"sleep": 2}}
         events = [event async for event in pool.stream(json=question, min_coverage=0.5)]
     *shards, answer = events
     assert isinstance(answer, Answer)

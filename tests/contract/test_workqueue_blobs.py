@@ -144,7 +144,7 @@ def test_a_piece_over_1_mib_is_refused(app: Client) -> None:
 def test_an_upload_that_breaks_leaves_nothing(app: Client, line: Line) -> None:
     content = os.urandom(1000)
     sent: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    call = app._rpc("UploadBlob").future(iter(sent.get, None), timeout=20)
+    call = app._rpc("UploadBlob").future(iter(sent.get, None), timeout=60)
     sent.put(UploadBlobRequest(data=content))
     line.put()  # a call behind it on the same connection
     call.cancel()

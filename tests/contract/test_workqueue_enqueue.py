@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,6 +13,7 @@ from contract.conftest import new_line
 from contract.line import Line, seconds, text
 from google.protobuf import struct_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
+from pace import undisturbed
 
 from retinue.workqueue.v1 import task_pb2
 
@@ -298,22 +300,30 @@ def test_equal_tasks_are_leased_in_the_order_they_came(line: Line) -> None:
 
 
 def test_a_delayed_task_becomes_ready_when_its_delay_is_over(line: Line) -> None:
-    before = datetime.now(UTC)
-    task_id = line.put(delay_duration=seconds(0.3))
-    task = line.get(task_id)
-    assert task.state == task_pb2.TASK_STATE_SCHEDULED
-    assert (task.ready_time.ToMilliseconds() - task.create_time.ToMilliseconds()) == 300
-    assert line.take() == []
-    assert line.take_one().task_id == task_id
-    assert datetime.now(UTC) - before >= timedelta(seconds=0.29)
+    def delayed() -> tuple[Line, str, float]:
+        own, before = new_line(line.app), time.monotonic()
+        task_id = own.put(delay_duration=seconds(0.3))
+        task = own.get(task_id)
+        assert task.state == task_pb2.TASK_STATE_SCHEDULED
+        assert (task.ready_time.ToMilliseconds() - task.create_time.ToMilliseconds()) == 300
+        assert own.take() == []
+        return own, task_id, before
+
+    own, task_id, before = undisturbed(delayed, within_s=0.25)
+    assert own.take_one().task_id == task_id
+    assert time.monotonic() - before >= 0.29
 
 
 def test_a_scheduled_task_becomes_ready_at_its_time(line: Line) -> None:
-    stamp = from_now(0.3)
-    task_id = line.put(schedule_time=stamp)
-    assert line.state(task_id) == "SCHEDULED"
-    line.take_one()
-    task = line.get(task_id)
+    def scheduled() -> tuple[Line, str, Timestamp]:
+        own, stamp = new_line(line.app), from_now(0.3)
+        task_id = own.put(schedule_time=stamp)
+        assert own.state(task_id) == "SCHEDULED"
+        return own, task_id, stamp
+
+    own, task_id, stamp = undisturbed(scheduled, within_s=0.25)
+    own.take_one()
+    task = own.get(task_id)
     assert task.start_time.ToNanoseconds() >= stamp.ToNanoseconds() // 1_000_000 * 1_000_000
 
 
@@ -323,7 +333,7 @@ def test_a_schedule_time_in_the_past_means_now(line: Line) -> None:
 
 def test_a_task_becomes_expired_at_its_time(line: Line) -> None:
     with line.watch() as watch:
-        in_time = line.put(expire_time=from_now(0.3))
+        in_time = undisturbed(lambda: line.put(expire_time=from_now(0.3)), within_s=0.25)
         in_span = line.put(expire_duration=seconds(0.3))
         scheduled = line.put(delay_duration=seconds(60), expire_time=from_now(120))
         assert {watch.until("EXPIRED").task_id for _ in range(2)} == {in_time, in_span}
@@ -337,9 +347,20 @@ def test_a_scheduled_task_may_expire_before_it_is_leased(line: Line) -> None:
     assert line.ended(task_id).state == task_pb2.TASK_STATE_EXPIRED
 
 
+def lent(line: Line) -> task_pb2.Lease:
+    """Of a task that expires soon."""
+
+    def leased() -> task_pb2.Lease:
+        line.put(expire_duration=seconds(0.2))
+        [lease] = line.take()
+        return lease
+
+    return undisturbed(leased, within_s=0.15)
+
+
 def test_a_leased_task_does_not_expire(line: Line) -> None:
     marker_line = new_line(line.app)
-    lease = line.lend(expire_duration=seconds(0.2))
+    lease = lent(line)
     marker_line.ended(marker_line.put(expire_duration=seconds(0.4)))
     assert line.state(lease.task_id) == "LEASED"
     assert not line.complete(lease).HasField("status")
@@ -347,7 +368,7 @@ def test_a_leased_task_does_not_expire(line: Line) -> None:
 
 def test_a_task_that_comes_back_after_its_time_is_expired(line: Line) -> None:
     marker_line = new_line(line.app)
-    lease = line.lend(expire_duration=seconds(0.2))
+    lease = lent(line)
     marker_line.ended(marker_line.put(expire_duration=seconds(0.4)))
     line.release(lease)
     assert line.ended(lease.task_id).state == task_pb2.TASK_STATE_EXPIRED

@@ -8,16 +8,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from contract.client import Client, Pending, Refused, code
+from contract.client import TIMEOUT, Client, Pending, Refused, code
 from contract.conftest import new_line
-from contract.line import WORKER, Line, seconds, text
+from contract.line import LONG, SOON, WORKER, Line, in_time, seconds, text
+from pace import undisturbed
 
 from retinue.workqueue.v1 import task_pb2
 
 LIMIT = 3 * 1024 * 1024
 
 
-def begin(line: Line, wait: float = 15, timeout: float = 20, **fields: object) -> Pending:
+def begin(line: Line, wait: float = LONG, timeout: float = TIMEOUT, **fields: object) -> Pending:
     return line.app.begin(
         "LeaseTasks",
         timeout=timeout,
@@ -89,27 +90,33 @@ def test_a_queue_without_tasks_answers_at_once_when_no_wait_is_asked_for(line: L
     assert line.take() == []
     line.complete(line.lend())
     assert line.take() == []
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < SOON
 
 
 @pytest.mark.engines("sqlite")
 def test_a_wait_in_vain_ends_with_ok_and_nothing_after_the_wait(line: Line) -> None:
     began = time.monotonic()
     assert line.take(wait=0.4) == []
-    assert 0.4 <= time.monotonic() - began < 2
+    assert 0.35 <= time.monotonic() - began < SOON
 
 
 @pytest.mark.engines("sqlite")
 def test_a_wait_in_vain_ends_200_ms_before_the_callers_deadline(line: Line) -> None:
-    began = time.monotonic()
-    assert list(begin(line, wait=60, timeout=1.0).result().leases) == []
-    assert 0.6 <= time.monotonic() - began <= 0.95
+    def waited() -> float:
+        began = time.monotonic()
+        assert list(begin(line, wait=60, timeout=1.0).result().leases) == []
+        return time.monotonic() - began
+
+    assert in_time(waited) >= 0.6
 
 
 @pytest.mark.engines("sqlite")
 def test_a_deadline_under_200_ms_answers_at_once(line: Line) -> None:
-    lease_task = line.put()
-    assert [lease.task_id for lease in begin(line, wait=60, timeout=0.19).result().leases] == [lease_task]
+    def leased() -> bool:
+        task_id = line.put()
+        return [lease.task_id for lease in begin(line, wait=60, timeout=0.19).result().leases] == [task_id]
+
+    assert in_time(leased)
 
 
 def test_a_waiting_worker_gets_a_task_as_soon_as_it_comes(line: Line, other_app: Client) -> None:
@@ -117,7 +124,7 @@ def test_a_waiting_worker_gets_a_task_as_soon_as_it_comes(line: Line, other_app:
     began = time.monotonic()
     [result] = other_app.EnqueueTasks(tasks=[line.spec()]).results
     assert [lease.task_id for lease in waiting.result().leases] == [result.task_id]
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < SOON
 
 
 def test_a_waiting_worker_answers_with_the_first_task_not_with_a_full_batch(line: Line) -> None:
@@ -175,7 +182,7 @@ def test_a_wait_that_is_cancelled_while_a_task_comes_loses_nothing(line: Line) -
         waiting = begin(line, lease_duration=seconds(1))
         putting = line.app.begin("EnqueueTasks", tasks=[line.spec()])
         waiting.cancel()
-        lease = line.take_one(wait=5)
+        lease = line.take_one()
         assert (lease.task_id, lease.attempt) == (putting.result().results[0].task_id, 1)
         line.complete(lease)
 
@@ -189,12 +196,17 @@ def test_fifty_workers_at_once_get_disjoint_tasks(line: Line) -> None:
 
 def test_producers_and_workers_at_once_lose_and_double_nothing(line: Line) -> None:
     def work(_: int) -> list[str]:
-        done = []
-        while leases := line.take(7, wait=1):
+        done: list[str] = []
+        while True:
+            is_last = all(future.done() for future in producing)
+            leases = line.take(7, wait=0.5)
+            if not leases:
+                if is_last:
+                    return done
+                continue
             results = line.app.CompleteTasks(completions=[{"lease_token": x.lease_token} for x in leases]).results
             assert not any(r.HasField("status") for r in results)
             done += [lease.task_id for lease in leases]
-        return done
 
     with ThreadPoolExecutor(10) as pool:
         producing = [pool.submit(line.put_many, 20) for _ in range(10)]
@@ -247,11 +259,11 @@ def test_a_repeated_request_id_gives_the_live_leases_again(line: Line) -> None:
 def test_a_repeated_request_id_tells_how_long_the_leases_last_now(line: Line) -> None:
     line.put()
     request_id = uuid.uuid4().hex
-    line.take(request_id=request_id, lease_duration=seconds(10))
+    line.take(request_id=request_id, lease_duration=seconds(60))
     marker_line = new_line(line.app)
     marker_line.ended(marker_line.put(expire_duration=seconds(0.3)))
     [again] = line.take(request_id=request_id)
-    assert seconds(1).ToMilliseconds() < again.lease_duration.ToMilliseconds() <= 9_700
+    assert 1_000 < again.lease_duration.ToMilliseconds() <= 59_700
 
 
 def test_a_repeated_request_id_gives_the_live_leases_of_a_paused_queue(line: Line, operator: Client) -> None:
@@ -278,14 +290,19 @@ def test_an_extension_counts_from_now(line: Line) -> None:
 
 
 def test_an_extension_keeps_a_short_lease_alive(line: Line) -> None:
-    task_id = line.put()
-    lease = line.take_one(lease_duration=seconds(2))
     marker_line = new_line(line.app)
-    for _ in range(3):
-        marker_line.ended(marker_line.put(expire_duration=seconds(0.8)))
-        assert not line.extend(lease).HasField("status")
-    assert line.get(task_id).lease_expirations == 0
-    assert not line.complete(lease).HasField("status")
+
+    def kept() -> None:
+        own = new_line(line.app)
+        task_id = own.put()
+        lease = own.take_one(lease_duration=seconds(2))
+        for _ in range(3):
+            marker_line.ended(marker_line.put(expire_duration=seconds(0.8)))
+            assert not own.extend(lease).HasField("status")
+        assert own.get(task_id).lease_expirations == 0
+        assert not own.complete(lease).HasField("status")
+
+    undisturbed(kept, within_s=2)
 
 
 def test_an_extension_without_duration_is_as_long_as_the_lease_was_granted(line: Line) -> None:

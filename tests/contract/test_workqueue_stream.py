@@ -8,14 +8,15 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from contract.client import Client, Refused, Stream
+from contract.client import TIMEOUT, Client, Refused, Stream
 from contract.conftest import Serve, new_line
-from contract.line import WORKER, Line, seconds, text
+from contract.line import LONG, WORKER, Line, seconds, text
+from pace import undisturbed
 
 from retinue.workqueue.v1 import task_pb2
 
 
-def opened(line: Line, credit: int = 0, timeout: float = 20, **fields: Any) -> Stream:
+def opened(line: Line, credit: int = 0, timeout: float = TIMEOUT, **fields: Any) -> Stream:
     stream = line.app.stream("StreamTasks", timeout=timeout)
     stream.send(open={"queue_id": line.id, "worker_id": WORKER, **fields}, credit=credit)
     return stream
@@ -228,16 +229,21 @@ def test_a_repeated_outcome_on_a_stream_is_ok(line: Line) -> None:
 
 
 def test_extend_all_keeps_the_leases_of_the_stream_alive(line: Line) -> None:
-    line.put_many(2)
-    with opened(line, credit=2, lease_duration=seconds(2)) as stream:
-        leases = granted(stream, 2)
-        other = new_line(line.app)
-        for sequence in range(3):
-            other.ended(other.put(expire_duration=seconds(1.2)))
-            stream.send(extend_all=True, sequence=sequence)
-            assert list(settled(stream).lost_lease_tokens) == []
-        stream.send(completions=tokens(leases), sequence=9)
-        assert list(settled(stream).errors) == []
+    other = new_line(line.app)
+
+    def kept() -> None:
+        own = new_line(line.app)
+        own.put_many(2)
+        with opened(own, credit=2, lease_duration=seconds(2)) as stream:
+            leases = granted(stream, 2)
+            for sequence in range(3):
+                other.ended(other.put(expire_duration=seconds(1)))
+                stream.send(extend_all=True, sequence=sequence)
+                assert list(settled(stream).lost_lease_tokens) == []
+            stream.send(completions=tokens(leases), sequence=9)
+            assert list(settled(stream).errors) == []
+
+    undisturbed(kept, within_s=2)
 
 
 def test_a_stream_that_does_not_extend_loses_its_leases_and_is_told(line: Line) -> None:
@@ -252,15 +258,20 @@ def test_a_stream_that_does_not_extend_loses_its_leases_and_is_told(line: Line) 
 
 
 def test_extend_all_extends_by_the_streams_lease_duration(line: Line) -> None:
-    line.put()
-    with opened(line, credit=1, lease_duration=seconds(10)) as stream:
-        [lease] = granted(stream, 1)
-        line.extend(lease, lease_duration=seconds(2))
-        stream.send(extend_all=True, sequence=1)
-        settled(stream)
-        other = new_line(line.app)
-        other.ended(other.put(expire_duration=seconds(2.2)))
-        assert line.state(lease.task_id) == "LEASED"
+    other = new_line(line.app)
+
+    def kept() -> None:
+        own = new_line(line.app)
+        own.put()
+        with opened(own, credit=1, lease_duration=seconds(10)) as stream:
+            [lease] = granted(stream, 1)
+            own.extend(lease, lease_duration=seconds(2))
+            stream.send(extend_all=True, sequence=1)
+            settled(stream)
+            other.ended(other.put(expire_duration=seconds(2.2)))
+            assert own.state(lease.task_id) == "LEASED"
+
+    undisturbed(kept, within_s=2)
 
 
 def test_extend_all_tells_which_tasks_were_cancelled(line: Line) -> None:
@@ -276,19 +287,24 @@ def test_extend_all_tells_which_tasks_were_cancelled(line: Line) -> None:
 
 
 def test_extend_all_goes_on_with_a_lease_whose_completion_was_refused(line: Line) -> None:
-    line.put()
-    with opened(line, credit=1, lease_duration=seconds(3)) as stream:
-        [lease] = granted(stream, 1)
-        taken = line.spec(task_id=lease.task_id)
-        stream.send(sequence=1, completions=[{"lease_token": lease.lease_token, "follow_ups": [taken]}])
-        assert settled(stream).errors[0].status.reason == "TASK_EXISTS"
-        other = new_line(line.app)
-        for sequence in (2, 3, 4):
-            other.ended(other.put(expire_duration=seconds(1.2)))
-            stream.send(extend_all=True, sequence=sequence)
-            settled(stream)
-        stream.send(sequence=5, completions=tokens([lease]))
-        assert list(settled(stream).errors) == []
+    other = new_line(line.app)
+
+    def kept() -> None:
+        own = new_line(line.app)
+        own.put()
+        with opened(own, credit=1, lease_duration=seconds(3)) as stream:
+            [lease] = granted(stream, 1)
+            taken = own.spec(task_id=lease.task_id)
+            stream.send(sequence=1, completions=[{"lease_token": lease.lease_token, "follow_ups": [taken]}])
+            assert settled(stream).errors[0].status.reason == "TASK_EXISTS"
+            for sequence in (2, 3, 4):
+                other.ended(other.put(expire_duration=seconds(1.2)))
+                stream.send(extend_all=True, sequence=sequence)
+                settled(stream)
+            stream.send(sequence=5, completions=tokens([lease]))
+            assert list(settled(stream).errors) == []
+
+    undisturbed(kept, within_s=3)
 
 
 # How a stream ends
@@ -337,7 +353,7 @@ def test_a_reader_that_does_not_read_gets_no_more_than_its_credit(line: Line) ->
     for _ in range(4):
         line.app.EnqueueTasks(tasks=[line.spec(input=text("x" * 100_000))] * 20)
     with opened(line, credit=40) as stream:
-        taken = line.take(80, wait=5)
+        taken = line.take(80, wait=LONG)
         while more := line.take(80):
             taken += more
         assert len(taken) >= 40
@@ -377,7 +393,7 @@ def test_a_bad_message_right_after_a_lease_ends_the_stream_and_the_lease_goes_on
     line.put_many(300)
     codes: Counter[str] = Counter()
     for _ in range(300):
-        with opened(line, credit=1, timeout=2) as stream:
+        with opened(line, credit=1) as stream:
             granted(stream, 1)
             stream.send(credit=-1)
             codes[ended(stream).code] += 1
@@ -400,7 +416,7 @@ def test_a_bad_message_right_after_a_lease_ends_the_stream_and_the_lease_goes_on
     ],
 )
 def test_a_first_message_that_is_wrong_is_refused(app: Client, first: Any, fields: set[str]) -> None:
-    with app.stream("StreamTasks", timeout=5) as stream:
+    with app.stream("StreamTasks") as stream:
         stream.send(**first)
         error = ended(stream)
     assert (error.code, error.reason, error.fields) == ("INVALID_ARGUMENT", "INVALID_FIELD", fields)
@@ -426,7 +442,7 @@ def test_outcomes_before_a_bad_message_are_kept(line: Line) -> None:
 
 
 def test_a_stopping_server_says_so_and_still_settles(serve: Serve) -> None:
-    server = serve(RETINUE_DRAIN_SECONDS="5")
+    server = serve(RETINUE_DRAIN_SECONDS="100")
     with Client(server.address) as app:
         line = new_line(app)
         line.put_many(2)
@@ -437,12 +453,12 @@ def test_a_stopping_server_says_so_and_still_settles(serve: Serve) -> None:
             server.process.send_signal(signal.SIGTERM)
             draining = stream.read()
             assert draining.HasField("draining"), draining
-            assert 0 < draining.draining.grace_duration.ToMilliseconds() <= 5_000
+            assert 0 < draining.draining.grace_duration.ToMilliseconds() <= 100_000
             stream.send(sequence=1, completions=tokens([lease]))
             answer = settled(stream)
             assert (answer.sequence, list(answer.errors)) == (1, [])
             began = time.monotonic()
             stream.half_close()
             assert list(stream) == []
-        assert server.process.wait(10) == 0
-        assert time.monotonic() - began < 4
+        assert server.process.wait(60) == 0
+        assert time.monotonic() - began < 60, "before the grace is over"

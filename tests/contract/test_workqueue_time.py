@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from contract.client import Client, Refused
 from contract.conftest import new_line
-from contract.line import Line, seconds, text
+from contract.line import LONG, SOON, Line, in_time, seconds, text
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from retinue.workqueue.v1 import task_pb2
@@ -31,7 +31,7 @@ def test_an_expired_lease_gives_the_task_to_another_worker_and_costs_no_attempt(
     began = time.monotonic()
     first = line.take_one(lease_duration=seconds(1), worker_id="first")
     second = line.take_one(worker_id="second")
-    assert 0.9 <= time.monotonic() - began < 4
+    assert 0.9 <= time.monotonic() - began < SOON
     assert (second.task_id, second.attempt) == (first.task_id, 1)
     assert second.lease_epoch > first.lease_epoch
     assert second.lease_token != first.lease_token
@@ -125,19 +125,19 @@ def test_a_finished_task_is_deleted_when_its_retention_is_over(made: Callable[..
 
 def test_a_wait_ends_as_soon_as_the_task_does(line: Line, other_app: Client) -> None:
     lease = line.lend()
-    waiting = [line.app.begin("WaitTask", task_id=lease.task_id, wait_duration=seconds(15)) for _ in range(3)]
+    waiting = [line.app.begin("WaitTask", task_id=lease.task_id, wait_duration=seconds(LONG)) for _ in range(3)]
     began = time.monotonic()
     other_app.CompleteTasks(completions=[{"lease_token": lease.lease_token, "result": text("out")}])
     for call in waiting:
         task = call.result().task
         assert (task.state, task.result) == (task_pb2.TASK_STATE_SUCCEEDED, text("out"))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < SOON
 
 
 @pytest.mark.parametrize("how", ["cancel", "dead", "expire"])
 def test_a_wait_ends_with_every_terminal_state(line: Line, how: str) -> None:
     task_id = line.put(**({"expire_duration": seconds(0.2)} if how == "expire" else {}))
-    waiting = line.app.begin("WaitTask", task_id=task_id, wait_duration=seconds(15))
+    waiting = line.app.begin("WaitTask", task_id=task_id, wait_duration=seconds(LONG))
     if how == "cancel":
         line.app.CancelTasks(task_ids=[task_id])
     if how == "dead":
@@ -155,7 +155,7 @@ def test_a_wait_for_a_finished_task_answers_at_once(line: Line) -> None:
     line.complete(lease)
     began = time.monotonic()
     assert line.ended(lease.task_id).state == task_pb2.TASK_STATE_SUCCEEDED
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < SOON
 
 
 def test_without_a_wait_the_task_comes_as_it_stands(line: Line) -> None:
@@ -169,16 +169,20 @@ def test_a_wait_that_is_over_gives_the_task_as_it_stands(line: Line) -> None:
     task_id = line.put()
     began = time.monotonic()
     assert line.ended(task_id, wait=0.3).state == task_pb2.TASK_STATE_READY
-    assert 0.3 <= time.monotonic() - began < 2
+    assert 0.25 <= time.monotonic() - began < SOON
 
 
 @pytest.mark.engines("sqlite")
 def test_a_wait_ends_200_ms_before_the_callers_deadline(line: Line) -> None:
     task_id = line.put()
-    began = time.monotonic()
-    call = line.app.begin("WaitTask", timeout=1.0, task_id=task_id, wait_duration=seconds(60))
-    assert call.result().task.state == task_pb2.TASK_STATE_READY
-    assert 0.6 <= time.monotonic() - began <= 0.95
+
+    def waited() -> float:
+        began = time.monotonic()
+        call = line.app.begin("WaitTask", timeout=1.0, task_id=task_id, wait_duration=seconds(60))
+        assert call.result().task.state == task_pb2.TASK_STATE_READY
+        return time.monotonic() - began
+
+    assert in_time(waited) >= 0.6
 
 
 def test_a_wait_for_an_unknown_task_is_refused(line: Line) -> None:
@@ -191,7 +195,7 @@ def test_a_wait_for_an_unknown_task_is_refused(line: Line) -> None:
 @pytest.mark.parametrize("how", ["DeleteTasks", "PurgeQueue", "DeleteQueue"])
 def test_a_wait_ends_with_not_found_when_the_task_is_deleted(line: Line, operator: Client, how: str) -> None:
     task_id = line.put()
-    waiting = line.app.begin("WaitTask", task_id=task_id, wait_duration=seconds(4))
+    waiting = line.app.begin("WaitTask", task_id=task_id, wait_duration=seconds(LONG))
     assert line.app.GetTask(task_id=task_id)  # the server has seen the call before this one on the same connection
     began = time.monotonic()
     if how == "DeleteTasks":
@@ -203,12 +207,12 @@ def test_a_wait_ends_with_not_found_when_the_task_is_deleted(line: Line, operato
     with pytest.raises(Refused) as error:
         waiting.result()
     assert (error.value.code, error.value.reason) == ("NOT_FOUND", "TASK_NOT_FOUND")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < SOON
 
 
 def test_a_wait_outlasts_a_retry(line: Line) -> None:
     task_id = line.put()
-    waiting = line.app.begin("WaitTask", task_id=task_id, wait_duration=seconds(15))
+    waiting = line.app.begin("WaitTask", task_id=task_id, wait_duration=seconds(LONG))
     line.fail(line.take_one(), retry_delay_duration=seconds(0.1))
     line.complete(line.take_one())
     assert waiting.result().task.state == task_pb2.TASK_STATE_SUCCEEDED
@@ -227,11 +231,12 @@ def test_a_scheduled_task_can_be_made_ready_now(line: Line) -> None:
 
 def test_a_ready_task_can_be_put_off(line: Line) -> None:
     task_id = line.put()
-    stamp = from_now(0.4)
+    stamp = from_now(FAR)
     task = line.app.RescheduleTask(task_id=task_id, schedule_time=stamp).task
     assert task.state == task_pb2.TASK_STATE_SCHEDULED
     assert abs(task.ready_time.ToMilliseconds() - stamp.ToMilliseconds()) <= 1
     assert line.take() == []
+    line.app.RescheduleTask(task_id=task_id, schedule_time=from_now(0.4))
     assert line.take_one().task_id == task_id
 
 

@@ -189,4 +189,4 @@ def test_a_stopping_server_ends_its_watches_with_unavailable(serve: Serve) -> No
             watch.next()
         assert (error.value.code, error.value.reason) == ("UNAVAILABLE", "SHUTTING_DOWN")
         assert error.value.retry_s
-        assert server.process.wait(10) == 0
+        assert server.process.wait(60) == 0

@@ -67,7 +67,7 @@ def run(*command: str | Path, cwd: Path, server: RunningServer | None = None) ->
             "RETINUE_HTTP_ADDRESS": server.http,
         }
     done = subprocess.run(
-        command, cwd=cwd, env=environment(**addresses), check=False, capture_output=True, text=True, timeout=280
+        command, cwd=cwd, env=environment(**addresses), check=False, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, f"{command} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout

@@ -43,7 +43,7 @@ class PodError(Exception):
     """A pod that did not do what its manifest asks for; the message has the logs."""
 
 
-def podman(*words: str | Path, check: bool = True, stdin: str | None = None, timeout: float = 60) -> str:
+def podman(*words: str | Path, check: bool = True, stdin: str | None = None, timeout: float = 240) -> str:
     """Runs podman and gives its output; raises PodError with its complaint."""
     done = subprocess.run([PODMAN, *words], input=stdin, capture_output=True, text=True, check=False, timeout=timeout)
     if check and done.returncode:
@@ -60,13 +60,13 @@ def kubectl() -> str | None:
 def render(overlay: Path) -> list[Manifest]:
     """The manifests of an overlay."""
     command = [kubectl() or "kubectl", "kustomize", str(overlay)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     if done.returncode:
         raise PodError(f"cannot render {overlay}: {done.stderr.strip()}")
     return list(yaml.safe_load_all(done.stdout))
 
 
-def await_true(claim: Callable[[], bool], what: str, *, within: float = 30, period: float = 0.1) -> None:
+def await_true(claim: Callable[[], bool], what: str, *, within: float = 120, period: float = 0.1) -> None:
     """Asks until it holds; raises PodError after `within` seconds."""
     end = time.monotonic() + within
     while not claim():
@@ -106,7 +106,7 @@ class Pod:
             self.address = self.address or self._find_address()
             self._await_probe(name, "startupProbe")
 
-    def await_ready(self, within: float = 30) -> None:
+    def await_ready(self, within: float = 120) -> None:
         """Waits until every readiness probe says so."""
         for name in (*self.sidecars, *self._mains()):
             self._await_probe(name, "readinessProbe", within)
@@ -120,7 +120,7 @@ class Pod:
                 self.run(name, *hook["exec"]["command"])
         for name in order:
             grace = max(2, round(end - time.monotonic()))  # a kubelet leaves sidecars two seconds at least
-            podman("stop", "-t", str(grace), self.container(name), timeout=grace + 30)
+            podman("stop", "-t", str(grace), self.container(name), timeout=grace + 120)
 
     def crash(self, name: str) -> None:
         """SIGKILL to a container's process, and waits until podman has started it again."""
@@ -128,7 +128,7 @@ class Pod:
         os.kill(int(self._inspect(name, "{{.State.Pid}}")), signal.SIGKILL)
         await_true(lambda: int(self._inspect(name, "{{.RestartCount}}")) > before, f"{self.name}/{name} starts again")
 
-    def run(self, name: str, *command: str, check: bool = True, timeout: float = 60) -> str:
+    def run(self, name: str, *command: str, check: bool = True, timeout: float = 240) -> str:
         """Runs a command in a container and gives its output."""
         return podman("exec", self.container(name), *command, check=check, timeout=timeout)
 
@@ -160,7 +160,7 @@ class Pod:
     def _find(self, name: str) -> Manifest:
         return next(c for c in self.spec["containers"] if c["name"] == name)
 
-    def _await_probe(self, name: str, kind: str, within: float = 30) -> None:
+    def _await_probe(self, name: str, kind: str, within: float = 120) -> None:
         if settings := self._find(name).get(kind):
             try:
                 await_true(lambda: probe(self.address, settings), f"{kind} of {name}", within=within)

@@ -44,8 +44,8 @@ def await_connected(server: RunningServer, pool_id: str, wanted: int) -> None:
 
 def grpcurl(server: RunningServer, rpc: str, request: dict[str, Any], *, ok: bool = True) -> Any:
     """The messages that come, or what is said of an error."""
-    command = [str(TOOL / "grpcurl"), "-plaintext", "-max-time", "20", "-d", json.dumps(request), server.address]
-    done = subprocess.run([*command, f"{SERVICE}/{rpc}"], capture_output=True, text=True, timeout=60, check=False)
+    command = [str(TOOL / "grpcurl"), "-plaintext", "-max-time", "60", "-d", json.dumps(request), server.address]
+    done = subprocess.run([*command, f"{SERVICE}/{rpc}"], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode == 0) == ok, done.stderr
     return _messages(done.stdout) if ok else done.stderr
 

@@ -35,7 +35,7 @@ class Place:
         self.elect = self._start()
 
     def _start(self) -> Elect:
-        leases = ("--lease", "2s", "--app-lease", "1s", "--release-delay", "0")
+        leases = ("--lease", "6s", "--app-lease", "3s", "--release-delay", "0")
         arguments = (NAME, *leases, "--candidate", self._candidate, "--", *alive(self._file))
         return Elect(self.server, *arguments, cwd=self.where)
 
@@ -101,7 +101,7 @@ def leader(places: list[Place], file: Path) -> tuple[Place, Life]:
     return found[0]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_one_command_lives_at_a_time_through_kills(places: list[Place], tmp_path: Path) -> None:
     file = tmp_path / "lives"
     seed = random.randrange(1 << 32)

@@ -28,7 +28,7 @@ def grpcurl(server: RunningServer, *arguments: str, ok: bool = True) -> str:
     assert program, "it comes with make setup"
     options, words = arguments[:-1], arguments[-1:]
     command = [program, "-plaintext", *options, server.address, *words[0].split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert (done.returncode == 0) == ok, done.stderr
     return done.stdout if ok else done.stderr
 

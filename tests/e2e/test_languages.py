@@ -10,18 +10,20 @@ hangs, a and b answer when it does: or the answer could be there before c has be
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from e2e.languages import CLIENTS, need, run, running_server
+from pace import undisturbed
 from servers import RunningServer
 
 PATTERNS = ("workqueue", "leaderelection", "scattergather")
 GO, NODE = CLIENTS / "go", CLIENTS / "node"
 
-pytestmark = pytest.mark.timeout(300)  # the first build downloads and compiles what the clients stand on
+pytestmark = pytest.mark.timeout(900)  # the first build downloads and compiles what the clients stand on
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +52,34 @@ def transcript(pattern: str) -> str:
     return (CLIENTS / "transcripts" / f"{pattern}.txt").read_text()
 
 
+def check(language: str, pattern: str, prints: Callable[[str], str]) -> None:
+    """An example prints its transcript. It has leases of seconds: where the machine stalls, it is played again."""
+    numbers = itertools.count(2)
+    names = itertools.chain(
+        [language], (f"{language}-{n}" if pattern != "scattergather" else language for n in numbers)
+    )
+
+    def is_right() -> None:
+        assert prints(next(names)) == transcript(pattern)
+
+    undisturbed(is_right, within_s=1)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_python_example_prints_the_transcript(server: RunningServer, pattern: str) -> None:
     example = CLIENTS / "examples" / f"{pattern}.py"
-    assert run(sys.executable, example, "python", cwd=CLIENTS, server=server) == transcript(pattern)
+    check("python", pattern, lambda name: run(sys.executable, example, name, cwd=CLIENTS, server=server))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_go_example_prints_the_transcript(server: RunningServer, go_programs: Path, pattern: str) -> None:
-    assert run(go_programs / pattern, "go", cwd=GO, server=server) == transcript(pattern)
+    check("go", pattern, lambda name: run(go_programs / pattern, name, cwd=GO, server=server))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_the_typescript_example_prints_the_transcript(server: RunningServer, node_programs: Path, pattern: str) -> None:
     example = node_programs / "examples" / f"{pattern}.js"
-    assert run("node", example, "node", cwd=NODE, server=server) == transcript(pattern)
+    check("node", pattern, lambda name: run("node", example, name, cwd=NODE, server=server))
 
 
 @pytest.mark.usefixtures("go_programs")

@@ -13,6 +13,8 @@ import pytest
 from servers import RunningServer, start_server
 
 GRPCURL = Path(sys.executable).with_name("grpcurl")
+LONG = {"leaseDuration": "600s", "appLeaseDuration": "300s"}
+"""Leases that nobody here renews."""
 SERVICE = "retinue.leaderelection.v1.LeaderElectionService"
 
 
@@ -31,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 def grpcurl(server: RunningServer, rpc: str, *messages: dict[str, Any], keep_open: bool = False) -> Any:
     """Runs it with these messages; what it says of the end and of the answers."""
     text = "".join(json.dumps(message) for message in messages)
-    command = [str(GRPCURL), "-plaintext", "-max-time", "20", "-d", "@", server.address, f"{SERVICE}/{rpc}"]
+    command = [str(GRPCURL), "-plaintext", "-max-time", "200", "-d", "@", server.address, f"{SERVICE}/{rpc}"]
     running = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -43,7 +45,7 @@ def grpcurl(server: RunningServer, rpc: str, *messages: dict[str, Any], keep_ope
             running.stdin.close()
             running.stdin = None
         return running
-    out, err = running.communicate(text, timeout=30)
+    out, err = running.communicate(text, timeout=250)
     return out, err
 
 
@@ -57,12 +59,12 @@ def start(candidate: str, election: str = "e", **fields: Any) -> dict[str, Any]:
 
 
 def test_every_documented_error_is_decoded(server: RunningServer) -> None:
-    out, _ = grpcurl(server, "TryAcquire", {"electionId": "e", "candidateId": "a", "appLeaseDuration": "7s"})
+    out, _ = grpcurl(server, "TryAcquire", {"electionId": "e", "candidateId": "a", **LONG})
     held = json.loads(out)["leadership"]
     token = {"domain": held["token"]["domain"], "value": held["token"]["value"]}
     stale = {**token, "value": "99"}
     session = held["session_id"]
-    standby = grpcurl(server, "Campaign", start("b"), keep_open=True)
+    standby = grpcurl(server, "Campaign", start("b", **LONG), keep_open=True)
     observer = grpcurl(server, "Observe", {"electionId": "f"}, keep_open=True)
     try:
         other = json.loads(_first_object(standby))["standby"]["session_id"]
@@ -116,7 +118,7 @@ def test_a_session_that_is_resumed_elsewhere_is_told_so(roomy: RunningServer) ->
     second = grpcurl(server, "Campaign", start("c", "g", liveness="LIVENESS_STREAM", sessionId=session), keep_open=True)
     try:
         json.loads(_first_object(second))
-        _, told = first.communicate(timeout=20)
+        _, told = first.communicate(timeout=60)
         assert "Code: Aborted" in told
         assert '"reason":"SESSION_RESUMED"' in told.replace(" ", "")
     finally:

@@ -96,7 +96,7 @@ class Terminal:
     def interrupt(self) -> None:
         """Ctrl-C."""
         self._process.send_signal(signal.SIGINT)
-        self._process.communicate(timeout=10)
+        self._process.communicate(timeout=60)
 
 
 def test_of_the_two_printed_campaigns_the_second_leads_when_the_first_is_interrupted(suite: Running) -> None:
@@ -119,7 +119,7 @@ def test_every_printed_line_works_as_printed(suite: Running) -> None:
         env=environment(suite),
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -141,7 +141,7 @@ def test_a_taken_port_is_answered_with_its_owner(suite: Running, tmp_path: Path)
         [sys.executable, "-m", "retinue_server", "--listen", listen, "--http", "none", "--data-dir", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=90,
         check=False,
     )
     assert second.returncode == 1

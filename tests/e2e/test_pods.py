@@ -24,9 +24,14 @@ SERVICE = "retinue.workqueue.v1.WorkQueueService"
 # Leases are short, so that the tasks of a killed worker come back soon.
 WORK = f"retinue work {QUEUE} --lease 4s --concurrency 4 --"
 WORKER = {"command": [*WORK.split(), "sh", "-c", "sleep 0.1; hostname"]}
+DOOMED_SCRIPT = (
+    "mkdir -p /tmp/did; touch /tmp/did/$RETINUE_TASK_ID; [ $(ls /tmp/did | wc -l) -lt 10 ] || sleep 600; hostname"
+)
+DOOMED = {"command": [*WORK.split(), "sh", "-c", DOOMED_SCRIPT]}
+"""It ends some tasks, and is killed over others."""
 IDLE = {"command": ["sh", "-c", "trap exit TERM; sleep infinity & wait"]}
 
-pytestmark = pytest.mark.timeout(200)  # the first test may also build the image
+pytestmark = pytest.mark.timeout(900)  # the first test may also build the image
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +88,13 @@ def test_health_answers_on_the_probe_port_from_another_pod(producer: Pod, coordi
     script = f"""import grpc
 from grpc_health.v1 import health_pb2 as pb, health_pb2_grpc as rpc
 stub = rpc.HealthStub(grpc.insecure_channel("{coordinator.address}:7176"))
-print(stub.Check(pb.HealthCheckRequest(service="{SERVICE}"), timeout=5).status == pb.HealthCheckResponse.SERVING)
+print(stub.Check(pb.HealthCheckRequest(service="{SERVICE}"), timeout=60).status == pb.HealthCheckResponse.SERVING)
 """
     assert producer.run("app", "python", "-c", script) == "True"
 
 
 def test_metrics_answer_from_another_pod(producer: Pod, coordinator: Pod) -> None:
-    script = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=5).read().decode())"
+    script = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=60).read().decode())"
     for pod in (coordinator, producer):
         metrics = producer.run("app", "python", "-c", script, f"http://{pod.address}:7276/metrics")
         assert "\n# TYPE retinue_server_handled_total " in metrics
@@ -117,7 +122,7 @@ from retinue.workqueue.v1 import workqueue_service_pb2 as pb, workqueue_service_
 ca = grpc.ssl_channel_credentials(open("/etc/retinue/ca/ca.crt", "rb").read())
 stub = rpc.WorkQueueServiceStub(grpc.secure_channel("workqueue:7076", ca))
 try:
-    stub.ListTasks(pb.ListTasksRequest(), timeout=5)
+    stub.ListTasks(pb.ListTasksRequest(), timeout=60)
 except grpc.RpcError as error:
     print(error.code().name)
 """
@@ -135,7 +140,7 @@ def test_each_task_succeeds_exactly_once_while_a_worker_pod_and_the_coordinator_
     cluster: Cluster, coordinator: Pod, producer: Pod
 ) -> None:
     _enqueue(producer, 1, 100)
-    doomed = cluster.pod("worker", "worker-0", {"app": WORKER})
+    doomed = cluster.pod("worker", "worker-0", {"app": DOOMED})
     lasting = cluster.pod("worker", "worker-1", {"app": WORKER})
     await_true(lambda: int(_stats(producer).get("succeeded", 0)) >= 25, "25 tasks are done")
 
@@ -143,7 +148,7 @@ def test_each_task_succeeds_exactly_once_while_a_worker_pod_and_the_coordinator_
     coordinator.crash("coordinator")
     _enqueue(producer, 101, 200)  # the client tries again until the coordinator is back
 
-    await_true(lambda: int(_stats(producer).get("succeeded", 0)) == 200, "all tasks are done", within=60)
+    await_true(lambda: int(_stats(producer).get("succeeded", 0)) == 200, "all tasks are done", within=240)
     tasks = _tasks(producer)
     assert sorted(int(task["input"]) for task in tasks) == list(range(1, 201))
     assert Counter(task["state"] for task in tasks) == {5: 200}, "TASK_STATE_SUCCEEDED"

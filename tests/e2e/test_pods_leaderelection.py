@@ -25,17 +25,17 @@ SERVICE = "retinue.leaderelection.v1.LeaderElectionService"
 IDLE = {"command": ["sh", "-c", "trap exit TERM; sleep infinity & wait"]}
 LONG = "10m"
 """A lease that nobody here waits for: who takes over has been handed the election."""
-GET = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=5).read().decode())"
+GET = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=60).read().decode())"
 STATUS = """import sys, urllib.error as e, urllib.request as r
 try:
-    print(r.urlopen(sys.argv[1], timeout=5).status)
+    print(r.urlopen(sys.argv[1], timeout=60).status)
 except e.HTTPError as error:
     print(error.code)
 except OSError:
     pass
 """
 
-pytestmark = pytest.mark.timeout(200)  # the first test may also build the image
+pytestmark = pytest.mark.timeout(900)  # the first test may also build the image
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def etcd_image(image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
         context = tmp_path_factory.mktemp("etcd")
         shutil.copy(binary, context)
         (context / "Containerfile").write_text(f"FROM {image}\nCOPY etcd /etcd\n")
-        podman("build", "--quiet", "--tag", name, context, timeout=120)
+        podman("build", "--quiet", "--tag", name, context, timeout=600)
     return name
 
 
@@ -79,7 +79,7 @@ def leader(onlooker: Pod, election: str) -> dict[str, Any]:
     return found
 
 
-def await_leader(onlooker: Pod, election: str, name: str, *, within: float = 30) -> int:
+def await_leader(onlooker: Pod, election: str, name: str, *, within: float = 120) -> int:
     """Its token, once it leads."""
     await_true(lambda: leader(onlooker, election).get("candidate_id") == name, f"{name} leads", within=within)
     return int(leader(onlooker, election)["token"])
@@ -175,7 +175,7 @@ def test_the_server_listens_to_apps_on_localhost_only(cluster: Cluster, onlooker
 @pytest.mark.parametrize("arguments", [["leaderelection"], []])
 def test_a_pod_with_defaults_refuses_to_elect_and_says_why(image: str, arguments: list[str]) -> None:
     pod = ["run", "--rm", "--network", "none", "--env", "KUBERNETES_SERVICE_HOST=10.96.0.1"]
-    done = subprocess.run([PODMAN, *pod, image, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([PODMAN, *pod, image, *arguments], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2, done.stderr
     assert "cannot elect with engine sqlite in a pod" in done.stderr
     assert "etcd, kubernetes or postgres" in done.stderr

@@ -21,7 +21,7 @@ OVERLAY = ROOT / "deploy/overlays/scattergather-podman-ci"
 GUIDE = ROOT / "deploy/scattergather/README.md"
 SHARDS, REPLICAS = ("shard-0", "shard-1"), "ab"
 TERMS = ["asyncio", "transport", "protocol"]
-GET = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=5).read().decode())"
+GET = "import sys, urllib.request as r; print(r.urlopen(sys.argv[1], timeout=60).read().decode())"
 TRUTH = """import json, sys
 sys.path.insert(0, "/etc/leaf")
 import leaf
@@ -37,7 +37,7 @@ print(json.dumps({"counts": counts, "hits": [{"score": hit.score, "id": hit.id} 
 
 Answer = dict[str, Any]
 
-pytestmark = pytest.mark.timeout(200)  # the first test may also build the image
+pytestmark = pytest.mark.timeout(900)  # the first test may also build the image
 
 
 def _leaf() -> Any:

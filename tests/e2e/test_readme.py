@@ -58,4 +58,4 @@ def run(program: str, server: RunningServer) -> subprocess.CompletedProcess[str]
     """To its end."""
     env = environment(RETINUE_ADDRESS=server.address)
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=90, check=False)

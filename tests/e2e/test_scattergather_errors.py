@@ -43,7 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     where = tmp_path_factory.mktemp("root")
     pools = {
         "all": pool(where, "a", "b", "c", hedging=NO_HEDGES),
-        "narrow": pool(where, "a", "b", hedging=NO_HEDGES, limits={"max_calls": 2}),
+        "narrow": pool(where, "a", "b", hedging=NO_HEDGES, limits={"max_calls": 2}, timeout_seconds=60),
         "small": pool(where, "a", "b", hedging=NO_HEDGES, limits=SMALL),
         "quick": pool(where, "a", hedging=NO_HEDGES, timeout_seconds=0.3),
         "once": pool(where, "a", hedging=NO_HEDGES, idempotent=False),
@@ -224,7 +224,7 @@ def strait(tmp_path: Path) -> Iterator[RunningServer]:
     server = started_root(tmp_path, {"empty": {"shards": []}}, RETINUE_LIMITS__MAX_CONCURRENT_STREAMS="1")
     try:
         yield server
-        assert server.process.wait(20) == 0, "a test has ended it"
+        assert server.process.wait(60) == 0, "a test has ended it"
     finally:
         server.kill()
 

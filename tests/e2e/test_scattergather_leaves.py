@@ -19,7 +19,7 @@ from e2e.roots import TOOL, await_connected, grpcurl, pool, started_root
 from servers import ROOT, RunningServer, environment
 from support.etcd import Etcd
 
-pytestmark = pytest.mark.timeout(300)  # the first build downloads and compiles what the programs stand on
+pytestmark = pytest.mark.timeout(900)  # the first build downloads and compiles what the programs stand on
 
 HERE = Path(__file__).parent / "leaves"
 GREETER = HERE / "greeter.proto"

@@ -39,7 +39,7 @@ def run(tmp_path: Path, endpoint: str) -> None:
         }
         for name, command in steps.items():
             where = environment(**env, OTEL_SERVICE_NAME=name)
-            subprocess.run(command, env=where, cwd=tmp_path, check=True, timeout=60, capture_output=True)
+            subprocess.run(command, env=where, cwd=tmp_path, check=True, timeout=240, capture_output=True)
     finally:
         assert server.stop() == 0
 

@@ -21,7 +21,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     yield from running_server(tmp_path_factory)
 
 
-@pytest.mark.timeout(300)  # two cores take half a minute to compile the stubs
+@pytest.mark.timeout(900)  # two cores take half a minute to compile the stubs
 def test_a_cpp_program_works_after_the_two_commands_of_the_readme(server: RunningServer, tmp_path: Path) -> None:
     program, _ = blocks(GUIDE, "cpp")
     generate, build = blocks(README, "sh")
@@ -29,7 +29,7 @@ def test_a_cpp_program_works_after_the_two_commands_of_the_readme(server: Runnin
     assert run("./worker", cwd=tmp_path, server=server) == "leased: hello from C++\ncompleted: OK\n"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_cpp_leaf_answers_after_two_commands(tmp_path: Path) -> None:
     _, program = blocks(GUIDE, "cpp")
     [generate] = [line for line in blocks(GUIDE, "sh") if "protoc" in line]

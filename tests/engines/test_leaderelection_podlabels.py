@@ -13,7 +13,6 @@ from support.kubernetes import Api, Cluster
 from retinue_server.leaderelection.core.requests import Token, Transition
 from retinue_server.leaderelection.podlabels import PodLabels
 
-pytestmark = pytest.mark.timeout(120)  # an API server starts in ten seconds, and in thirty on a busy machine
 MANIFESTS = Path(__file__).parents[2] / "deploy" / "leaderelection"
 ELECTION, KEY = "my-election", "my-election.leads"
 

@@ -60,7 +60,7 @@ async def servers(url: str, schema: str, count: int = 2, **options: object) -> A
 
 
 def claim(session: str, election: str = "e") -> Claim:
-    return Claim(election, f"candidate-{session}", session, "", 1_000, 0, 1_700_000_000_000)
+    return Claim(election, f"candidate-{session}", session, "", 60_000, 0, 1_700_000_000_000)
 
 
 async def won(engine: PostgresEngine, wanted: Claim, watched: str | None = None) -> Hold:
@@ -69,7 +69,7 @@ async def won(engine: PostgresEngine, wanted: Claim, watched: str | None = None)
     return Hold(wanted.election_id, wanted.session_id, outcome.record.epoch)
 
 
-async def until(holds: object, seconds: float = 20) -> None:
+async def until(holds: object, seconds: float = 60) -> None:
     async with asyncio.timeout(seconds):
         while not await holds():  # type: ignore[operator] # a coroutine function
             await asyncio.sleep(0.02)
@@ -181,7 +181,7 @@ async def test_behind_a_pooler_of_transactions_everything_works(postgres: Postgr
                 assert isinstance(await other.claim(claim("b")), Refused)
                 assert (await one.renew([held])) != [None]
                 assert await one.release(held, EndReason.RESIGNED, 1)
-            await asyncio.wait_for(heard.wait(), 10)
+            await asyncio.wait_for(heard.wait(), 60)
             assert len(list(await other.terms("e", None, 50))) == 10
 
 

@@ -23,8 +23,7 @@ from retinue_server.runtime.discovery.dns import DnsDiscovery
 from retinue_server.runtime.discovery.kubernetes import KubernetesDiscovery
 from retinue_server.scattergather.engine import Discovery
 
-pytestmark = pytest.mark.timeout(120)  # an API server starts in ten seconds, and in thirty on a busy machine
-PATIENCE_S = 30
+PATIENCE_S = 60
 STANDS, OVER = "what was found last stands", "again"
 """What the log says."""
 
@@ -33,6 +32,8 @@ class World(Protocol):
     """What can be found, and by what; its methods return when it is so."""
 
     name: str
+    asks: int
+    """How often one try asks at most."""
 
     def discovery(self) -> Discovery:
         """Not started."""
@@ -49,11 +50,15 @@ class World(Protocol):
     def heal(self) -> None:
         """It can again."""
 
+    def tries(self) -> int:
+        """How often somebody asked in vain."""
+
 
 class DnsWorld:
     """A name server that the system's resolver asks."""
 
     name = "leaf.example.:9000"
+    asks = 4  # for two kinds of addresses, and once more after a failure
 
     def __init__(self, names: Names) -> None:
         self._names = names
@@ -74,20 +79,25 @@ class DnsWorld:
     def heal(self) -> None:
         self._names.mode = Answering.ANSWER
 
+    def tries(self) -> int:
+        return self._names.failed
+
 
 class PlayedDnsWorld:
     """What the system's resolver would say; for machines that have no room for a name server."""
 
     name = "leaf.example:9000"
+    asks = 1
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._error: int | None = socket.EAI_NONAME
         self._hosts: Sequence[str] = ()
-        self._failing = False
+        self._failing, self._failed = False, 0
         monkeypatch.setattr(socket, "getaddrinfo", self._answer)
 
     def _answer(self, host: str, *_: object, **__: object) -> list[Any]:
         assert host == "leaf.example"
+        self._failed += self._failing
         error = socket.EAI_AGAIN if self._failing else self._error
         if error is not None:
             raise socket.gaierror(error, "it is so")
@@ -108,11 +118,15 @@ class PlayedDnsWorld:
     def heal(self) -> None:
         self._failing = False
 
+    def tries(self) -> int:
+        return self._failed
+
 
 class KubernetesWorld:
     """A Service whose endpoints are in several slices, behind a proxy that may refuse us."""
 
     name = "leaf:9000"
+    asks = 1
 
     def __init__(self, api: Api, namespace: str, proxy: Proxy, kubeconfig: Path) -> None:
         self._api, self._namespace, self._proxy, self._kubeconfig = api, namespace, proxy, kubeconfig
@@ -139,6 +153,9 @@ class KubernetesWorld:
 
     def heal(self) -> None:
         self._proxy.set(Mode.PASS)
+
+    def tries(self) -> int:
+        return self._proxy.refused
 
 
 def dns(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
@@ -224,6 +241,14 @@ async def logged(caplog: pytest.LogCaptureFixture, text: str) -> None:
             await asyncio.sleep(0.01)
 
 
+async def failed_again(world: World) -> None:
+    """Returns when another try has failed, and the one after it has begun."""
+    before = world.tries()
+    async with asyncio.timeout(PATIENCE_S):
+        while world.tries() < before + world.asks + 1:
+            await asyncio.sleep(0.01)
+
+
 async def test_all_are_found_at_first_sorted_and_each_once(world: World, discovery: Discovery) -> None:
     await does(world.serve, "10.0.0.3", "10.0.0.1", "2001:db8::1", "10.0.0.2", "10.0.0.1")
     heard, _ = watch(discovery, world.name)
@@ -284,7 +309,7 @@ async def test_while_nothing_can_be_found_out_what_was_found_stands_and_the_log_
         await does(world.fail)
         await logged(caplog, STANDS)
         await does(world.serve, f"10.0.0.{turn + 2}")
-        await asyncio.sleep(1)  # for as long as it takes to try again and to fail
+        await failed_again(world)
         assert heard.told[-1] == [f"10.0.0.{turn + 1}:9000"]
         assert caplog.text.count(STANDS) == 1
         assert [record.levelno for record in caplog.records if STANDS in record.message] == [logging.WARNING]

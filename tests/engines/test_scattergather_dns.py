@@ -21,7 +21,6 @@ HERE = Path(__file__).parent
 MANY = [f"10.1.{n // 250}.{n % 250 + 1}" for n in range(1000)]
 
 
-@pytest.mark.timeout(180)
 def test_every_claim_on_dns_holds_where_the_systems_resolver_asks_a_name_server(tmp_path: Path) -> None:
     if not name_servers.can_be():
         pytest.skip("needs namespaces: apt-get install util-linux, and run as root or allow user namespaces")
@@ -44,7 +43,7 @@ async def first(discovery: DnsDiscovery, name: str) -> Sequence[str]:
     found: asyncio.Future[Sequence[str]] = asyncio.get_running_loop().create_future()
     unwatch = discovery.watch(name, found.set_result)
     try:
-        return await asyncio.wait_for(found, 20)
+        return await asyncio.wait_for(found, 60)
     finally:
         unwatch()
 
@@ -80,7 +79,7 @@ async def test_what_all_else_does_on_threads_does_not_wait_for_a_silent_name_ser
         await asyncio.sleep(0)
         await asyncio.to_thread(lambda: None)
         assert "cannot look up" not in caplog.text
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while "cannot look up" not in caplog.text:
                 await asyncio.sleep(0.05)
     names.mode = Mode.ANSWER
@@ -98,7 +97,7 @@ async def test_what_can_be_no_name_is_told_and_hurts_no_other(name: str, caplog:
     async with looking() as discovery:
         discovery.watch(name, lambda _: None)
         assert "127.0.0.1:1" in await first(discovery, "localhost:1")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while f"cannot look up {name}" not in caplog.text:
                 await asyncio.sleep(0.01)
 
@@ -112,7 +111,7 @@ async def test_so_many_names_are_looked_up_at_a_time_and_no_more(monkeypatch: py
         nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
-        asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(20)
+        asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(60)
         at_once -= 1
         asked.add(host)
         if len(asked) == 40:
@@ -123,11 +122,11 @@ async def test_so_many_names_are_looked_up_at_a_time_and_no_more(monkeypatch: py
     async with looking(60) as discovery:
         for number in range(40):
             discovery.watch(f"{number}.example:9000", lambda _: None)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while at_once < 16:
                 await asyncio.sleep(0)
         go_on.set()
-        await asyncio.wait_for(all_asked.wait(), 20)
+        await asyncio.wait_for(all_asked.wait(), 60)
     assert most == 16
 
 
@@ -151,4 +150,4 @@ async def main():
 
 asyncio.run(main())
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=50, env=environment())
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=250, env=environment())

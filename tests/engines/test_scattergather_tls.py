@@ -19,7 +19,7 @@ from retinue_server.runtime.errors import Code
 from retinue_server.scattergather.engine import Line, Target, Tls
 from retinue_server.scattergather.engines.grpc import GrpcLeaves
 
-PATIENCE_S = 30
+PATIENCE_S = 60
 METHOD = "/leaf.Leaf/Query"
 
 

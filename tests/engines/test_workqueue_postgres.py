@@ -81,7 +81,7 @@ async def enqueue(queue: WorkQueue, count: int) -> list[str]:
     return [result.task_id for result in results if result.error is None]
 
 
-async def until(holds: object, seconds: float = 20) -> None:
+async def until(holds: object, seconds: float = 60) -> None:
     async with asyncio.timeout(seconds):
         while not await holds():  # type: ignore[operator] # a coroutine function
             await asyncio.sleep(0.02)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 LONG = bool(os.environ.get("LONG"))
-PATIENT = pytest.mark.timeout(3_600 if LONG else 120)
+PATIENT = pytest.mark.timeout(3_600 if LONG else 600)
 """For modules whose tests play more when they may."""
 Row = Callable[..., None]
 

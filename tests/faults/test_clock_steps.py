@@ -57,10 +57,11 @@ def line(serve: Serve, wall: WallClock) -> Iterator[Line]:
 
 def test_a_step_forward_makes_what_is_due_ready_and_touches_no_lease(line: Line, wall: WallClock) -> None:
     lease = line.lend(attempt_duration=seconds(HOUR_S))
+    line.extend(lease, lease_duration=seconds(HOUR_S / 2))
     due, later = line.put(delay_duration=seconds(HOUR_S)), line.put(delay_duration=seconds(3 * HOUR_S))
     stale = line.put(expire_duration=seconds(HOUR_S), delay_duration=seconds(HOUR_S / 2))
     wall.set(2 * HOUR_S)
-    assert line.take_one(wait=20).task_id == due
+    assert line.take_one().task_id == due
     eventually(lambda: line.state(stale) == "EXPIRED", "its expiry is over")
     assert line.state(later) == "SCHEDULED"
     assert line.take() == []
@@ -77,7 +78,7 @@ def test_a_step_back_keeps_what_is_not_due_and_no_lease_beyond_its_term(line: Li
     lease = line.take_one(lease_duration=seconds(1))
     wall.set(0)
     eventually(lambda: _shows(line) < HOUR_S, "the server's wall clock is right again")
-    again = line.take_one(wait=20)
+    again = line.take_one()
     assert (again.task_id, again.lease_epoch) == (lease.task_id, 2)
     assert line.complete(lease).status.reason == "LEASE_LOST"
     assert line.take_one().task_id == ready

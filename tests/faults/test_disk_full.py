@@ -50,7 +50,7 @@ class Small:
 
     def metric(self, name: str, what: str) -> float:
         """A gauge's value; it is as of some seconds ago."""
-        with urllib.request.urlopen(f"http://{self.server.ready['metrics']}/metrics", timeout=10) as page:
+        with urllib.request.urlopen(f"http://{self.server.ready['metrics']}/metrics", timeout=60) as page:
             [line] = [line for line in page.read().decode().splitlines() if line.startswith(f'{name}{{for="{what}"}}')]
         return float(line.split()[-1])
 
@@ -60,7 +60,7 @@ class Small:
         return [line["message"] for line in lines if line["level"] == "warning" and word in line["message"]]
 
     def serves(self) -> bool:
-        with urllib.request.urlopen(f"http://{self.server.ready['metrics']}/healthz", timeout=10) as page:
+        with urllib.request.urlopen(f"http://{self.server.ready['metrics']}/healthz", timeout=60) as page:
             return bool(page.status == 200)
 
 
@@ -82,7 +82,7 @@ def small(request: pytest.FixtureRequest) -> Iterator[Small]:
         assert small.server.stop() == 0, "it lived through all of it"
 
 
-def until(what: Callable[[], object], wait: float = 15) -> None:
+def until(what: Callable[[], object], wait: float = 90) -> None:
     """Returns once it is so."""
     end = time.monotonic() + wait
     while not (found := what()) and time.monotonic() < end:
@@ -335,7 +335,7 @@ def test_nothing_acknowledged_is_lost_while_the_disk_fills_and_empties_under_loa
     finally:
         stop.set()
         for thread in threads:
-            thread.join(30)
+            thread.join(90)
     small.server.kill()
     small.server = small.server.restart()
     lost = load.lost(small)

@@ -446,7 +446,7 @@ GRPCS_OWN = {
 def exchange(address: str, sent: bytes, patience: float = 0.3) -> str:
     """Sends bytes as they are; the code of the first call, or how else the server reacted."""
     host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=10) as wire:
+    with socket.create_connection((host, int(port)), timeout=60) as wire:
         with contextlib.suppress(OSError):  # the server may have closed in the middle
             wire.sendall(sent)
         return _reaction(wire, patience)
@@ -542,7 +542,7 @@ def post(it: Attacked, path: str, data: bytes, **headers: str) -> tuple[int, str
     named = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(f"http://{it.server.http}{path}", data=data, headers=named)
     try:
-        with urllib.request.urlopen(request, timeout=10) as reply:
+        with urllib.request.urlopen(request, timeout=60) as reply:
             return reply.status, "ok"
     except urllib.error.HTTPError as error:
         with error:
@@ -639,7 +639,7 @@ def test_a_request_that_is_no_http_is_refused_or_closed(it: Attacked, row: Row, 
 
 def test_slow_bodies_hold_up_nobody_and_end_with_their_callers(it: Attacked) -> None:
     host, _, port = it.server.http.rpartition(":")
-    wires = [socket.create_connection((host, int(port)), timeout=10) for _ in range(100)]
+    wires = [socket.create_connection((host, int(port)), timeout=60) for _ in range(100)]
     for wire in wires:
         wire.sendall(SLOW + b"content-length: 1000\r\n\r\n{")
     assert post(it, "/retinue.workqueue.v1.WorkQueueAdminService/GetCapabilities", b"{}") == (200, "ok")

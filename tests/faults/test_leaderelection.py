@@ -15,13 +15,11 @@ from support.election_faults.schedule import Kind, Step
 from support.election_faults.trial import Broken, Trial
 from support.faults.proxy import Mode
 
-pytestmark = pytest.mark.timeout(
-    240
-)  # twenty seconds and what starts of engines take, on a machine that does much else
+pytestmark = pytest.mark.timeout(900)  # many rounds, and what starts of engines take on a busy machine
 
 _SECONDS = 15.0
 _LEASE_S, _APP_LEASE_S = 3.0, 1.0
-_ROUNDS = 15
+_ROUNDS = 40
 """Within so many a defect must have shown."""
 LATE_ACK = (
     (Mode.REQUESTS_ONLY, 0.27),  # a heartbeat is heard, and its answer held back
@@ -70,7 +68,15 @@ def test_a_client_that_counts_from_the_receipt_of_late_answers_is_caught(
 )
 def test_a_broken_server_is_caught(defect: str, prepare: Prepare, step: Step, tmp_path: Path) -> None:
     with prepare(tmp_path) as engine, Trial(tmp_path, engine, 1, Broken(server=defect)) as trial:
+        assert "overlap" in until_found(trial, step)
+
+
+def until_found(trial: Trial, step: Step) -> set[str]:
+    """What the checks find after a step; it is played again if the machine let nobody see the defect."""
+    for _ in range(_ROUNDS):
         _, token = trial.await_leader()
         trial.play(step)
         trial.await_successor(token)
-        assert "overlap" in {finding.check for finding in trial.findings()}
+        if "overlap" in (found := {finding.check for finding in trial.findings()}):
+            break
+    return found

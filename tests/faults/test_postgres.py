@@ -12,7 +12,7 @@ from support.faults.report import summarised
 from support.faults.schedule import Kind, Step
 from support.history import Story
 
-pytestmark = pytest.mark.timeout(240)  # the first build of the Go worker compiles what the client stands on
+pytestmark = pytest.mark.timeout(900)  # the first build of the Go worker compiles what the client stands on
 
 MS = 1_000_000
 

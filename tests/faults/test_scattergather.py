@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from support.scatter_faults.stage import Stage
 from support.scatter_faults.storm import MEMORY, Storm, more
 from workers import eventually
 
-pytestmark = pytest.mark.timeout(3_600 if LONG else 240)  # the first build of the Go leaf compiles what it stands on
+pytestmark = pytest.mark.timeout(3_600 if LONG else 900)  # the first build of the Go leaf compiles what it stands on
 
 SLACK_NS = int(DEADLINE_S * 1e9)
 """As much again as a request may take: an upper bound, on a machine that does much else."""
 
-PATIENCE = 3
+PATIENCE = 6
 Seen = tuple[str, ...]
 ALL, THREE = ("OK, 4 of 4",), ("OK, 3 of 4",)
 LATE = ("DEADLINE_EXCEEDED, s1 DEADLINE_EXCEEDED",)
@@ -100,7 +101,7 @@ def test_each_fault_shows_in_each_mode_as_it_should_and_breaks_no_rule(tmp_path:
     matrix, cells = played(tmp_path)
     assert not wrong(cells), "\n".join(table(cells))
     assert len(cells) == len(ROWS) * len(MODES)
-    assert again(cells) == dict.fromkeys(FINE.keys() - {"first 3"}, *ALL), "what is flapping answers when it can"
+    assert recovered(cells), "what is flapping answers when it can"
     assert check(matrix.stage.story(), SLACK_NS) == []
     assert matrix.stage.log_errors() == []
     assert_calls(matrix, matrix.stage.story())
@@ -112,7 +113,7 @@ def played(where: Path) -> tuple[Matrix, Cells]:
         (where / str(attempt)).mkdir()
         with Matrix(where / str(attempt)) as matrix:
             cells = matrix.play()
-        if not (wrong(cells) and matrix.stage.has_stalled):
+        if not ((wrong(cells) or not recovered(cells)) and matrix.stage.has_stalled):
             break
     return matrix, cells
 
@@ -127,9 +128,10 @@ def wrong(cells: Cells) -> dict[tuple[str, str], str]:
     return found
 
 
-def again(cells: Cells) -> dict[str, str]:
-    """What came of the second request to what is flapping."""
-    return {mode: str(more[1]) for (fault, mode), more in cells.items() if fault == "flapping" and mode != "first 3"}
+def recovered(cells: Cells) -> bool:
+    """Whether the second request to what is flapping got all."""
+    again = {mode: str(more[1]) for (fault, mode), more in cells.items() if fault == "flapping" and mode != "first 3"}
+    return again == dict.fromkeys(FINE.keys() - {"first 3"}, *ALL)
 
 
 def assert_calls(matrix: Matrix, story: Story) -> None:
@@ -184,9 +186,14 @@ def test_a_root_that_breaks_a_rule_is_caught(tmp_path: Path) -> None:
         stage.open(*broken_pools(), connected=False)
         stage.village.links["gone"].refuse()
         stage.notes.add(Fault("ailing", 1, 0, ("late", "stalls", "fails", "fails2", "gone")))
-        ask_broken(stage)
-        eventually(lambda: caught(stage).items() >= DEFECTS.items(), "all are caught")
-        assert "right" not in caught(stage)
+        for _ in range(5):  # a machine that has no time for leaves lets nobody see what they would have shown
+            ask_broken(stage)
+            with suppress(AssertionError):
+                eventually(lambda: caught(stage).items() >= DEFECTS.items(), "all are caught", patience=15)
+                break
+        found = caught(stage)
+        assert found.items() >= DEFECTS.items()
+        assert "right" not in found
 
 
 def broken_pools() -> list[Pool]:

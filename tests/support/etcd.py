@@ -27,7 +27,7 @@ from support.postgres import free_port
 
 _ROOT = Path(__file__).parents[2]
 _MODULE = Path(__file__).parent / "etcd_build"
-_START = 30.0
+_START = 90.0
 _numbers = itertools.count()
 _started: list[Etcd] = []
 """Here, for others too: a server whose process is forgotten would be warned of."""

@@ -34,7 +34,7 @@ done
 exec "$@"
 """
 _FILES = {
-    "resolv.conf": "nameserver 127.0.0.1\noptions timeout:2 attempts:1\n",
+    "resolv.conf": "nameserver 127.0.0.1\noptions timeout:5 attempts:1\n",
     "hosts": "127.0.0.1 localhost\n::1 localhost\n10.0.0.9 of-hosts.example\n",
     "nsswitch.conf": "hosts: files dns\n",
 }
@@ -79,6 +79,8 @@ class Names:
         self.mode = Mode.ANSWER
         self.hosts: dict[str, Sequence[str]] = {}
         """IP addresses by name."""
+        self.failed = 0
+        """How many questions got a SERVFAIL."""
 
     def resolve(self, request: Any, handler: DNSHandler) -> Any:
         """For dnslib."""
@@ -87,6 +89,7 @@ class Names:
         if self.mode is Mode.SILENT:
             raise DNSError  # and no answer
         if self.mode is Mode.FAIL:
+            self.failed += 1
             reply.header.rcode = RCODE.SERVFAIL
         elif hosts is None:
             reply.header.rcode = RCODE.NXDOMAIN

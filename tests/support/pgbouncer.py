@@ -33,11 +33,12 @@ def pgbouncer(postgres: Postgres) -> Iterator[str]:
             yield url
         finally:
             process.terminate()
-            process.wait(10)
+            process.wait(60)
 
 
 def _wait_for(url: str) -> None:
-    for _ in range(100):
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
         try:
             psycopg.connect(url, connect_timeout=2).close()
         except psycopg.OperationalError:

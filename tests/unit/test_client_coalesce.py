@@ -108,7 +108,7 @@ async def test_idle_waits_for_what_is_under_way() -> None:
     idle = await begun(server.outbox.idle())
     assert not idle.done()
     server.go.set()
-    await asyncio.wait_for(idle, 5)
+    await asyncio.wait_for(idle, 60)
     assert one.result() == 1
 
 
@@ -141,17 +141,17 @@ async def test_who_runs_out_of_time_during_the_call_is_told() -> None:
     with pytest.raises(DeadlineExceeded):
         await late
     server.go.set()
-    await asyncio.wait_for(server.outbox.idle(), 5)
+    await asyncio.wait_for(server.outbox.idle(), 60)
 
 
 async def test_a_call_lasts_no_longer_than_its_callers_wait() -> None:
     server, loop = Held(), asyncio.get_running_loop()
     hanging = await server.submitted(*range(IN_FLIGHT))
     began = loop.time()
-    callers = [caller for seconds in (5, 20, 10) for caller in await server.submitted(seconds, patience=seconds)]
+    callers = [caller for seconds in (50, 200, 100) for caller in await server.submitted(seconds, patience=seconds)]
     server.go.set()
     await asyncio.gather(*hanging, *callers)
-    assert 20 - (loop.time() - began) <= server.left[IN_FLIGHT] <= 20 + (loop.time() - began)
+    assert 200 - (loop.time() - began) <= server.left[IN_FLIGHT] <= 200 + (loop.time() - began)
 
 
 async def test_a_queue_keeps_its_timeout_behind_calls_that_hang() -> None:

@@ -616,7 +616,7 @@ async def test_a_server_that_stops_lets_its_leaders_resign(server: Server, other
     stopping = asyncio.create_task(server.elections.quiesce())
     assert len(await first.saw(Draining)) == 1
     await server.elections.leave(first.session)
-    await asyncio.wait_for(stopping, 5)
+    await asyncio.wait_for(stopping, 60)
     await second.read()
     assert second.leads
 
@@ -635,7 +635,7 @@ async def test_a_server_that_stops_waits_for_the_deadline_of_one_who_does_not_re
         await first.read()
         await second.read()
         assert not (first.leads and second.leads)
-    await asyncio.wait_for(stopping, 5)
+    await asyncio.wait_for(stopping, 60)
     assert second.leads
     assert await first.lost() == [EndReason.SERVER_STOPPED]
 
@@ -651,7 +651,7 @@ async def test_a_server_stops_though_another_has_taken_its_term(
     server.engine.cut = False
     stopping = asyncio.create_task(server.elections.quiesce())
     await clock.advance(20_000)
-    await asyncio.wait_for(stopping, 5)
+    await asyncio.wait_for(stopping, 60)
     assert await first.lost() == [EndReason.APP_SILENT]
 
 

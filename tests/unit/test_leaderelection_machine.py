@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -210,6 +209,6 @@ Story.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # the story as it was found: making it short takes minutes
 )
-TestStory = pytest.mark.timeout(120)(Story.TestCase)
+TestStory = Story.TestCase
 
 __all__ = ["OnDisconnect", "TestStory"]

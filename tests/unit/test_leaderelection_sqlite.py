@@ -64,7 +64,7 @@ async def test_another_server_is_told_of_a_change_whose_sync_takes_time(slow_dis
         while not told.empty():
             told.get_nowait()
         await one.release(Hold("e", "s", 1), EndReason.RESIGNED, 0)
-        assert await asyncio.wait_for(told.get(), 5) == "e"
+        assert await asyncio.wait_for(told.get(), 60) == "e"
     finally:
         await one.stop()
         await other.stop()
@@ -81,7 +81,7 @@ async def two_servers(tmp_path: Path) -> AsyncIterator[tuple[SqliteEngine, Sqlit
     one.watch("ours")
     one.watch("theirs")
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             yield one, other, told
     finally:
         await one.stop()

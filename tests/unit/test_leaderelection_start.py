@@ -22,7 +22,7 @@ def refused(where: Path, *patterns: str, engine: str = "") -> str:
         env=environment(**POD, **chosen),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, ""), done.stderr

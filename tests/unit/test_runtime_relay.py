@@ -89,12 +89,12 @@ async def test_a_status_with_its_details_passes_unchanged(client: Client) -> Non
 
 async def test_deadline_and_metadata_pass_and_authority_stays(client: Client, servicer: echo.EchoServicer) -> None:
     sent = (("traceparent", TRACEPARENT), ("x-colour", "blue"), ("authorization", "Bearer mine"))
-    await client.Say(Echo(), timeout=20, metadata=sent)
+    await client.Say(Echo(), timeout=60, metadata=sent)
     assert servicer.metadata["traceparent"] == TRACEPARENT
     assert servicer.metadata["x-colour"] == "blue"
     assert "authorization" not in servicer.metadata
     assert servicer.remaining is not None
-    assert 15 < servicer.remaining <= 20.2  # gRPC may round a timeout up by 1 % on the wire
+    assert 30 < servicer.remaining <= 60.6  # gRPC may round a timeout up by 1 % on the wire
 
 
 async def test_cancellation_reaches_the_upstream(client: Client, servicer: echo.EchoServicer) -> None:
@@ -119,7 +119,7 @@ async def test_cancellation_reaches_the_upstream(client: Client, servicer: echo.
 
 
 async def expect(servicer: echo.EchoServicer, event: str) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         assert await servicer.events.get() == event
 
 
@@ -174,7 +174,7 @@ async def test_an_upstream_that_is_down_is_unavailable_until_it_comes(
             assert found["RetryInfo"].retry_delay.ToMilliseconds() > 0
         assert await client.Chat(iter([Echo()])).code() is grpc.StatusCode.UNAVAILABLE
         async with running(settings(tmp_path, listen=(address,)), servicer):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while await client.Say(Echo()).code() is not grpc.StatusCode.OK:
                     await asyncio.sleep(0.1)
 

@@ -457,7 +457,6 @@ class Story(RuleBasedStateMachine):
 PLAIN: Any = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@pytest.mark.timeout(120)
 def test_the_guarantees_hold_in_any_story() -> None:
     run_state_machine_as_test(Story, settings=settings(max_examples=120, stateful_step_count=40, **PLAIN))
 

@@ -318,7 +318,7 @@ class Applied:
 
     async def next(self) -> None:
         self._more.clear()
-        await asyncio.wait_for(self._more.wait(), 20)
+        await asyncio.wait_for(self._more.wait(), 60)
 
 
 @pytest.fixture

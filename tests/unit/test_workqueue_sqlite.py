@@ -42,7 +42,7 @@ async def test_an_engine_that_cannot_read_its_file_answers_every_caller_and_reco
     def away() -> None:
         raise apsw.CorruptError("still away")
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         with monkeypatch.context() as patch:
             patch.setattr(engine._store, "reload", away)
             for step in (fail, add_a_queue):
@@ -76,7 +76,7 @@ async def test_a_failed_sync_is_fatal_and_its_callers_are_not_told_ok(tmp_path: 
     def unsynced(_: Transaction) -> None:
         raise apsw.exception_for(apsw.SQLITE_IOERR_FSYNC)
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         with pytest.raises(Unavailable):
             await engine.write(unsynced)
     await engine.stop()

@@ -41,7 +41,7 @@ def no_directory(where: Path) -> None:
 def start(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "retinue_server", "workqueue", "--listen", "127.0.0.1:0", "--data-dir", "data"]
     return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=15, check=False, cwd=tmp_path, env=environment()
+        [*command, *arguments], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path, env=environment()
     )
 
 

@@ -50,7 +50,7 @@ async def test_an_unexpected_failure_shows_in_health_once_in_the_log_and_passes(
     sweeping = sweeper.Sweeper(cast("WorkQueue", queue), 1000)
     await sweeping.start()
     sweeping.subscribe(listen)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while queue.sweeps < 3:
             await asyncio.sleep(0)
         queue.mended = True

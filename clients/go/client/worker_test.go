@@ -104,7 +104,7 @@ func (b *bench) enqueue() string {
 }
 
 func (b *bench) ended(id string) *pb.Task {
-	request := &pb.WaitTaskRequest{TaskId: id, WaitDuration: durationpb.New(10 * time.Second)}
+	request := &pb.WaitTaskRequest{TaskId: id, WaitDuration: durationpb.New(60 * time.Second)}
 	response, err := b.apart.WaitTask(b.Context(), request)
 	if err != nil {
 		b.Fatal(err)
@@ -116,7 +116,7 @@ func (b *bench) ended(id string) *pb.Task {
 func (b *bench) run(handle client.Handler) (stop func() error) {
 	ctx, cancel := context.WithCancel(b.Context())
 	worker := &client.Worker{
-		Client: b.tasks, Queue: b.queue, Handle: handle, LeaseDuration: time.Second, Grace: time.Second,
+		Client: b.tasks, Queue: b.queue, Handle: handle, LeaseDuration: 3 * time.Second, Grace: 3 * time.Second,
 		Log: slog.New(slog.NewTextHandler(&b.log, nil)),
 	}
 	over := make(chan error, 1)
@@ -139,7 +139,7 @@ func TestATaskThatOutlivesItsLeaseIsRenewed(t *testing.T) {
 	b := newBench(t)
 	id := b.enqueue()
 	stop := b.run(func(context.Context, *pb.Lease) (client.Result, error) {
-		time.Sleep(2500 * time.Millisecond)
+		time.Sleep(7 * time.Second)
 		return client.Result{Payload: client.Text("late")}, nil
 	})
 	task := b.ended(id)
@@ -189,7 +189,7 @@ func TestAnOutcomeSurvivesItsStream(t *testing.T) {
 	stop := b.run(func(context.Context, *pb.Lease) (client.Result, error) {
 		time.Sleep(200 * time.Millisecond) // a lease whose delivery the cut interrupts goes back at once
 		b.links.cut()
-		time.Sleep(1500 * time.Millisecond) // longer than the lease: it is renewed without its stream
+		time.Sleep(4500 * time.Millisecond) // longer than the lease: it is renewed without its stream
 		return client.Result{Payload: client.Text("after the cut")}, nil
 	})
 	task := b.ended(id)

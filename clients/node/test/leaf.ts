@@ -124,7 +124,7 @@ async function refused(call: Promise<unknown>): Promise<ConnectError> {
 }
 
 function claim(name: string, body: (grown: Grown) => Promise<void>): void {
-  test(name, { timeout: 20_000 }, async () => {
+  test(name, { timeout: 120_000 }, async () => {
     const grown = new Grown();
     await grown.serve();
     try {

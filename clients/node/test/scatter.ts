@@ -8,7 +8,7 @@ import type { LeafAnswer, Question } from "retinue/client";
 import { ScatterGatherService } from "retinue/scattergather/v1/scattergather_service_pb";
 import { TopologyService } from "retinue/scattergather/v1/topology_service_pb";
 
-const brief = { timeout: 20_000 };
+const brief = { timeout: 120_000 };
 const encode = (text: string) => new TextEncoder().encode(text);
 const client = createClient(ScatterGatherService, connect("scattergather"));
 const pool = new Pool({ client, poolId: "node" });

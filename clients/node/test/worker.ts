@@ -44,13 +44,13 @@ async function enqueue(queueId: string): Promise<string> {
 }
 
 async function ended(taskId: string) {
-  return (await tasks.waitTask({ taskId, waitDuration: { seconds: 10n } })).task!;
+  return (await tasks.waitTask({ taskId, waitDuration: { seconds: 60n } })).task!;
 }
 
 /** Starts a worker with short leases; the returned function stops it. */
 function start(queueId: string, handle: Handler, log = (_: string) => {}): () => Promise<void> {
   const stop = new AbortController();
-  const options = { client: cuttable, queueId, handle, leaseDurationMs: 1000, graceMs: 1000, log };
+  const options = { client: cuttable, queueId, handle, leaseDurationMs: 3000, graceMs: 3000, log };
   const running = new Worker(options).run(stop.signal);
   return () => (stop.abort(), running);
 }
@@ -71,14 +71,14 @@ function endless() {
 }
 
 function claim(name: string, body: (queueId: string, t: TestContext) => Promise<void>): void {
-  test(name, { timeout: 20_000 }, (t) => body(`node-${name.replaceAll(" ", "-")}-${process.hrtime.bigint()}`, t));
+  test(name, { timeout: 120_000 }, (t) => body(`node-${name.replaceAll(" ", "-")}-${process.hrtime.bigint()}`, t));
 }
 
 claim("a task that outlives its lease is renewed", async (queueId) => {
   const taskId = await enqueue(queueId);
   const complaints: string[] = [];
   const late = async () => {
-    await sleep(2500);
+    await sleep(7000);
     return { payload: text("late") };
   };
   const stop = start(queueId, late, (message) => complaints.push(message));
@@ -116,7 +116,7 @@ claim("an outcome survives its stream", async (queueId) => {
   const stop = start(queueId, async () => {
     await sleep(200); // a lease whose delivery the cut interrupts goes back at once
     cut();
-    await sleep(1500); // longer than the lease: it is renewed without its stream
+    await sleep(4500); // longer than the lease: it is renewed without its stream
     return { payload: text("after the cut") };
   });
   const task = await ended(taskId);

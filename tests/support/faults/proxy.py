@@ -15,7 +15,7 @@ from typing import Self, TypeVar
 T = TypeVar("T")
 _PIECE = 64 * 1024
 _DROP = 7
-_PATIENCE_S = 10.0
+_PATIENCE_S = 60.0
 
 
 class Mode(Enum):
@@ -52,6 +52,8 @@ class Proxy:
         self._links: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self.address = ""
+        self.refused = 0
+        """How many connections were reset as they came."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -117,6 +119,7 @@ class Proxy:
 
     def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._mode is Mode.REFUSE:
+            self.refused += 1
             writer.transport.abort()
             return
         link = self._loop.create_task(self._link(reader, writer))

@@ -38,7 +38,7 @@ _PARAMETERS = {
     "allowWatchBookmarks",
 }
 _SELECTOR = re.compile(r"([^ =!,]+)(?:=([^ ,=!]*)| in \(([^)]*)\))?")
-_START = 10.0
+_START = 60.0
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]

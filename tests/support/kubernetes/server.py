@@ -23,7 +23,7 @@ from support.kubernetes.api import Api, new_name, write_kubeconfig
 from support.kubernetes.build import built
 from support.postgres import free_port, locked
 
-_START = 60.0
+_START = 150.0
 _ADMIN = "admin-token"
 _TOKENS = f'{_ADMIN},admin,1,"system:masters"\n'
 

@@ -32,7 +32,7 @@ from support.scatter_faults.scenes import (
 )
 from support.scatter_faults.stage import Stage
 
-_TRIES = 30
+_TRIES = 300
 
 
 class Matrix:
