@@ -12,16 +12,19 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from behind import Lines, say
+from behind import Lines, Web, say
 from servers import RunningServer, environment, start_server
 from workers import eventually, retinue, rows
 
 from retinue.ambassador.v1 import upstream_pb2 as pb
-from retinue.client import Ambassador, NotActive, NotFound, sync
+from retinue.client import Ambassador, NotActive, NotFound, Unavailable, sync
 from retinue.client.ambassador import upstream
+
+if TYPE_CHECKING:
+    from conftest import Target
 
 NOT_ACTIVE, USAGE, UNREACHABLE, REFUSED = 1, 2, 3, 4
 
@@ -106,6 +109,27 @@ async def test_to_wait_for_a_server_that_is_not_there_ends_in_time() -> None:
     async with Ambassador("127.0.0.1:1") as app:
         with pytest.raises(NotActive, match=r"db: 127\.0\.0\.1:1 can't be reached"):
             await app.wait("db", timeout=0.5)
+
+
+@pytest.mark.engines("sqlite")
+@pytest.mark.usefixtures("ambassador_operator")
+async def test_an_invoked_request_is_answered_or_refused_once(target: Target, name: str) -> None:
+    async with Ambassador(target.address) as app, Ambassador(target.control) as operator:
+        with Web("web") as web:
+            await operator.declare(upstream(name, "HTTP", [web.address]), wait=15)
+            answer = await app.invoke(name, "/a?b", method="POST", headers={"x-one": "1"}, body=b"body")
+            said = json.loads(answer.body)
+            assert (answer.status, said["method"], said["path"], said["body"]) == (200, "POST", "/a?b", "body")
+            assert said["headers"]["x-one"] == "1"
+            assert (await app.invoke(name, "/status/503")).status == 503
+        nobody = pb.Upstream(upstream_id=name, protocol=pb.PROTOCOL_HTTP, pushed=pb.PushedEndpoints())
+        await operator.declare(nobody, wait=15)
+        with pytest.raises(Unavailable) as error:
+            await app.invoke(name)
+        assert error.value.reason == "UPSTREAM_UNHEALTHY"
+        [stats] = await anext(app.stats(name))
+        assert stats.requests == 3, "it is not repeated"
+        assert await operator.remove(name, drain=0)
 
 
 async def test_a_watch_goes_on_when_the_server_comes_back(tmp_path: Path, line: Lines) -> None:

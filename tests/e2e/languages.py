@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -35,13 +35,15 @@ _POOLS = """
 """
 
 
-def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def running_server(
+    tmp_path_factory: pytest.TempPathFactory, env: Mapping[str, str] | None = None
+) -> Iterator[RunningServer]:
     """A server for one module of tests. Each language has pools of its own, named after it; see test_languages.py."""
     where = tmp_path_factory.mktemp("server")
     file = where / "data/scattergather/pools.yaml"
     file.parent.mkdir(parents=True)
     file.write_text("pools:" + "".join(_POOLS.format(name=name, where=where.resolve()) for name in LANGUAGES))
-    server = start_server(where)
+    server = start_server(where, env=env)
     yield server
     server.stop()
 

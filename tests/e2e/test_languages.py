@@ -6,6 +6,9 @@ each, a Unix socket; L merges by top_k with k = 3, L-merged by a MergeService at
 addresses from GetTopology and serves the leaf of each shard there, and the merge beside the leaf of a, so that nothing
 needs a port that was free a moment ago. `clients/examples/scattergather.yaml` is the same for people, on TCP. Where c
 hangs, a and b answer when it does: or the answer could be there before c has begun, which then is told nothing.
+
+The ambassador's upstreams are over servers of the example, on loopback, which the server is allowed to dial. Envoy
+takes them in turn, so that it is known who answers how many.
 """
 
 from __future__ import annotations
@@ -20,15 +23,16 @@ from e2e.languages import CLIENTS, need, run, running_server
 from pace import undisturbed
 from servers import RunningServer
 
-PATTERNS = ("workqueue", "leaderelection", "scattergather")
+PATTERNS = ("workqueue", "leaderelection", "scattergather", "ambassador")
 GO, NODE = CLIENTS / "go", CLIENTS / "node"
+AMBASSADOR = {"RETINUE_AMBASSADOR__DATA_PLANE": "envoy", "RETINUE_AMBASSADOR__ENDPOINTS__ALLOW": "127.0.0.1"}
 
 pytestmark = pytest.mark.timeout(900)  # the first build downloads and compiles what the clients stand on
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    yield from running_server(tmp_path_factory)
+    yield from running_server(tmp_path_factory, AMBASSADOR)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +92,7 @@ def test_the_go_client_keeps_its_promises(server: RunningServer) -> None:
     assert run("go", "test", "-count=1", "./client", cwd=GO, server=server).startswith("ok")
 
 
-@pytest.mark.parametrize("name", ["worker", "deadline", "election", "leaf", "scatter"])
+@pytest.mark.parametrize("name", ["worker", "deadline", "election", "leaf", "scatter", "ambassador"])
 def test_the_typescript_client_keeps_its_promises(server: RunningServer, node_programs: Path, name: str) -> None:
     assert "\n# fail 0\n" in node_tests(node_programs, name, server)
 

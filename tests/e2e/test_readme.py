@@ -11,6 +11,7 @@ import pytest
 from servers import RunningServer, environment, start_server
 
 from retinue.client import sync
+from retinue.client.ambassador import upstream
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +30,7 @@ def test_the_python_program_of_a_readme_prints_its_result(tmp_path: Path, readme
 
 
 def test_the_leaf_of_the_readme_answers_its_question(tmp_path: Path) -> None:
-    _, leaf, question = blocks("clients/README.md", "python")
+    _, leaf, question, _ = blocks("clients/README.md", "python")
     pools, *_ = blocks("clients/README.md", "yaml")
     port, socket = "127.0.0.1:9000", f"unix:{tmp_path}/leaf.sock"
     assert port in leaf
@@ -47,6 +48,18 @@ def test_the_leaf_of_the_readme_answers_its_question(tmp_path: Path) -> None:
             serving.kill()
             assert server.stop() == 0
     assert done.stdout == "1 of 1 answered: ['Moby Dick', 'Treasure Island']\n", done.stderr
+
+
+def test_the_app_of_the_readme_waits_for_its_upstream(tmp_path: Path) -> None:
+    *_, program = blocks("clients/README.md", "python")
+    server = start_server(tmp_path, "ambassador")
+    try:
+        with sync.Ambassador(server.control) as operator:
+            declared = operator.declare(upstream("db", "TCP", ["10.0.0.1:5432"]))
+        done = run(program, server)
+    finally:
+        assert server.stop() == 0
+    assert done.stdout == f"dial {declared.status.address}\n", done.stderr
 
 
 def blocks(readme: str, language: str) -> list[str]:

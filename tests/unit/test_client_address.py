@@ -43,6 +43,12 @@ def test_the_control_socket_is_found_in_a_directory_above(tmp_path: Path, monkey
         assert address.control_address() == "unix:/elsewhere"
 
 
+def test_the_environment_names_an_upstream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETINUE_UPSTREAM_DB_EU_ADDRESS", "127.0.0.1:5432")
+    assert address.upstream_address("db-eu") == "127.0.0.1:5432"
+    assert address.upstream_address("db") is None
+
+
 @pytest.mark.parametrize(
     ("where", "local"),
     [

@@ -1,7 +1,9 @@
 /**
- * What the generated stubs leave to every program: where the server is, its errors, the loop of a worker, leadership, and both sides of a
- * scatter.
+ * What the generated stubs leave to every program: where the server is, its errors, the loop of a worker, leadership, both sides of a
+ * scatter, and what stands behind localhost.
  */
+export { Ambassador, NotActive, upstream, upstreamAddress } from "./ambassador.js";
+export type { AmbassadorOptions, DeclareOptions, LeaveOptions, WaitOptions } from "./ambassador.js";
 export { Code, ConnectError, createClient, type Client, type ConnectRouter } from "@connectrpc/connect";
 export { DEFAULT_ADDRESS, address, connect } from "./connection.js";
 export { Election, TermLost } from "./election.js";

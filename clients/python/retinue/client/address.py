@@ -27,6 +27,11 @@ def control_address() -> str | None:
     return target(named) if named else _nearest_socket(Path.cwd())
 
 
+def upstream_address(upstream_id: str) -> str | None:
+    """Where an upstream of the ambassador is dialled, by `RETINUE_UPSTREAM_<NAME>_ADDRESS`; None if it is not set."""
+    return os.environ.get(f"RETINUE_UPSTREAM_{upstream_id.upper().replace('-', '_')}_ADDRESS") or None
+
+
 def _nearest_socket(start: Path) -> str | None:
     candidates = (directory / CONTROL_SOCKET for directory in (start, *start.parents))
     return next((f"unix:{path}" for path in candidates if path.is_socket()), None)

@@ -25,7 +25,7 @@ from retinue.client import errors
 from retinue.client.channel import DEFAULT_TIMEOUT, Connection, backoff, is_transient
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable, Sequence
+    from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 
     from retinue.ambassador.v1 import stats_pb2
 
@@ -198,10 +198,25 @@ class Ambassador:
 
     # Calling
 
-    async def _call(self, method: str, request: Any, wait: Seconds = 0) -> Any:
+    async def invoke(
+        self,
+        upstream_id: str,
+        path: str = "/",
+        *,
+        method: str = "GET",
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+    ) -> api.InvokeResponse:
+        """One HTTP request by the upstream's own listener; any status is an answer. It is not repeated."""
+        request = api.InvokeRequest(upstream_id=upstream_id, method=method, path=path, body=body)
+        for name, value in (headers or {}).items():
+            request.headers.add(name=name, value=value)
+        return await self._call("Invoke", request, repeatable=False)  # type: ignore[no-any-return] # by the contract
+
+    async def _call(self, method: str, request: Any, wait: Seconds = 0, *, repeatable: bool = True) -> Any:
         stub = rpc.AmbassadorServiceStub(self.connection.channel)
         seconds = self.timeout + min(_seconds(wait), _MOST_WAIT)
-        return await self.connection.call(getattr(stub, method), request, timeout=seconds)
+        return await self.connection.call(getattr(stub, method), request, timeout=seconds, repeatable=repeatable)
 
     async def _stream(self, method: str, request: Any) -> AsyncGenerator[Any]:
         begun, waits = False, backoff()
