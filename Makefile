@@ -67,15 +67,17 @@ e2e: $(VENV)/.dev etcd ## Runs pods, the clients of every language and the print
 FAULTS := $(if $(LONG),--kills 200 --tasks 100000,--kills 20 --tasks 5000)
 ELECTIONS := $(if $(LONG),--transitions 200,--transitions 10 --seconds 20)
 SCATTERS := --seconds $(if $(LONG),600,30)
+AMBASSADORS := --seconds $(if $(LONG),300,20)
 
-faults: $(VENV)/.dev etcd ## Kills things while they work, and looks what is left (LONG=1: 200 kills over 100,000 tasks, 200 transitions of elections, ten minutes of scatter/gather; SEED=n; SCHEDULES=1000000: so many simulated worlds)
+faults: $(VENV)/.dev etcd ## Kills things while they work, and looks what is left (LONG=1: 200 kills over 100,000 tasks, 200 transitions of elections, ten minutes of scatter/gather and of the ambassador; SEED=n; SCHEDULES=1000000: so many simulated worlds)
 	@$(BIN)/python -m pytest -q tests/faults $(if $(SCHEDULES),--schedules $(SCHEDULES) -n auto) $(PYTEST)
 	@export PYTHONPATH=tests:services:clients/python; for engine in sqlite postgres; do \
 	  $(BIN)/python -m support.faults --engine $$engine $(FAULTS) $(if $(SEED),--seed $(SEED)) || exit 1; done; \
 	  $(BIN)/python -m support.faults.held --seconds $(if $(LONG),600,60) || exit 1; \
 	  for engine in $$($(BIN)/python -m support.election_faults --list); do \
 	  $(BIN)/python -m support.election_faults --engine $$engine $(ELECTIONS) $(if $(SEED),--seed $(SEED)) || exit 1; done; \
-	  $(BIN)/python -m support.scatter_faults $(SCATTERS) $(if $(SEED),--seed $(SEED))
+	  $(BIN)/python -m support.scatter_faults $(SCATTERS) $(if $(SEED),--seed $(SEED)) || exit 1; \
+	  $(BIN)/python -m support.ambassador_faults $(AMBASSADORS) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/.dev ## Plays the scoreboard beside the peers (CELLS="process" SYSTEMS="retinue bullmq" ROUNDS=5 TASKS=60000)
 	@PYTHONPATH=tests $(BIN)/python -m bench $(if $(CELLS),--cells $(CELLS)) $(if $(SYSTEMS),--systems $(SYSTEMS)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(TASKS),--tasks $(TASKS)) $(if $(REFERENCE),--reference)

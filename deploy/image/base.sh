@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes a base image with Python 3.11 from Debian packages, where no image registry can be reached, and prints its name:
 #     BASE=$(deploy/image/base.sh)
+#     deploy/image/base.sh memcached redis-server          with these packages besides
 #
 # It is made once for each state of this file; a newer security update comes with `REFRESH=1 deploy/image/base.sh`.
 # Needs root, mmdebstrap and podman; fetches what apt fetches on this machine.
@@ -8,8 +9,8 @@ set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 
 SUITE=bookworm
-PACKAGES=python3,ca-certificates,tzdata
-name="localhost/retinue-base:$SUITE-$(sha256sum "$0" | cut -c1-12)"
+PACKAGES="$(IFS=,; echo "python3,ca-certificates,tzdata${*:+,$*}")"
+name="localhost/retinue-base:$SUITE-$(printf '%s %s' "$(cat "$0")" "$PACKAGES" | sha256sum | cut -c1-12)"
 
 if [ -z "${REFRESH:-}" ] && "$here/podman-here.sh" image exists "$name"; then
   echo "$name"

@@ -5,9 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+
+import grpc
+
+from retinue.ambassador.v1.ambassador_service_pb2 import GetDataPlaneRequest
+from retinue.ambassador.v1.ambassador_service_pb2_grpc import AmbassadorServiceStub
+from retinue.ambassador.v1.upstream_pb2 import DATA_PLANE_KIND_NATIVE
 
 HERE = Path(__file__).parent
 BIN = Path(".venv/bin")
@@ -30,7 +38,7 @@ def main() -> int:
 
 
 def guide(ready: dict[str, object]) -> str:
-    """The lines of guide.txt with the addresses that are in force; without those whose program is not here."""
+    """The lines to try with the addresses that are in force; without those whose program is not here."""
     listen = ready["listen"]
     assert isinstance(listen, list)
     control = os.path.relpath(str(ready["control"]).removeprefix("unix:"))
@@ -42,16 +50,33 @@ def guide(ready: dict[str, object]) -> str:
         "{state}": state,
         "{grpcurl}": str(BIN / "grpcurl"),
         "{retinue}": str(BIN / "retinue"),
+        "{python}": str(BIN / "python"),
         "{curl}": "curl",
     }
-    lines = (HERE / "guide.txt").read_text().splitlines()
+    words |= dict(zip(("{one}", "{two}", "{three}", "{web}"), free_ports(4), strict=True))
+    lines = [line for file in files(str(ready["control"])) for line in [*(HERE / file).read_text().splitlines(), ""]]
     if not shutil.which("curl"):
-        lines = [line for line in lines if not line.startswith("{curl}")]
+        lines = [line for line in lines if "{curl}" not in line]
     text = "\n".join(lines)
     for word, value in words.items():
         text = text.replace(word, value)
     page = f"http://{words['{http}']}/"
-    return f"\n{text}\n\n{page} lists every method with a curl line; all state is in {state}/. Ctrl-C stops it.\n"
+    return f"\n{text}\n{page} lists every method with a curl line; all state is in {state}/. Ctrl-C stops it.\n"
+
+
+def files(control: str) -> tuple[str, str]:
+    """Those of the guide: what can be tried of the ambassador depends on what carries the bytes."""
+    with grpc.insecure_channel(control) as channel:
+        planes = AmbassadorServiceStub(channel).GetDataPlane(GetDataPlaneRequest(), timeout=10).data_planes
+    has_envoy = any(plane.kind != DATA_PLANE_KIND_NATIVE for plane in planes)
+    return "guide.txt", "guide-envoy.txt" if has_envoy else "guide-native.txt"
+
+
+def free_ports(count: int) -> list[str]:
+    """Ports of loopback that nobody has."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [str(one.getsockname()[1]) for one in sockets]
 
 
 if __name__ == "__main__":

@@ -34,6 +34,15 @@ def image() -> str:
     return build.stdout.strip()
 
 
+@pytest.fixture(scope="session")
+def tools(image: str) -> str:
+    """An image of Debian with real servers and their own clients, and nothing of ours."""
+    command = [str(ROOT / "deploy/image/base.sh"), "memcached", "redis-server", "libmemcached-tools", "curl"]
+    if "BASE" in os.environ and shutil.which("mmdebstrap") is None:
+        pytest.skip(f"needs mmdebstrap: apt-get install -y {PACKAGES}")
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A failure shows what the pods said."""

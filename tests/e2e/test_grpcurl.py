@@ -13,6 +13,7 @@ import pytest
 from servers import RunningServer, start_server
 
 QUEUE = "retinue.workqueue.v1.WorkQueueService"
+AMBASSADOR = "retinue.ambassador.v1.AmbassadorService"
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +23,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     assert started.stop() == 0
 
 
-def grpcurl(server: RunningServer, *arguments: str, ok: bool = True) -> str:
-    """What it prints; options come before the address, as it wants them."""
+def grpcurl(server: RunningServer, *arguments: str, ok: bool = True, operator: bool = False) -> str:
+    """What it prints; options come before the address, as it wants them. Operators dial the control socket."""
     program = shutil.which("grpcurl", path=str(Path(sys.executable).parent))
     assert program, "it comes with make setup"
     options, words = arguments[:-1], arguments[-1:]
-    command = [program, "-plaintext", *options, server.address, *words[0].split()]
+    target = ["-unix", server.control.removeprefix("unix:")] if operator else [server.address]
+    command = [program, "-plaintext", *options, *target, *words[0].split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert (done.returncode == 0) == ok, done.stderr
     return done.stdout if ok else done.stderr
@@ -67,4 +69,24 @@ def test_it_decodes_an_error_with_its_details(server: RunningServer) -> None:
         "tasks[0].queue_id",
         "tasks[0].priority",
     ):
+        assert word in told
+
+
+def test_it_declares_an_upstream_looks_at_it_and_forgets_it(server: RunningServer) -> None:
+    said = {"upstream": {"upstream_id": "hello", "protocol": "PROTOCOL_TCP", "pushed": {}}, "wait_duration": "10s"}
+    declared = grpcurl(server, "-d", json.dumps(said), f"{AMBASSADOR}/DeclareUpstream", operator=True)
+    status = json.loads(declared)["upstream"]["status"]
+    assert (status["state"], status["data_plane"]) == ("UPSTREAM_STATE_ACTIVE", "DATA_PLANE_KIND_NATIVE")
+    found = grpcurl(server, "-d", '{"upstream_id": "hello"}', f"{AMBASSADOR}/GetUpstream")
+    assert json.loads(found)["upstream"]["status"]["address"] == status["address"]
+    gone = grpcurl(server, "-d", '{"upstream_id": "hello"}', f"{AMBASSADOR}/RemoveUpstream", operator=True)
+    assert json.loads(gone) == {"removed": True}
+
+
+def test_it_decodes_why_an_upstream_is_refused(server: RunningServer) -> None:
+    said = {"upstream": {"upstream_id": "web", "protocol": "PROTOCOL_HTTP", "pushed": {}}}
+    words = ("-d", json.dumps(said), f"{AMBASSADOR}/DeclareUpstream")
+    assert "PermissionDenied" in grpcurl(server, *words, ok=False), "apps may not"
+    told = grpcurl(server, *words, ok=False, operator=True)
+    for word in ("Unimplemented", "ErrorInfo", "CAPABILITY_MISSING", "pip install 'retinue-server[envoy]'"):
         assert word in told

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.upstreams import envoy_or_skip
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.timeout(300)  # there are many lines
 
 
 class Running:
     """The suite as `make run` starts it, on free ports."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, data_plane: str) -> None:
         command = [sys.executable, "deploy/local/run.py", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]
         self.process = subprocess.Popen(
             [*command, "--data-dir", str(data_dir)],
             cwd=ROOT,
+            env={**os.environ, "RETINUE_AMBASSADOR__DATA_PLANE": data_plane},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -44,13 +51,19 @@ class Running:
         return self.process.returncode
 
 
-@pytest.fixture
-def suite(tmp_path: Path) -> Iterator[Running]:
-    running = Running(tmp_path / "state")
+@contextmanager
+def started(data_dir: Path, data_plane: str) -> Iterator[Running]:
+    running = Running(data_dir, data_plane)
     with running.process:
         yield running
         if running.process.poll() is None:
             running.interrupt()
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Iterator[Running]:
+    with started(tmp_path / "state", "native") as running:
+        yield running
 
 
 def environment(suite: Running) -> dict[str, str]:
@@ -109,10 +122,11 @@ def test_of_the_two_printed_campaigns_the_second_leads_when_the_first_is_interru
     second.interrupt()
 
 
-def test_every_printed_line_works_as_printed(suite: Running) -> None:
+def run_all(suite: Running) -> str:
+    """What the printed lines say that do not stay, as one script; none of them fails, and nothing of theirs is left."""
     lines = [line for line in printed(suite) if line not in campaigns(suite)]
     assert len(lines) >= 12
-    script = "set -eo pipefail\n" + "\n".join(lines)
+    script = "set -eo pipefail\ntrap 'kill $SERVERS 2>/dev/null || true' EXIT\n" + "\n".join(lines)
     done = subprocess.run(
         ["bash", "-c", script],
         cwd=ROOT,
@@ -123,11 +137,61 @@ def test_every_printed_line_works_as_printed(suite: Running) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert '"status"' not in done.stdout.partition('"upstream"')[0], "the completion was accepted"
-    assert '"state": "UPSTREAM_STATE_ACTIVE"' in done.stdout, "the upstream is served"
-    assert re.search(r'"coverage": {\s+"expected": "2",\s+"answered": "1"\s+}', done.stdout), "a leaf is missing"
-    assert re.search(r'"failures": \[\s+{\s+"shard_id": "gone",\s+"code": 14,', done.stdout), "and named"
     assert "ERROR" not in done.stderr
+    return done.stdout
+
+
+def pages(said: str) -> list[Counter[str]]:
+    """How often each server answered, for each time that the ports of the ambassador were asked."""
+    runs = re.findall(r"(?:^ +\d+ from \d+\n)+", said, re.MULTILINE)
+    return [Counter({page: int(n) for n, page in re.findall(r"(\d+) from (\d+)", run)}) for run in runs]
+
+
+def test_every_printed_line_works_as_printed_and_without_envoy_connections_are_split(suite: Running) -> None:
+    assert_said_of_the_others(said := run_all(suite))
+    before, after = pages(said)
+    assert (len(before), before.total()) == (3, 12)
+    assert sorted(after.values()) == [10, 20, 20]
+    assert_told(said, "native", 62)
+
+
+def test_every_printed_line_works_as_printed_and_with_envoy_requests_are_split(tmp_path: Path) -> None:
+    envoy_or_skip()
+    with started(tmp_path / "state", "envoy") as suite:
+        assert_said_of_the_others(said := run_all(suite))
+        before, after = pages(said)
+        assert (len(before), before.total()) == (3, 12)
+        assert after.total() == 50
+        (new,) = (set(re.findall(r"for n in \d+ \d+ (\d+);", line)) for line in suite.guide if "http.server" in line)
+        assert 1 <= after[new.pop()] <= 25, "a fifth, by chance"
+        assert_told(said, "envoy_child", 50)
+
+
+def test_what_envoy_would_add_is_said_where_there_is_none_and_only_there(suite: Running, tmp_path: Path) -> None:
+    envoy_or_skip()
+    with started(tmp_path / "with", "auto") as other:
+        assert not any("pip install" in line for line in other.guide)
+    said = " ".join(line for line in suite.guide if line.startswith("#"))
+    assert "Envoy adds HTTP, gRPC and Redis" in said
+    assert "pip install 'retinue-server[envoy]'" in said
+
+
+def assert_said_of_the_others(said: str) -> None:
+    """What the lines of the other patterns must say."""
+    assert '"status"' not in said.partition('"upstream"')[0], "the completion was accepted"
+    assert re.search(r'"coverage": {\s+"expected": "2",\s+"answered": "1"\s+}', said), "a leaf is missing"
+    assert re.search(r'"failures": \[\s+{\s+"shard_id": "gone",\s+"code": 14,', said), "and named"
+
+
+def assert_told(said: str, data_plane: str, requests: int) -> None:
+    """What is served, counted and drained, as the printed lines show it."""
+    assert '"state": "UPSTREAM_STATE_ACTIVE"' in said, "the upstream is served"
+    rows = [json.loads(line) for line in said.splitlines() if line.startswith('{"upstream_id": "web"')]
+    (listed, counted, removed) = rows
+    assert (listed["state"], listed["endpoints"], listed["data_plane"]) == ("active", 3, data_plane)
+    assert counted["requests"] >= requests
+    assert '"state": "UPSTREAM_STATE_DRAINING"' in said
+    assert removed["removed"] is True
 
 
 def test_ctrl_c_ends_it_cleanly(suite: Running) -> None:

@@ -17,16 +17,17 @@ from typing import Any
 import grpc
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from grpc import aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 from support.certificates import Authority
 from support.postgres import free_port
 from support.upstreams import (
     Browser,
+    HealthServer,
     LineServer,
     WebServer,
     assignment,
+    check,
     envoy_or_skip,
     get,
     redis,
@@ -319,6 +320,62 @@ def server_context(authority: Authority) -> ssl.SSLContext:
     return context
 
 
+def mutual(authority: Authority) -> ssl.SSLContext:
+    """Lets in those whose certificate is of the authority."""
+    context = server_context(authority)
+    context.load_verify_locations(authority.file)
+    context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+@pytest.mark.parametrize("curve", [ec.SECP224R1(), None], ids=["refused by Envoy", "that is none"])
+async def test_with_a_certificate_that_is_bad_nothing_is_served_until_it_is_mended(
+    plane: EnvoyPlane, tmp_path: Path, curve: ec.EllipticCurve | None
+) -> None:
+    """Python takes a key of this curve; Envoy says only when it has the cluster that it does not."""
+    authority, secure = Authority(tmp_path), WebServer("secure")
+    await secure.start(mutual(authority))
+    try:
+        pair = authority.issue("client", curve)
+        if curve is None:
+            pair.cert_file.write_text("none")
+        wanted = spec(Protocol.HTTP, tls=Tls("localhost", str(authority.file), str(pair.cert_file), str(pair.key_file)))
+        with pytest.raises(Refused):
+            await plane.put(assignment(wanted, secure))
+        assert await refuses(wanted.listen.port)
+        authority.issue("client")
+        await plane.put(assignment(wanted, secure))
+        assert (await get(wanted.listen.port)).text == "secure"
+    finally:
+        secure.stop()
+
+
+async def test_a_certificate_that_changes_to_a_bad_one_stops_nothing_else(plane: EnvoyPlane, tmp_path: Path) -> None:
+    """Endpoints and policies go on changing, and an Envoy that starts anew gets the former certificate."""
+    authority = Authority(tmp_path)
+    secure = [WebServer("one"), WebServer("two")]
+    for server in secure:
+        await server.start(mutual(authority))
+    try:
+        pair = authority.issue("client")
+        wanted = spec(Protocol.HTTP, tls=Tls("localhost", str(authority.file), str(pair.cert_file), str(pair.key_file)))
+        await plane.put(assignment(wanted, secure[0]))
+        authority.issue("client", ec.SECP224R1())
+        await plane.put(assignment(wanted, secure[1], generation=2))
+        assert (await get(wanted.listen.port)).text == "two"
+        pair.cert_file.write_text("none")
+        breaker = CircuitBreaker(max_connections=7)
+        await plane.put(assignment(changed(wanted, circuit_breaker=breaker), secure[0], generation=3))
+        assert (await get(wanted.listen.port)).text == "one"
+        assert plane._child is not None
+        os.kill(plane._child.pid, signal.SIGKILL)
+        await eventually(lambda: answered_or_refused(wanted, "one"))
+        assert "cannot use" in plane._complaints["it"]
+    finally:
+        for server in secure:
+            server.stop()
+
+
 async def test_latencies_are_in_the_histogram(plane: EnvoyPlane, web: list[WebServer]) -> None:
     wanted = spec(Protocol.HTTP)
     await plane.put(assignment(wanted, web[0]))
@@ -337,36 +394,6 @@ async def test_latencies_are_in_the_histogram(plane: EnvoyPlane, web: list[WebSe
 # gRPC
 
 
-class HealthServer(health_aio.HealthServicer):
-    """A gRPC server whose answers the test says; it has a name in its metadata."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name, self.calls, self.failing = name, 0, 0
-        self.left_s: float | None = None
-        """Of the deadline, when it was asked last."""
-        self._server = aio.server()
-        health_pb2_grpc.add_HealthServicer_to_server(self, self._server)
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-
-    async def Check(  # noqa: N802 - the contract's name
-        self, request: health_pb2.HealthCheckRequest, context: Any
-    ) -> health_pb2.HealthCheckResponse:
-        self.calls += 1
-        self.left_s = context.time_remaining()
-        if self.failing > 0:
-            self.failing -= 1
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "not yet")
-        await context.send_initial_metadata((("x-server", self.name),))
-        return await super().Check(request, context)
-
-    async def start(self) -> None:
-        await self._server.start()
-
-    async def stop(self) -> None:
-        await self._server.stop(None)
-
-
 @pytest.fixture
 async def rpc() -> AsyncIterator[list[HealthServer]]:
     made = [HealthServer(name) for name in "ab"]
@@ -375,14 +402,6 @@ async def rpc() -> AsyncIterator[list[HealthServer]]:
     yield made
     for one in made:
         await one.stop()
-
-
-async def check(channel: aio.Channel, deadline_s: float = 30.0, **metadata: str) -> str:
-    """Who answered."""
-    stub: Any = health_pb2_grpc.HealthStub(channel)
-    call = stub.Check(health_pb2.HealthCheckRequest(), timeout=deadline_s, metadata=tuple(metadata.items()))
-    await call
-    return str(dict(await call.initial_metadata())["x-server"])
 
 
 async def test_grpc_calls_go_round(plane: EnvoyPlane, rpc: list[HealthServer]) -> None:
@@ -653,6 +672,28 @@ async def test_an_envoy_that_was_killed_is_back_with_everything(plane: EnvoyPlan
                 return False
 
         await eventually(all_answer)
+
+
+async def test_at_the_end_nobody_is_accepted_and_who_was_is_answered(web: list[WebServer], tmp_path: Path) -> None:
+    plane = make(EnvoySettings(path=envoy_or_skip()), tmp_path)
+    assert plane is not None
+    await plane.start()
+    wanted = spec(Protocol.HTTP)
+    web[0].delay_s = 0.5
+    await plane.put(assignment(wanted, web[0]))
+    before = [asyncio.create_task(get(wanted.listen.port)) for _ in range(5)]
+    await eventually(lambda: len(web[0].requests) == 5)
+    stopping = asyncio.create_task(plane.stop())
+    later: list[str] = []
+    while not stopping.done():
+        try:
+            later.append((await get(wanted.listen.port)).text)
+        except ConnectionError as error:
+            later.append("refused" if error.errno else "cut")  # the kernel resets what is in a listener's queue
+    await stopping
+    assert {(await one).text for one in before} == {"a"}
+    assert set(later) <= {"a", "refused"}, "none is cut"
+    assert later[-1] == "refused"
 
 
 async def test_what_is_put_while_envoy_is_away_is_served_when_it_is_back(

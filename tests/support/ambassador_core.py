@@ -46,6 +46,8 @@ class PlayedPlane:
         """Whether `put` waits until `release`."""
         self.served: dict[str, Assignment] = {}
         self.puts: list[Assignment] = []
+        self.inherited: set[str] = set()
+        """What it may serve already, for a server before this one."""
         self.draining: set[str] = set()
         self.open: dict[str, int] = {}
         """Connections from apps."""
@@ -82,6 +84,9 @@ class PlayedPlane:
     async def remove(self, upstream_id: str) -> None:
         self.served.pop(upstream_id, None)
         self.open.pop(upstream_id, None)
+
+    def may_serve(self, upstream_id: str) -> bool:
+        return upstream_id in self.inherited
 
     def connections(self, upstream_id: str) -> int:
         return self.open.get(upstream_id, 0)

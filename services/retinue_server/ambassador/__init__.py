@@ -35,6 +35,8 @@ Discovery away: who was found last stands. A name that resolves to a forbidden a
 and the log says so; a name with no other address leaves the upstream without endpoints. Data plane refuses: see the
 states. Envoy dies: it is started again, and gets everything anew; its listeners are gone meanwhile (under a
 second). This server dies: an Envoy that was attached goes on; a child ends with its parent; native upstreams end.
+A file of certificates or passwords turns bad: what stood there before goes on, and nothing else waits for it. SIGTERM:
+nobody is accepted any more, and requests that are under way are answered.
 File broken: what was declared last stands, and the log and a metric say so; at start the server refuses. Port held
 by somebody else: FAILED_PRECONDITION, and nothing is declared.
 """

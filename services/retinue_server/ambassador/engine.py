@@ -126,6 +126,9 @@ class DataPlane(Protocol):
         An Envoy that is attached ends connections of raw TCP when its own drain time is over.
         """
 
+    def may_serve(self, upstream_id: str) -> bool:
+        """Whether it may listen for this one already, though nobody has put it: for a server before this one."""
+
     def connections(self, upstream_id: str) -> int:
         """From apps, open now, as far as is known."""
 

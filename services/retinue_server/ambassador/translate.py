@@ -145,7 +145,7 @@ class Reader:
             self._seconds(said, "connect_duration", at, 5.0),
             self._seconds(said, "request_duration", at, _REQUEST_S if protocol in SHARDED else None),
             self._seconds(said, "per_try_duration", at, None),
-            self._seconds(said, "idle_duration", at, None if protocol is Speaks.TCP else 3600.0),
+            self._seconds(said, "idle_duration", at, None if protocol in (Speaks.TCP, Speaks.REDIS) else 3600.0),
         )
 
     def _retry(self, said: policy_pb.Retry) -> spec.Retry:

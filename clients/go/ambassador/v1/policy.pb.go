@@ -323,7 +323,7 @@ type Timeouts struct {
 	RequestDuration *durationpb.Duration `protobuf:"bytes,2,opt,name=request_duration,json=requestDuration,proto3" json:"request_duration,omitempty"`
 	// For one try; needs `retry`. HTTP and GRPC.
 	PerTryDuration *durationpb.Duration `protobuf:"bytes,3,opt,name=per_try_duration,json=perTryDuration,proto3" json:"per_try_duration,omitempty"`
-	// For a connection without traffic. Unset = 1 h; TCP: none.
+	// For a connection without traffic; HTTP and GRPC: to an endpoint. Unset = 1 h; TCP: none. Not REDIS.
 	IdleDuration  *durationpb.Duration `protobuf:"bytes,4,opt,name=idle_duration,json=idleDuration,proto3" json:"idle_duration,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -490,7 +490,7 @@ func (x *Retry) GetSameEndpoint() bool {
 // CircuitBreaker is what is refused at once.
 type CircuitBreaker struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Connections to endpoints; 0 = 1,024.
+	// Connections to endpoints; 0 = 1,024. TCP, HTTP and GRPC.
 	MaxConnections int32 `protobuf:"varint,1,opt,name=max_connections,json=maxConnections,proto3" json:"max_connections,omitempty"`
 	// Requests that wait for a connection; 0 = 1,024. HTTP and GRPC.
 	MaxPendingRequests int32 `protobuf:"varint,2,opt,name=max_pending_requests,json=maxPendingRequests,proto3" json:"max_pending_requests,omitempty"`
@@ -993,7 +993,7 @@ func (x *Mirror) GetPercent() float64 {
 	return 0
 }
 
-// RateLimit bounds what is taken; what is beyond is refused: HTTP 429, GRPC UNAVAILABLE, TCP and MEMCACHED by closing.
+// RateLimit bounds what is taken; what is beyond is refused: HTTP 429, GRPC UNAVAILABLE, TCP and REDIS by closing.
 type RateLimit struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Required. So many, ...

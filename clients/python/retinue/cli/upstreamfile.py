@@ -40,13 +40,14 @@ def _upstream(entry: Any, at: str) -> pb.Upstream:
 
 
 def _spelt_out(value: Any, message: Descriptor) -> Any:
-    """With the prefixes of enums that were left out."""
+    """With the prefixes of enums that were left out; and with the field `on`, which YAML takes for `true`."""
     if isinstance(value, list):
         return [_spelt_out(one, message) for one in value]
     if not isinstance(value, dict):
         return value
     fields = message.fields_by_name
-    return {key: _field(one, fields[key]) if key in fields else one for key, one in value.items()}
+    named = {"on" if key is True else key: one for key, one in value.items()}
+    return {key: _field(one, fields[key]) if key in fields else one for key, one in named.items()}
 
 
 def _field(value: Any, field: Any) -> Any:

@@ -176,7 +176,8 @@ class Upstreams:
                 reason=Reason.ADDRESS_TAKEN,
                 upstream_id=other.upstream_id,
             )
-        if (wanted.port or wanted.path) and (objection := self._ports.objection(wanted)):
+        is_ours = plane.may_serve(spec.upstream_id)
+        if not is_ours and (wanted.port or wanted.path) and (objection := self._ports.objection(wanted)):
             raise FailedPrecondition(
                 f"cannot declare {spec.upstream_id}: {objection}", reason=Reason.PORT_IN_USE, address=_text(wanted)
             )
@@ -251,6 +252,8 @@ class Upstreams:
         match spec.discovery:
             case Static(endpoints):
                 kept.found(endpoints, {})
+            case Pushed() if not kept.generation and kept.plane.may_serve(kept.upstream_id):
+                pass  # whom a server before this one was told goes on until SetEndpoints says it anew
             case Pushed():
                 kept.found((), {})
             case where:

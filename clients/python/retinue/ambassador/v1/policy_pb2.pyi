@@ -227,7 +227,7 @@ class Timeouts(_message.Message):
 
     @_builtins.property
     def idle_duration(self) -> _duration_pb2.Duration:
-        """For a connection without traffic. Unset = 1 h; TCP: none."""
+        """For a connection without traffic; HTTP and GRPC: to an endpoint. Unset = 1 h; TCP: none. Not REDIS."""
 
     def __init__(
         self,
@@ -307,7 +307,7 @@ class CircuitBreaker(_message.Message):
     MAX_PENDING_REQUESTS_FIELD_NUMBER: _builtins.int
     MAX_REQUESTS_FIELD_NUMBER: _builtins.int
     max_connections: _builtins.int
-    """Connections to endpoints; 0 = 1,024."""
+    """Connections to endpoints; 0 = 1,024. TCP, HTTP and GRPC."""
     max_pending_requests: _builtins.int
     """Requests that wait for a connection; 0 = 1,024. HTTP and GRPC."""
     max_requests: _builtins.int
@@ -529,7 +529,7 @@ Global___Mirror: _TypeAlias = Mirror  # noqa: Y015
 
 @_typing.final
 class RateLimit(_message.Message):
-    """RateLimit bounds what is taken; what is beyond is refused: HTTP 429, GRPC UNAVAILABLE, TCP and MEMCACHED by closing."""
+    """RateLimit bounds what is taken; what is beyond is refused: HTTP 429, GRPC UNAVAILABLE, TCP and REDIS by closing."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

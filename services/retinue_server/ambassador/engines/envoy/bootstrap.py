@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _ADS: Json = {"ads": {}, "resource_api_version": "V3"}
 XDS_CLUSTER, OTLP_CLUSTER = "retinue-xds", "retinue-otlp"
+_SAMPLERS = "envoy.extensions.tracers.opentelemetry.samplers.v3."
 _HTTP2 = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
@@ -62,10 +63,20 @@ def _tcp(endpoint: str) -> Json:
 
 def tracing(service_name: str) -> Json:
     """Of a connection manager: spans for requests that the app has sampled, to the collector that ours go to."""
-    config = {"grpc_service": {"envoy_grpc": {"cluster_name": OTLP_CLUSTER}}, "service_name": service_name}
+    never = typed(f"{_SAMPLERS}TraceIdRatioBasedSamplerConfig", {"sampling_percentage": {"numerator": 0}})
+    parents = {
+        "wrapped_sampler": {"name": "envoy.tracers.opentelemetry.samplers.trace_id_ratio_based", "typed_config": never}
+    }
+    config = {
+        "grpc_service": {"envoy_grpc": {"cluster_name": OTLP_CLUSTER}},
+        "service_name": service_name,
+        "sampler": {  # without one Envoy would take the app's decision to sample out of what it passes on
+            "name": "envoy.tracers.opentelemetry.samplers.parent_based",
+            "typed_config": typed(f"{_SAMPLERS}ParentBasedSamplerConfig", parents),
+        },
+    }
     name = "envoy.config.trace.v3.OpenTelemetryConfig"
     return {
-        "random_sampling": {"value": 0},
         "spawn_upstream_span": True,
         "provider": {"name": "envoy.tracers.opentelemetry", "typed_config": typed(name, config)},
     }

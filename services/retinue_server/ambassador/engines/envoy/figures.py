@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from retinue_server.ambassador.engines.envoy.admin import Admin
 
 FILTER = (
-    r"^(cluster\.[^.]+\.(upstream_rq_(total|timeout|retry|retry_overflow|pending_overflow|active|time|5xx"
+    r"^(cluster\.[^.]+\.(upstream_rq_(total|timeout|retry|retry_overflow|pending_overflow|active_overflow|active|time|5xx"
     r"|pending_failure_eject|rx_reset|tx_reset)|upstream_cx_(overflow|total|connect_fail|none_healthy|connect_ms|"
-    r"connect_timeout)|outlier_detection\.ejections_enforced_total)"
+    r"connect_timeout)|grpc\.failure|outlier_detection\.ejections_enforced_total)"
     r"|http\.[^.]+\.(downstream_rq_(total|5xx|active)|downstream_cx_(active|rx_bytes_total|tx_bytes_total))"
     r"|tcp\.[^.]+\.downstream_cx_(total|rx_bytes_total|tx_bytes_total|no_route)"
     r"|redis\.[^.]+\.(downstream_rq_(total|active)|downstream_cx_(active|rx_bytes_total|tx_bytes_total))"
@@ -101,7 +101,7 @@ class Figures:
             front("downstream_cx_tx_bytes_total"),
         )
         found.ejections = cluster("outlier_detection.ejections_enforced_total")
-        found.overflows = cluster("upstream_rq_pending_overflow") + cluster("upstream_cx_overflow")
+        found.overflows = sum(cluster(f"upstream_{what}_overflow") for what in ("rq_pending", "rq_active", "cx"))
         if spec.protocol is Protocol.TCP:
             found.requests = front("downstream_cx_total")
             found.errors = cluster("upstream_cx_connect_fail") + cluster("upstream_cx_none_healthy")
@@ -109,11 +109,11 @@ class Figures:
             found.active_requests = found.active_connections
         else:
             found.requests, found.active_requests = front("downstream_rq_total"), front("downstream_rq_active")
-            found.errors = (
-                front("downstream_rq_5xx")
-                if spec.protocol in HTTP_LIKE
-                else sum(one.errors for one in found.endpoints.values())
-            )
+            found.errors = {
+                Protocol.HTTP: front("downstream_rq_5xx"),
+                Protocol.GRPC: cluster("grpc.failure"),
+                Protocol.REDIS: sum(one.errors for one in found.endpoints.values()),
+            }[spec.protocol]
             found.retries, found.retries_denied = cluster("upstream_rq_retry"), cluster("upstream_rq_retry_overflow")
             found.timeouts = cluster("upstream_rq_timeout")
         limiter = f"{name}.http_local_rate_limit" if spec.protocol in HTTP_LIKE else f"local_rate_limit.{name}"

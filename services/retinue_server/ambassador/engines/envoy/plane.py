@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from retinue_server.ambassador.core.spec import HTTP_LIKE, Balancer, Protocol
 from retinue_server.ambassador.engine import Assignment, Counts, EndpointHealth, PlaneKind, Refused, State
+from retinue_server.ambassador.engines import tls
 from retinue_server.ambassador.engines.envoy import render
 from retinue_server.ambassador.engines.envoy.accepting import Accepting
 from retinue_server.ambassador.engines.envoy.admin import Admin
@@ -24,7 +25,7 @@ from retinue_server.ambassador.engines.envoy.xds import Key, Xds
 from retinue_server.runtime.errors import Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from retinue_server.ambassador.config import EnvoySettings
     from retinue_server.ambassador.core.spec import Listen, Spec
@@ -55,12 +56,12 @@ _ALL = [
     "listen.unix_socket",
     "tls",
     "tls.subject_alt_names",
-    "policy.timeouts.idle_duration",
     "policy.outlier_detection",
     "policy.health_check",
     "policy.rate_limit",
-    "policy.circuit_breaker.max_connections",
 ]
+_NOT_OF_REDIS = ["policy.timeouts.idle_duration", "policy.circuit_breaker.max_connections"]
+_REDIS_ONLY = ["redis_auth", "policy.timeouts.request_duration"]
 _BALANCERS = {
     Protocol.TCP: (Balancer.ROUND_ROBIN, Balancer.LEAST_REQUEST, Balancer.RANDOM, Balancer.RING_HASH, Balancer.MAGLEV),
     Protocol.REDIS: (Balancer.RING_HASH, Balancer.MAGLEV),
@@ -71,7 +72,7 @@ _CAPABILITIES: Mapping[Protocol, frozenset[str]] = {
             protocol.name.lower(),
             *_ALL,
             *(_HTTP_POLICIES if protocol in HTTP_LIKE else ()),
-            *(("redis_auth", "policy.timeouts.request_duration") if protocol is Protocol.REDIS else ()),
+            *(_REDIS_ONLY if protocol is Protocol.REDIS else _NOT_OF_REDIS),
             *(
                 f"policy.load_balancing.balancer={one.name}"
                 for one in _BALANCERS.get(protocol, _BALANCERS[Protocol.TCP])
@@ -126,6 +127,8 @@ class EnvoyPlane:
         self._served: dict[str, Assignment] = {}
         self._files: dict[str, _Files] = {}
         """What stood in the files of what is served."""
+        self._refused: dict[str, _Files] = {}
+        """What stands in files that have changed, and Envoy does not take."""
         self._locks: dict[str, asyncio.Lock] = {}
         self._changing: dict[str, asyncio.Future[None]] = {}
         self._complaints: dict[str, str] = {}
@@ -174,16 +177,51 @@ class EnvoyPlane:
             del self._changing[name]
 
     async def _serve(self, wanted: Assignment) -> None:
-        """To this from what was served before, or not at all."""
-        name = wanted.spec.upstream_id
-        files = await asyncio.to_thread(_read, wanted.spec)
+        """To this from what was served before, or not at all.
+
+        Files that have changed to what Envoy refuses keep nothing else from changing: what stood there before goes on.
+        """
+        name, former = wanted.spec.upstream_id, self._former(wanted.spec)
+        files = await self._current(wanted.spec)
         try:
             await self._put(wanted, files)
-        except Refused:
+        except Refused as error:
             await self._put_back(name)
-            raise
+            if former in (None, files):
+                raise
+            self._refused[name] = files
+            self._complain(name, error)
+            await self._serve(wanted)
+            return
         self._served[name], self._files[name] = wanted, files
         self._draining.discard(name)
+
+    def _former(self, spec: Spec) -> _Files | None:
+        """What stood in the same files when they were served last."""
+        served = self._served.get(spec.upstream_id)
+        same = served is not None and (served.spec.tls, served.spec.redis_auth) == (spec.tls, spec.redis_auth)
+        return self._files[spec.upstream_id] if same else None
+
+    async def _current(self, spec: Spec) -> _Files:
+        """What stands in its files; the former where that can't be used. Raises Refused where there is no former."""
+        name, former = spec.upstream_id, self._former(spec)
+        try:
+            files = await asyncio.to_thread(_read, spec)
+        except Refused as error:
+            if former is None:
+                raise
+            self._complain(name, error)
+            return former
+        if former is not None and files == self._refused.get(name):
+            return former
+        self._refused.pop(name, None)
+        self._complaints.pop(name, None)
+        return files
+
+    def _complain(self, name: str, error: Refused) -> None:
+        if self._complaints.get(name) != str(error):
+            log.warning("upstream %s: %s; the former go on", name, error)
+        self._complaints[name] = str(error)
 
     async def _stop_changing(self, name: str) -> None:
         if (changing := self._changing.get(name)) is not None:
@@ -193,7 +231,6 @@ class EnvoyPlane:
     async def _put(self, wanted: Assignment, files: _Files) -> None:
         """Each part after those that it needs."""
         spec, xds, name = wanted.spec, self._xds, wanted.spec.upstream_id
-        self._want_secrets(spec, files)
         await self._put_cluster(wanted, files)
         routes = Key(render.ROUTES, name)
         has_listener = xds.has(Key(render.LISTENER, name))
@@ -212,10 +249,17 @@ class EnvoyPlane:
             raise Refused("its listener does not accept: see Envoy's log") from None
 
     async def _put_cluster(self, wanted: Assignment, files: _Files) -> None:
-        """Envoy takes a cluster only when it has its endpoints, and wants those of one that changes anew."""
+        """Envoy takes a cluster only when it has its endpoints, and wants those of one that changes anew.
+
+        It asks for secrets when it has the cluster, and serves nothing of it as long as it refuses them. Those that it
+        has already go before: one that it refused spoils the cluster, and the other secret, until it has a better one.
+        """
         spec, xds, name = wanted.spec, self._xds, wanted.spec.upstream_id
         cluster, endpoints = Key(render.CLUSTER, name), Key(render.ENDPOINTS, name)
         said, known = render.cluster(spec, files.password), render.endpoints(spec, wanted.endpoints)
+        for secret, content in _secrets(spec, files):
+            if xds.is_asked(secret):
+                await xds.put(secret, content)
         changes = xds.changes(cluster, said)
         if not xds.has(cluster):
             xds.want(endpoints, known)
@@ -223,15 +267,10 @@ class EnvoyPlane:
             async with asyncio.TaskGroup() as group:
                 group.create_task(xds.put(cluster, said))
                 group.create_task(xds.put(endpoints, known, again=changes))
+                for secret, content in _secrets(spec, files):
+                    group.create_task(xds.put(secret, content))
         except* Refused as refusals:
             raise refusals.exceptions[0] from None
-
-    def _want_secrets(self, spec: Spec, files: _Files) -> None:
-        name = spec.upstream_id
-        if spec.tls is not None:
-            self._xds.want(Key(render.SECRET, f"{name}/ca"), render.ca_secret(name, files.ca))
-        if spec.tls is not None and spec.tls.cert_file:
-            self._xds.want(Key(render.SECRET, f"{name}/cert"), render.cert_secret(name, files.cert, files.key))
 
     async def _put_back(self, name: str) -> None:
         """What was served before is wanted again; of what never was, nothing."""
@@ -256,6 +295,7 @@ class EnvoyPlane:
         self._xds.drop(_keys(upstream_id))
         served = self._served.pop(upstream_id, None)
         self._files.pop(upstream_id, None)
+        self._refused.pop(upstream_id, None)
         self._complaints.pop(upstream_id, None)
         self._draining.discard(upstream_id)
         if not self._lock(upstream_id).locked():
@@ -298,6 +338,9 @@ class EnvoyPlane:
 
     # Looking
 
+    def may_serve(self, upstream_id: str) -> bool:
+        return self._child is None and self._xds.may_have(Key(render.LISTENER, upstream_id))
+
     def connections(self, upstream_id: str) -> int:
         return self._figures.connections(upstream_id)
 
@@ -332,17 +375,12 @@ class EnvoyPlane:
             await asyncio.sleep(_FILES_S)
 
     async def _renew(self, name: str, served: Assignment) -> None:
-        try:
-            files = await asyncio.to_thread(_read, served.spec)
-            if self._served.get(name) is not served or name in self._draining or files == self._files[name]:
-                return
-            log.info("upstream %s: its files have changed", name)
+        files = await self._current(served.spec)
+        if self._served.get(name) is not served or name in self._draining or files == self._files[name]:
+            return
+        log.info("upstream %s: its files have changed", name)
+        with contextlib.suppress(Refused):  # it has been said; or it was drained or removed
             await self._change(served)
-            self._complaints.pop(name, None)
-        except Refused as error:
-            if self._complaints.get(name) != str(error):
-                log.warning("upstream %s: %s; the former go on", name, error)
-            self._complaints[name] = str(error)
 
     # Life
 
@@ -366,7 +404,8 @@ class EnvoyPlane:
         await asyncio.wait(tasks)
         if self._child is not None:
             with contextlib.suppress(Unavailable):
-                await self._admin.post("/drain_listeners?graceful")
+                await self._admin.post("/drain_listeners?graceful")  # from now on answers end their connections
+                await self._admin.post("/drain_listeners")  # and nobody is accepted any more
                 await self._at_rest()
             await self._child.stop()
         await self._xds.stop()
@@ -384,6 +423,14 @@ def _clear(directory: Path) -> None:
     """Takes away what former starts left; the data directory is locked, so that nobody of ours uses it."""
     for left in directory.glob(f"{_OWN}*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _secrets(spec: Spec, files: _Files) -> Iterator[tuple[Key, Json]]:
+    name = spec.upstream_id
+    if spec.tls is not None and spec.tls.cert_file:
+        yield Key(render.SECRET, f"{name}/cert"), render.cert_secret(name, files.cert, files.key)
+    if spec.tls is not None:
+        yield Key(render.SECRET, f"{name}/ca"), render.ca_secret(name, files.ca)
 
 
 def _keys(name: str) -> list[Key]:
@@ -404,6 +451,7 @@ def _read(spec: Spec) -> _Files:
         ca = cert = key = b""
         password = ""
         if spec.tls is not None:
+            tls.context(spec.tls)  # which says of a file what is wrong with it; Envoy does not say of which
             ca = Path(spec.tls.ca_file or ssl.get_default_verify_paths().cafile or _SYSTEM_CA).read_bytes()
         if spec.tls is not None and spec.tls.cert_file:
             cert, key = Path(spec.tls.cert_file).read_bytes(), Path(spec.tls.key_file).read_bytes()

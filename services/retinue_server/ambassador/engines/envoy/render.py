@@ -279,6 +279,7 @@ def _connection_manager(spec: Spec, tracing: Json | None) -> Json:
         "http_filters": [
             _filter(_RATE, typed(f"{_HTTP}local_ratelimit.v3.LocalRateLimit", {"stat_prefix": "rate_limit"})),
             _filter(_FAULT, typed(f"{_HTTP}fault.v3.HTTPFault")),
+            *_grpc_filters(spec),
             _filter("envoy.filters.http.router", typed(f"{_HTTP}router.v3.Router")),
         ],
         "stream_idle_timeout": "0s",
@@ -290,7 +291,18 @@ def _connection_manager(spec: Spec, tracing: Json | None) -> Json:
     }
     if tracing:
         said["tracing"] = tracing
+        # Else a request without an id of its own would count as one that is not to be traced.
+        own = {"pack_trace_reason": False, "use_request_id_for_trace_sampling": False}
+        said["request_id_extension"] = {
+            "typed_config": typed("envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig", own)
+        }
     return typed(f"{_NET}http_connection_manager.v3.HttpConnectionManager", said)
+
+
+def _grpc_filters(spec: Spec) -> Iterator[Json]:
+    """Counts calls by their status: as HTTP they are all well."""
+    if spec.protocol is Protocol.GRPC:
+        yield _filter("envoy.filters.http.grpc_stats", typed(f"{_HTTP}grpc_stats.v3.FilterConfig"))
 
 
 def _redis(spec: Spec) -> Json:

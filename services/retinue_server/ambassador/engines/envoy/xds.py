@@ -78,6 +78,14 @@ class Xds:
         """Whether it is wanted."""
         return key in self._wanted
 
+    def may_have(self, key: Key) -> bool:
+        """Whether Envoy has some version of it; of one that is away that is not known."""
+        return self._stream is None or self._stream.knows(key)
+
+    def is_asked(self, key: Key) -> bool:
+        """Whether there is an Envoy that wants to hear of it."""
+        return self._stream is not None and self._stream.is_asked(key)
+
     def get(self, key: Key) -> Resource | None:
         """What is wanted."""
         return self._wanted.get(key)
@@ -300,6 +308,10 @@ class _Stream:
         """Whether Envoy has this for certain, and nothing newer is on the way."""
         return self._known.get(key) == self._acknowledged.get(key) == version
 
+    def knows(self, key: Key) -> bool:
+        """Whether Envoy has some version of it, or was sent one."""
+        return key in self._known
+
     def sweep(self) -> None:
         """What is not wanted ends."""
         gone = [key for key in self._known if not self._xds.has(key)]
@@ -307,7 +319,7 @@ class _Stream:
 
     def _begin(self, kind: str) -> None:
         """A type is asked for first: all of it that this Envoy does not have, what is known to be good at once."""
-        wanted = [key for key in self._xds.resources(kind) if self._is_asked(key)]
+        wanted = [key for key in self._xds.resources(kind) if self.is_asked(key)]
         differing = [key for key in wanted if self._known.get(key) != self._version(key)]
         good = [key for key in differing if self._xds.is_known_good(key)]
         gone = [key for key in self._known if key.kind == kind and not self._xds.has(key)]
@@ -322,13 +334,14 @@ class _Stream:
     def tell(self, keys: Iterable[Key], *, again: bool = False) -> None:
         """These have changed, or are gone. What was sent already is not, unless `again` says so."""
         keys = list(keys)
-        asked = [key for key in keys if self._xds.has(key) and key.kind in self._kinds and self._is_asked(key)]
+        asked = [key for key in keys if self._xds.has(key) and key.kind in self._kinds and self.is_asked(key)]
         self._send(key for key in asked if again or self._known.get(key) != self._version(key))
         gone = [key for key in keys if not self._xds.has(key) and key in self._known]
         for key in gone:
             self._respond(key.kind, [], [key])
 
-    def _is_asked(self, key: Key) -> bool:
+    def is_asked(self, key: Key) -> bool:
+        """Whether Envoy wants to hear of it."""
         return key.kind in _WILDCARD or key in self._asked
 
     def _version(self, key: Key) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from retinue_server import __version__
 from retinue_server.ambassador.core.spec import Balancer, Protocol
 from retinue_server.ambassador.engine import Assignment, Counts, EndpointHealth, PlaneKind, Refused, State
-from retinue_server.ambassador.engines.native import memcached, tcp, tls
+from retinue_server.ambassador.engines import tls
+from retinue_server.ambassador.engines.native import memcached, tcp
 from retinue_server.ambassador.engines.native.listening import Served
 
 if TYPE_CHECKING:
@@ -118,6 +119,9 @@ class NativePlane:
     async def remove(self, upstream_id: str) -> None:
         if (upstream := self._upstreams.pop(upstream_id, None)) is not None:
             upstream.close()
+
+    def may_serve(self, upstream_id: str) -> bool:  # noqa: ARG002 - it ends with its server
+        return False
 
     def connections(self, upstream_id: str) -> int:
         upstream = self._upstreams.get(upstream_id)

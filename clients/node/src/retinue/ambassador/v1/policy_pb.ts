@@ -135,7 +135,7 @@ export type Timeouts = Message<"retinue.ambassador.v1.Timeouts"> & {
   perTryDuration?: Duration | undefined;
 
   /**
-   * For a connection without traffic. Unset = 1 h; TCP: none.
+   * For a connection without traffic; HTTP and GRPC: to an endpoint. Unset = 1 h; TCP: none. Not REDIS.
    *
    * @generated from field: google.protobuf.Duration idle_duration = 4;
    */
@@ -219,7 +219,7 @@ export const RetrySchema: GenMessage<Retry> = /*@__PURE__*/
  */
 export type CircuitBreaker = Message<"retinue.ambassador.v1.CircuitBreaker"> & {
   /**
-   * Connections to endpoints; 0 = 1,024.
+   * Connections to endpoints; 0 = 1,024. TCP, HTTP and GRPC.
    *
    * @generated from field: int32 max_connections = 1;
    */
@@ -482,7 +482,7 @@ export const MirrorSchema: GenMessage<Mirror> = /*@__PURE__*/
   messageDesc(file_retinue_ambassador_v1_policy, 9);
 
 /**
- * RateLimit bounds what is taken; what is beyond is refused: HTTP 429, GRPC UNAVAILABLE, TCP and MEMCACHED by closing.
+ * RateLimit bounds what is taken; what is beyond is refused: HTTP 429, GRPC UNAVAILABLE, TCP and REDIS by closing.
  *
  * @generated from message retinue.ambassador.v1.RateLimit
  */
