@@ -21,8 +21,16 @@ def ensure(need: str) -> None:
     if need in _KINDS:
         lock, install = _KINDS[need]
         _once(need, HERE / lock, install)
-    elif need and shutil.which(need) is None:
-        raise Failure(f"{need} is not here: apt-get install {_PACKAGES.get(need, need)}")
+    elif need:
+        program(need)
+
+
+def program(name: str) -> str:
+    """The path of a program of the machine, also where only root looks for it. Raises Failure."""
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin")
+    if found is None:
+        raise Failure(f"{name} is not here: apt-get install {_PACKAGES.get(name, name)}")
+    return found
 
 
 def _once(name: str, lock: Path, install: Callable[[], None]) -> None:
@@ -90,6 +98,7 @@ _KINDS: dict[str, tuple[str, Callable[[], None]]] = {
     "node-scatter": ("node/scatter/package-lock.json", _node("node-scatter", "node/scatter/package-lock.json")),
     "go": ("go/go.sum", _go),
     "go-elections": ("go/elections/go.sum", _go_programs("go-elections", "elections", "./etcd", "./clientgo")),
+    "go-ambassador": ("go/ambassador", _go_programs("go-ambassador", "ambassador", "./load", "./backend")),
     "go-scatter": ("go/scatter", _go_programs("go-scatter", "scatter", "./leaf", "./load")),
 }
-_PACKAGES = {"initdb": "postgresql"}
+_PACKAGES = {"initdb": "postgresql", "redis-benchmark": "redis-tools"}

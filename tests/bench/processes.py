@@ -11,12 +11,13 @@ import signal
 import struct
 import subprocess
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -163,6 +164,24 @@ class Server:
             return
         self.process.kill()
         self.process.wait(_END)
+
+
+@contextmanager
+def started(
+    command: Sequence[str], where: Path, core: str, environment: Mapping[str, str], out: Any = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that ends with its block; what it says against itself is in `log`."""
+    with (where / "log").open("wb") as log:
+        process = subprocess.Popen(pinned(core, command), cwd=where, env=environment, stdout=out, stderr=log)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(_END)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 class Adapter:

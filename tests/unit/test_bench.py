@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 from bench import turns
+from bench.ambassador import cells as ambassador_cells
+from bench.ambassador import page as ambassador_page
+from bench.ambassador.declaring import growth
+from bench.ambassador.players import NUTCRACKER, in_turns
 from bench.elections import cells, page
 from bench.figures import Spread, percentile, ratio, spread, undelivered
 from bench.goals import Goal, judged, outcome
@@ -143,6 +147,42 @@ def test_the_page_of_scatter_gather_says_what_was_met_in_the_rounds_that_were_pl
     assert "| CPU per leaf, fan-out 32 | ≤ 1.5× bare loop | 1.42× (1.33-1.5) | met |" in text
     assert "| requests/s, fan-out 32 | ≥ 1.5× root on Node | 1.33× (1.33-1.33) | **missed** by 11% |" in text
     assert "overload: goodput" not in text, "what was not played is no goal that was met or missed"
+
+
+@pytest.mark.parametrize("goal", ambassador_page.GOALS, ids=lambda goal: goal.what)
+def test_every_goal_of_the_ambassador_is_about_a_cell_and_a_figure_that_is_shown(goal: Goal) -> None:
+    assert goal.cell in ambassador_cells.CELLS
+    assert goal.figure in ambassador_page.FIGURES
+
+
+def test_the_page_of_the_ambassador_compares_what_was_played_together() -> None:
+    rates = {OURS: (90.0, 60.0), NUTCRACKER: (100.0, 50.0)}
+    systems = {name: Played(2, [{"rate": rate, "p99_us": 5.0} for rate in each]) for name, each in rates.items()}
+    cell = PlayedCell("memcached", "8 clients", systems, "now")
+    text = ambassador_page.page(Results(cells={"memcached_get_8": cell}))
+    assert "| memcached get, 8 clients: requests/s | ≥ 1× nutcracker | 1.05× (0.9-1.2) | met |" in text
+    assert "HTTP: p99" not in text, "what was not played is no goal that was met or missed"
+
+
+def test_each_is_measured_in_its_turn_and_the_median_counts() -> None:
+    told = {"a": iter([1.0, 9.0, 2.0]), "b": iter([3.0, 3.0, 4.0])}
+    order = []
+
+    def measure(name: str) -> dict[str, float]:
+        order.append(name)
+        return {"rate": next(told[name])}
+
+    assert in_turns(["a", "b"], measure, 3) == {"a": {"rate": 2.0}, "b": {"rate": 3.0}}
+    assert order == ["a", "b"] * 3
+
+
+def test_what_an_upstream_costs_among_500_is_compared_with_what_it_costs_among_100() -> None:
+    sizes = [{"server_mib": 40.0, "envoy_mib": 60.0}, {"server_mib": 44.0, "envoy_mib": 64.0}]
+    found = growth([5.0, 2.0, 3.0], [*sizes, {"server_mib": 74.0, "envoy_mib": 94.0}])
+    assert found["declare_of_100"] == 1.5
+    assert found["upstream_kib"] == 60 / 400 * 1024
+    assert found["memory_of_100"] == (60 / 400) / (8 / 80)
+    assert (found["server_mib"], found["envoy_mib"]) == (74.0, 94.0)
 
 
 def test_a_system_that_fails_is_void_and_the_others_play_on() -> None:

@@ -23,7 +23,7 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from bench.brokers import free_port, fresh, retinue_environment
 from bench.figures import percentile
 from bench.install import ensure
-from bench.processes import HOME, ROOT, SERVER_CORE, Adapter, Failure, clean_environment, pinned, threads_cpu_seconds
+from bench.processes import HOME, ROOT, SERVER_CORE, Adapter, Failure, clean_environment, started, threads_cpu_seconds
 from retinue.scattergather.v1 import leaf_service_pb2 as leaf_pb
 from retinue.scattergather.v1 import scattergather_service_pb2 as api
 from retinue.scattergather.v1.scattergather_service_pb2_grpc import ScatterGatherServiceStub
@@ -167,7 +167,7 @@ def ours(pools: Mapping[str, Any], core: str = SERVER_CORE, name: str = "root", 
     command = [sys.executable, "-m", "retinue_server", "scattergather", "--listen", "127.0.0.1:0", "--data-dir", "data"]
     command += ["--ready-file", str(ready), "--metrics", f"127.0.0.1:{port}"]
     settings = {"RETINUE_SCATTERGATHER__POOLS": str(where / "pools.yaml")} | environment
-    with _started(command, where, core, retinue_environment(**settings)) as process:
+    with started(command, where, core, retinue_environment(**settings)) as process:
         root = Root(_address(process, ready, where), process, port)
         _await_shards(root, sum(len(each["shards"]) for each in pools.values()))
         yield root
@@ -205,25 +205,8 @@ def on_node(addresses: Sequence[str]) -> Iterator[Root]:
 def _printing(command: Sequence[str], name: str, environment: Mapping[str, str]) -> Iterator[Root]:
     """A root that prints where it listens."""
     where = fresh(f"scatter-{name}")
-    with (where / "out").open("wb") as out, _started(command, where, SERVER_CORE, environment, out) as process:
+    with (where / "out").open("wb") as out, started(command, where, SERVER_CORE, environment, out) as process:
         yield Root(_address(process, where / "out", where), process)
-
-
-@contextmanager
-def _started(
-    command: Sequence[str], where: Path, core: str, environment: Mapping[str, str], out: Any = subprocess.DEVNULL
-) -> Iterator[subprocess.Popen[bytes]]:
-    with (where / "log").open("wb") as log:
-        process = subprocess.Popen(pinned(core, command), cwd=where, env=environment, stdout=out, stderr=log)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(_PATIENCE / 4)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _address(process: subprocess.Popen[bytes], ready: Path, where: Path) -> str:

@@ -366,9 +366,10 @@ class Upstreams:
         found = {name: counts for plane in planes.values() for name, counts in (await plane.counts()).items()}
         return {name: found[name] for name in sorted(wanted & found.keys())}
 
-    def _changed(self, upstream_id: str) -> None:
+    def _changed(self, *upstream_ids: str) -> None:
         for watcher in self._watchers:
-            watcher.tell(upstream_id)
+            for upstream_id in upstream_ids:
+                watcher.tell(upstream_id)
         healthy = self.healthy
         for listener in self._listeners:
             listener(healthy)
@@ -420,10 +421,7 @@ class Upstreams:
             upstream.end()
 
     def _plane_changed(self) -> None:
-        for name in self._kept:
-            self._changed(name)
-        for listener in self._listeners:
-            listener(self.healthy)
+        self._changed(*self._kept)
 
 
 class _Watcher:

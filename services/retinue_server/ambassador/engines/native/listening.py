@@ -43,7 +43,8 @@ class Served:
 
     def __init__(self, changed: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
-        self.loop, self.now = loop, loop.time
+        self.loop, self.now = loop, time.monotonic
+        """The clock is the system's, since uvloop's has milliseconds, in which most requests take none."""
         self.backends = Backends(loop.time, changed)
         self.count = Counts(time.time_ns() // 1_000_000, bounds_s=_BOUNDS_S)
         self._buckets = [0] * (len(_BOUNDS_S) + 1)

@@ -3,22 +3,28 @@
 What an app sends is cut into commands, each goes to the shard of its key, and answers come back in the order of the
 app's commands. Shards answer in the order in which they are asked, so that a queue for each says whose answer it is.
 `noreply` and quiet flags are taken out on the way, and what they suppress is suppressed here: then there is one answer
-to each command, and an error can't be taken for another's. What is suppressed is what memcached 1.6.18 suppresses, with
-one difference: a quiet `ma` that creates its item is silent, as one that finds it is.
+to each command, and an error can't be taken for another's. For the same reason we refuse what memcached refuses without
+reading the value that follows: it would take the value for a command, and answer twice. What is suppressed is what
+memcached 1.6.18 suppresses, with one difference: a quiet `ma` that creates its item is silent, as one that finds it is.
+
+Most of what apps say is `get KEY` and `set` of one value. Those are recognized at a glance and passed on as they came.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from retinue_server.ambassador.engines.native import tcp
 from retinue_server.ambassador.engines.native.ketama import Ring
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
     from retinue_server.ambassador.engines.native.backends import Backend
     from retinue_server.ambassador.engines.native.listening import Served
@@ -26,13 +32,27 @@ if TYPE_CHECKING:
 _LINE, _VALUES, _META, _STATS = range(4)
 """What an answer looks like: a line; values up to END; a line and perhaps a value; lines up to END."""
 _MAX_LINE = 1 << 20
+_MAX_SENT_LINE = 2046
+"""What memcached takes of a command that is neither `get` nor `gets`, without its end."""
 _MAX_VALUE = 64 << 20
 _AGAIN_S = 0.05, 1.0
 """How soon a shard that can't be reached is dialled again: at first, and at the longest."""
 _END, _ERROR = b"END\r\n", b"ERROR\r\n"
+_NOBODY = b"SERVER_ERROR no shard is known\r\n"
 _BAD_CHUNK, _TOO_LARGE = b"CLIENT_ERROR bad data chunk\r\n", b"SERVER_ERROR object too large for cache\r\n"
+_BAD_FORMAT = b"CLIENT_ERROR bad command line format\r\n"
+_TOO_MANY_FLAGS = b"CLIENT_ERROR options flags too long\r\n"
 _TOO_LONG = b"CLIENT_ERROR line too long\r\n"
-_STORES = frozenset((b"set", b"add", b"replace", b"append", b"prepend", b"cas"))
+_PLAIN = re.compile(
+    rb"get ([!-~\x80-\xff]{1,250})\r\n|set ([!-~\x80-\xff]{1,250}) [0-9]{1,9} [0-9]{1,9} ([0-9]{1,7})\r\n"
+)
+"""What needs no closer look, and no shard refuses unread."""
+_VALUE = re.compile(rb"VALUE [^ ]+ [0-9]+ ([0-9]+)\r\n")
+_MAX_KEY = 250
+_MAX_META_WORDS = 19
+"""What memcached takes."""
+_STORES = {b"set": 5, b"add": 5, b"replace": 5, b"append": 5, b"prepend": 5, b"cas": 6}
+"""Their words, without `noreply`: name key flags exptime bytes [cas]."""
 _ONE_KEY = frozenset((b"delete", b"incr", b"decr", b"touch"))
 _MANY_KEYS = {b"get": 1, b"gets": 1, b"gat": 2, b"gats": 2}
 """Where their keys begin."""
@@ -44,44 +64,45 @@ _FIRST_ONLY = frozenset((b"pid", b"uptime", b"time", b"version", b"libevent", b"
 """Figures of `stats` that are no sums."""
 
 
-class _Answer:
-    """The place of an answer among those of one app."""
+class _Answer(msgspec.Struct, gc=False, eq=False):
+    """The place of an answer among those of one app; there is one for each command, so it is made in C."""
 
-    __slots__ = ("began", "data", "done", "front", "left", "many", "suppressed")
-
-    def __init__(self, front: Front, began: float) -> None:
-        self.front, self.began = front, began
-        self.left = 1
-        """Parts that are still to come."""
-        self.many = 0
-        """What its parts are, if they are joined: _VALUES, _STATS; 0 for one part, _LINE parts being alike."""
-        self.data = b""
-        self.done = False
-        self.suppressed: tuple[bytes, ...] | None = None
-        """Beginnings of what is not passed on; empty = nothing is."""
+    front: Front
+    began: float
+    kind: int
+    suppressed: tuple[bytes, ...] | None = None
+    """Beginnings of what is not passed on; empty = nothing is."""
+    said: bytes | None = None
+    """What the app gets; None until it is all there."""
 
     def part(self, data: bytes) -> None:
-        """One of the shards has answered."""
+        """A shard has answered."""
+        suppressed = self.suppressed
+        self.said = data if suppressed is None or (suppressed and not data.startswith(suppressed)) else b""
+
+
+class _Joined(_Answer, gc=False, eq=False):
+    """One that several shards have a part in."""
+
+    left: int = 1
+    """Parts that are still to come."""
+    data: bytes = b""
+
+    def part(self, data: bytes) -> None:
         self.left -= 1
-        if not self.many:
-            self.data = data if not self.data or _is_error(data) else self.data
-        elif _is_error(data) or _is_error(self.data):
+        if _is_error(data) or _is_error(self.data):
             self.data = self.data if _is_error(self.data) else data
+        elif self.kind == _LINE:
+            self.data = data
         else:
             self.data += data[: -len(_END)]
-        if self.left:
-            return
-        self._finish()
+        if not self.left:
+            super().part(self._whole())
 
-    def _finish(self) -> None:
-        if self.many == _STATS and not _is_error(self.data):
-            self.data = _summed(self.data)
-        if self.many and not _is_error(self.data):
-            self.data += _END
-        suppressed = self.suppressed
-        if suppressed is not None and (not suppressed or self.data.startswith(suppressed)):
-            self.data = b""
-        self.done = True
+    def _whole(self) -> bytes:
+        if self.kind == _LINE or _is_error(self.data):
+            return self.data
+        return (_summed(self.data) if self.kind == _STATS else self.data) + _END
 
 
 class Cluster:
@@ -90,7 +111,9 @@ class Cluster:
     def __init__(self, served: Served, context: Callable[[], ssl.SSLContext | None]) -> None:
         self.served, self.context = served, context
         self._shards: dict[str, Shard] = {}
-        self._ring: Ring[Shard] | None = None
+        self.of: Callable[[bytes], Shard | None] = _nowhere
+        """Where a key is; None while there is no shard."""
+        self._to_flush: list[Shard] = []
         self._timer: asyncio.TimerHandle | None = None
 
     def update(self) -> None:
@@ -107,8 +130,8 @@ class Cluster:
         """The ring, without those that are kept off: their keys go to others meanwhile."""
         usable = self.served.backends.usable() or list(self.served.backends.all)
         shards = [(one.endpoint.hashed_name, one.endpoint.weight, self._shards[one.address]) for one in usable]
-        self._ring = Ring(shards) if shards else None
-        now = self.served.now()
+        self.of = Ring(shards).of if shards else _nowhere
+        now = self.served.loop.time()
         returns = [one.ejected_until for one in self.served.backends.all if one.is_ejected(now)]
         if self._timer is not None:
             self._timer.cancel()
@@ -121,9 +144,16 @@ class Cluster:
         if self.served.backends.ejections != before:
             self._arrange()
 
-    def of(self, key: bytes) -> Shard | None:
-        """Where a key is; None while there is no shard."""
-        return self._ring.of(key) if self._ring else None
+    def flush_soon(self, shard: Shard) -> None:
+        """What is asked in one turn of the loop goes out together."""
+        if not self._to_flush:
+            self.served.loop.call_soon(self._flush)
+        self._to_flush.append(shard)
+
+    def _flush(self) -> None:
+        shards, self._to_flush = self._to_flush, []
+        for shard in shards:
+            shard.flush()
 
     def all(self) -> list[Shard]:
         """In their order."""
@@ -140,9 +170,11 @@ class Cluster:
 class Front(asyncio.Protocol):
     """A connection from an app."""
 
+    transport: asyncio.Transport
+    """To the app."""
+
     def __init__(self, cluster: Cluster) -> None:
         self._cluster, self._served = cluster, cluster.served
-        self._transport: asyncio.Transport | None = None
         self._buffer = b""
         self._answers: deque[_Answer] = deque()
         self._needed = 0
@@ -153,14 +185,8 @@ class Front(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._last = 0.0
 
-    @property
-    def transport(self) -> asyncio.Transport:
-        """To the app."""
-        assert self._transport is not None
-        return self._transport
-
     def connection_made(self, transport: Any) -> None:
-        self._transport = transport
+        self.transport = transport
         self._served.open.add(transport)
         self._last = self._served.now()
         self._watch_idle()
@@ -172,36 +198,67 @@ class Front(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._served.count.received_bytes += len(data)
-        self._buffer = self._buffer + data if self._buffer else data
-        if len(self._buffer) < self._needed:
+        if self._ends:
             return
-        self._needed = 0
+        buffer = self._buffer + data if self._buffer else data
+        if len(buffer) < self._needed:
+            self._buffer = buffer
+            return
+        self._buffer, self._needed = buffer, 0
         self._last = self._served.now()
-        at = 0
-        while not self._ends and (end := self._buffer.find(b"\n", at)) >= 0:
-            used = self._command(at, end)
-            if not used:
+        at = self._commands()
+        self._buffer = buffer[at:]
+        if self._buffer:
+            self._waits(at)
+        if self._answers and self._answers[0].said is not None:
+            self.flush()
+
+    def _commands(self) -> int:
+        """Takes the commands that are all there; gives where the first begins that is not."""
+        at, length = 0, len(self._buffer)
+        while (at := self._plain(at)) < length and not self._ends:
+            end = self._buffer.find(b"\n", at)
+            after = self._command(at, end) if end >= 0 else 0
+            if not after:
                 break
-            at = used
-        self._buffer = self._buffer[at:]
-        self._needed = max(0, self._needed - at)
+            at = after
+        return at
+
+    def _waits(self, used: int) -> None:
+        """For the rest of a command, unless that is too long."""
+        self._needed = max(0, self._needed - used)
         if len(self._buffer) > _MAX_LINE and not self._needed:
             self._say(_TOO_LONG)
             self._end()
-        if self._answers and self._answers[0].done:
-            self.flush()
+
+    def _plain(self, at: int) -> int:
+        """Takes commands that need no closer look; gives where another one begins."""
+        buffer = self._buffer
+        length = len(buffer)
+        while at < length and (found := _PLAIN.match(buffer, at)) is not None:
+            key, end, kind = found[1], found.end(), _VALUES
+            if key is None:
+                key, kind = found[2], _LINE
+                end += int(found[3]) + 2
+                if not buffer.startswith(b"\r\n", end - 2):
+                    break
+            self._ask(key, buffer[at:end], kind)
+            at = end
+        return at
 
     def _command(self, at: int, end: int) -> int:
         """Takes one command whose line is buffer[at:end]; gives where the next begins, 0 if it is not all there."""
         buffer = self._buffer
         line = buffer[at : end - 1] if buffer[end - 1 : end] == b"\r" else buffer[at:end]
-        if line.startswith(b"get ") and line.find(b" ", 4) < 0:
-            self._ask(line[4:], line + b"\r\n", _VALUES)
+        if len(line) > _MAX_SENT_LINE and not line.startswith((b"get ", b"gets ")):
+            self._say(_TOO_LONG)
+            self._end()  # as memcached, which would end the connection that all share
             return end + 1
         words = line.split()
         name = words[0] if words else b""
-        if name in _STORES and len(words) > 4:  # noqa: PLR2004 - name key flags exptime bytes
-            return self._store(words, end, words[4], 6 if name == b"cas" else 5)
+        least = _STORES.get(name, 0)
+        if least and least <= len(words) <= least + 1:
+            return self._store(words, end, words[4], least)
         if name == b"ms" and len(words) > 2:  # noqa: PLR2004 - name key bytes
             return self._store(words, end, words[2], 0)
         self._short(name, words, line)
@@ -213,6 +270,9 @@ class Front(asyncio.Protocol):
             self._say(_TOO_LARGE if size.isdigit() else _BAD_CHUNK)
             self._end()  # where the next command begins is not known
             return end + 1
+        if refusal := _refusal(words, noreply_at):
+            self._say(refusal)
+            return end + 1  # as memcached: the value is taken for a command
         total = end + 1 + int(size) + 2
         if len(self._buffer) < total:
             self._needed = total
@@ -255,15 +315,13 @@ class Front(asyncio.Protocol):
             self._say(_ERROR)
 
     def _retrieve(self, words: list[bytes], first: int) -> None:
-        """Of many keys, each from its shard."""
+        """Of one key, or of many, each from its shard."""
         by_shard: dict[Shard | None, list[bytes]] = {}
         for key in words[first:]:
             by_shard.setdefault(self._cluster.of(key), []).append(key)
-        answer = self._place()
-        answer.many, answer.left = _VALUES, len(by_shard)
         head = b" ".join(words[:first])
-        for shard, keys in by_shard.items():
-            _send(shard, head + b" " + b" ".join(keys) + b"\r\n", answer, _VALUES)
+        asked = [(shard, head + b" " + b" ".join(keys) + b"\r\n") for shard, keys in by_shard.items()]
+        self._ask_each(asked, _VALUES)
 
     def _meta(self, words: list[bytes], value: bytes) -> None:
         """A meta command, whose quiet flag is ours."""
@@ -274,48 +332,55 @@ class Front(asyncio.Protocol):
         self._ask(words[1], b" ".join(words) + b"\r\n" + value, _META, _SUPPRESSED[name] if quiet else None)
 
     def _ask(self, key: bytes, data: bytes, kind: int, suppressed: tuple[bytes, ...] | None = None) -> None:
-        answer = self._place()
-        answer.suppressed = suppressed
-        _send(self._cluster.of(key), data, answer, kind)
+        answer = _Answer(self, self._last, kind, suppressed)
+        self._place(answer)
+        shard = self._cluster.of(key)
+        if shard is None:
+            answer.part(_NOBODY)
+        else:
+            shard.send(data, answer)
 
     def _ask_all(self, data: bytes, kind: int, suppressed: tuple[bytes, ...] | None = None) -> None:
-        shards: Iterable[Shard | None] = self._cluster.all() or (None,)
-        answer = self._place()
-        answer.suppressed = suppressed
-        answer.many, answer.left = kind if kind == _STATS else 0, len(list(shards))
-        for shard in shards:
-            _send(shard, data, answer, kind)
+        self._ask_each([(shard, data) for shard in self._cluster.all() or (None,)], kind, suppressed)
 
-    def _place(self) -> _Answer:
-        """The place of the next answer."""
-        self._served.count.requests += 1
-        self._served.count.active_requests += 1
-        answer = _Answer(self, self._served.now())
+    def _ask_each(
+        self, asked: Sequence[tuple[Shard | None, bytes]], kind: int, suppressed: tuple[bytes, ...] | None = None
+    ) -> None:
+        answer = _Joined(self, self._last, kind, suppressed, left=len(asked))
+        self._place(answer)
+        for shard, data in asked:
+            if shard is None:
+                answer.part(_NOBODY)
+            else:
+                shard.send(data, answer)
+
+    def _place(self, answer: _Answer) -> None:
+        """It is the next."""
+        count = self._served.count
+        count.requests += 1
+        count.active_requests += 1
         self._answers.append(answer)
-        return answer
 
     def _say(self, data: bytes) -> None:
         """Answers by itself."""
-        answer = self._place()
-        answer.data, answer.done = data, True
+        self._place(_Answer(self, self._last, _LINE, said=data))
 
     def flush(self) -> None:
         """Sends the answers that are complete, in their order."""
-        answers, served, now = self._answers, self._served, self._served.now()
-        parts = []
-        while answers and answers[0].done:
-            answer = answers.popleft()
-            parts.append(answer.data)
-            served.took(now - answer.began)
-            served.count.active_requests -= 1
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
-        if self.transport.is_closing():
+        answers, served = self._answers, self._served
+        now, parts = served.now(), []
+        while answers and (said := answers[0].said) is not None:
+            parts.append(said)
+            served.took(now - answers.popleft().began)
+        served.count.active_requests -= len(parts)
+        transport = self.transport
+        if transport.is_closing():
             return
-        if data:
+        if data := parts[0] if len(parts) == 1 else b"".join(parts):
             served.count.sent_bytes += len(data)
-            self.transport.write(data)
+            transport.write(data)
         if self._ends and not answers:
-            self.transport.close()
+            transport.close()
 
     def _end(self) -> None:
         """After what has been asked is answered."""
@@ -361,8 +426,8 @@ class Shard(asyncio.Protocol):
     def __init__(self, cluster: Cluster, backend: Backend) -> None:
         self._cluster, self._served, self._backend = cluster, cluster.served, backend
         self._transport: asyncio.Transport | None = None
-        self._asked: deque[tuple[_Answer, int]] = deque()
-        """Whose answers come next, and what they look like."""
+        self._asked: deque[_Answer] = deque()
+        """Which come next."""
         self._out: list[bytes] = []
         self._buffer = b""
         self._connecting: asyncio.Task[None] | None = None
@@ -374,34 +439,41 @@ class Shard(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._retired = False
 
-    def send(self, data: bytes, answer: _Answer, kind: int) -> None:
-        """Asks; what is asked in one turn of the loop goes out together."""
-        self._backend.counts.requests += 1
+    def send(self, data: bytes, answer: _Answer) -> None:
+        """Asks."""
         if self._transport is None and self._connecting is None and not self._dial():
             answer.part(self._sorry("it can't be reached"))
-            self._cluster.served.count.errors += 1
+            self._served.count.errors += 1
+            self._backend.counts.requests += 1
             self._backend.counts.errors += 1
             return
-        self._asked.append((answer, kind))
+        self._asked.append(answer)
         self._out.append(data)
         if self._held is not None:
             self._held.add(answer.front)
             answer.front.hold(self)
         if not self._flushing:
             self._flushing = True
-            self._served.loop.call_soon(self._flush)
+            self._cluster.flush_soon(self)
 
     def _sorry(self, why: str) -> bytes:
         return f"SERVER_ERROR shard {self._backend.endpoint.hashed_name}: {why}\r\n".encode()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Sends what is asked, once it is connected."""
         self._flushing = False
         if self._transport is None or not self._out:
             return
-        out, self._out = self._out, []
-        self._transport.write(out[0] if len(out) == 1 else b"".join(out))
+        data = b"".join(self._taken())
+        self._transport.write(data)
         if self._timer is None:
             self._watch()
+
+    def _taken(self) -> list[bytes]:
+        """What is to be sent, and counted as asked."""
+        out, self._out = self._out, []
+        self._backend.counts.requests += len(out)
+        return out
 
     def _watch(self) -> None:
         """A shard that does not answer in time is dialled anew: a late answer can't be told from the next one."""
@@ -409,7 +481,7 @@ class Shard(asyncio.Protocol):
         if not self._asked:
             return
         limit = self._served.assignment.spec.policy.timeouts.request_s or 1.0
-        left = self._asked[0][0].began + limit - self._served.now()
+        left = self._asked[0].began + limit - self._served.now()
         if left > 0:
             self._timer = self._served.loop.call_later(left, self._watch)
             return
@@ -443,7 +515,7 @@ class Shard(asyncio.Protocol):
         self._backend.active = 1
         self._wait_s = 0.0
         self._served.backends.succeeded(self._backend)
-        self._flush()
+        self.flush()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -470,7 +542,8 @@ class Shard(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         asked, self._asked = self._asked, deque()
-        self._out, self._buffer = [], b""
+        self._taken()
+        self._buffer = b""
         self._release()
         if not asked:
             return
@@ -478,24 +551,24 @@ class Shard(asyncio.Protocol):
         self._served.count.errors += len(asked)
         self._backend.counts.errors += len(asked) - 1  # one is counted already
         sorry = self._sorry(why)
-        for answer, _ in asked:
+        for answer in asked:
             answer.part(sorry)
-        for front in {answer.front for answer, _ in asked}:
+        for front in {answer.front for answer in asked}:
             front.flush()
 
     # Answers
 
     def data_received(self, data: bytes) -> None:
         buffer = self._buffer + data if self._buffer else data
-        at, told = 0, set()
-        while self._asked:
-            answer, kind = self._asked[0]
-            end = _ENDS[kind](buffer, at)
+        asked, at, told = self._asked, 0, set()
+        while asked:
+            answer = asked[0]
+            end = _ENDS[answer.kind](buffer, at)
             if end <= at:
                 break
-            self._asked.popleft()
+            asked.popleft()
             answer.part(buffer[at:end])
-            if answer.done:
+            if answer.said is not None:
                 told.add(answer.front)
             at = end
         self._buffer = buffer[at:]
@@ -520,11 +593,19 @@ class Shard(asyncio.Protocol):
             front.release(self)
 
 
-def _send(shard: Shard | None, data: bytes, answer: _Answer, kind: int) -> None:
-    if shard is None:
-        answer.part(b"SERVER_ERROR no shard is known\r\n")
-    else:
-        shard.send(data, answer, kind)
+def _nowhere(_: bytes) -> None:
+    return None
+
+
+def _refusal(words: list[bytes], least: int) -> bytes:
+    """What memcached says to a store whose value it does not read then; empty for others. `least` is 0 for `ms`."""
+    if len(words[1]) > _MAX_KEY:
+        return _BAD_FORMAT
+    if not least:
+        return _TOO_MANY_FLAGS if len(words) > _MAX_META_WORDS else b""
+    flags, expires = words[2], words[3].removeprefix(b"-")
+    numbers = (flags, 32), (expires, 31), *((cas, 64) for cas in words[5:least])
+    return b"" if all(word.isdigit() and int(word) >> bits == 0 for word, bits in numbers) else _BAD_FORMAT
 
 
 def _line_end(buffer: bytes, at: int) -> int:
@@ -549,6 +630,10 @@ def _stats_end(buffer: bytes, at: int) -> int:
 
 
 def _values_end(buffer: bytes, at: int) -> int:
+    if (found := _VALUE.match(buffer, at)) is not None:  # as a rule there is one value
+        end = found.end() + int(found[1]) + 2
+        if buffer.startswith(_END, end):
+            return end + len(_END)
     end = _line_end(buffer, at)
     while end > 0 and buffer.startswith(b"VALUE ", at):
         at = end + int(buffer[at:end].split(None, 4)[3]) + 2
