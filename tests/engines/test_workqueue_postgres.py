@@ -22,6 +22,7 @@ from support.workqueue_core import NoBlobs
 from retinue.workqueue.v1 import task_pb2
 from retinue_server.runtime.addresses import StartError
 from retinue_server.runtime.errors import Reason, RetinueError, Unavailable
+from retinue_server.runtime.postgres import Address
 from retinue_server.workqueue.core.queue import WorkQueue
 from retinue_server.workqueue.core.requests import (
     Complete,
@@ -41,14 +42,17 @@ from retinue_server.workqueue.engine import (
     QueueRow,
     QueueSettings,
     QueueState,
+    RetryOverrides,
     State,
     Task,
     TaskBody,
     TaskRow,
 )
 from retinue_server.workqueue.engines.postgres import PostgresEngine
-from retinue_server.workqueue.engines.postgres.literals import escaped, texts, unescaped
+from retinue_server.workqueue.engines.postgres.literals import blobs, escaped, texts, unescaped
 from retinue_server.workqueue.engines.postgres.migrate import VERSION
+from retinue_server.workqueue.engines.postgres.session import Session
+from retinue_server.workqueue.engines.postgres.statements import Statements
 
 DAY_MS = 86_400_000
 TERMINATE = """
@@ -346,6 +350,27 @@ async def test_what_is_past_is_hidden_and_its_day_dropped(postgres: Postgres, sc
         assert len(await enqueue(queue, 1)) == 1
 
 
+async def test_days_of_history_are_analyzed_as_sparingly_as_history_itself(postgres: Postgres, schema: str) -> None:
+    gathered = f"""
+        SELECT count(DISTINCT attrelid) > 3, array_agg(DISTINCT attstattarget::integer)
+        FROM pg_attribute, pg_inherits WHERE inhparent = '{schema}.history'::regclass
+        AND attrelid IN (inhparent, inhrelid) AND attnum > 0 AND attname {{}} (
+          'seq', 'task_id', 'queue_id', 'drop_day', 'idempotency_key', 'parent_task_id', 'task_type', 'state',
+          'create_ms', 'delete_ms', 'input_blob', 'result_blob')
+    """
+    async with coordinators(postgres.url, schema, 1) as (queue,):
+        await queue.create_queue("q", SettingsPatch(retention_ms=DAY_MS, dead_retention_ms=DAY_MS))
+        assert isinstance(queue.engine, PostgresEngine)
+        await asyncio.to_thread(queue.engine.keep_days)
+    for _ in ("as made", "as migrated"):
+        assert postgres.run(gathered.format("IN")) == [(True, [10])], "history, what is deleted row by row, two days"
+        assert postgres.run(gathered.format("NOT IN")) == [(True, [0])]
+        postgres.run(f"ALTER TABLE {schema}.history ALTER seq SET STATISTICS -1, ALTER input SET STATISTICS -1")
+        postgres.run(f"DELETE FROM {schema}.schema_version WHERE version >= 3")
+        async with coordinators(postgres.url, schema, 1):
+            pass
+
+
 # Texts
 
 
@@ -498,6 +523,60 @@ async def test_a_role_with_the_rights_of_the_guide_enqueues_in_its_transaction_a
                 connection.execute(forbidden.format(schema))
 
 
+# A connection
+
+
+@pytest.fixture
+def session(postgres: Postgres) -> Iterator[Session]:
+    made = Session(Address(postgres.url), "a test", prepared=True)
+    yield made
+    made.close()
+
+
+NUMBERS = "SELECT n, n::text FROM generate_series(1, $1::integer) n"
+
+
+def test_the_first_error_of_a_round_trip_is_told_and_the_connection_is_as_it_was(session: Session) -> None:
+    for _ in range(2):
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            session.run(
+                [("SELECT 1", ()), ("SELECT 1 / $1::integer", ("0",)), ("SELECT no_such()", ()), (NUMBERS, ("3",))]
+            )
+        with pytest.raises(psycopg.errors.UndefinedFunction):
+            session.run([("SELECT no_such()", ())])
+        assert session.run([(NUMBERS, ("2",)), (NUMBERS, ("1",)), (NUMBERS, ("2",))]) == [(1, "1"), (2, "2")]
+        assert session.run([("SELECT 6 / $1::integer", ("3",)), ("SELECT 1 / $1::integer", ("1",))]) == [(1,)]
+
+
+def test_what_is_prepared_is_prepared_once_and_not_without_end(session: Session) -> None:
+    for _ in range(2):
+        for number in range(1_010):
+            assert session.run([(f"SELECT {number}::bigint", ())]) == [(number,)]
+    assert session.run([("SELECT count(*) FROM pg_prepared_statements", ())]) == [(1_000,)]
+
+
+def test_a_pipeline_may_be_longer_than_what_lies_between(session: Session) -> None:
+    text = "x" * 1_000_000
+    rows = session.first_rows([("SELECT $1::text || $2::integer", (text, str(n))) for n in range(40)])
+    assert [row[0] for row in rows] == [f"{text}{n}" for n in range(40)]
+
+
+def test_values_come_back_as_they_went(session: Session) -> None:
+    values = ("ä", None, b"\x00\xff", 7, b"")
+    sql = "SELECT $1::text, $2::text, $3::bytea, $4::integer, $5::bytea, $6::bytea[]"
+    assert session.run([(sql, (*values, blobs([b"\x00", None, b""])))]) == [(*values, [b"\x00", None, b""])]
+    with pytest.raises(psycopg.DataError):
+        session.run([("SELECT $1::text", ("a\x00b",))])
+    assert session.run([("COMMIT", ())]) == [("COMMIT",)], "nothing was sent"
+
+
+def test_a_lost_connection_is_told_with_why_and_opened_again(session: Session) -> None:
+    with pytest.raises(psycopg.errors.AdminShutdown):
+        session.run([("SELECT 1", ()), ("SELECT pg_terminate_backend(pg_backend_pid())", ()), (NUMBERS, ("1",))])
+    assert session.lost
+    assert session.run([(NUMBERS, ("1",))]) == [(1, "1")]
+
+
 # A pooler
 
 
@@ -522,6 +601,81 @@ async def test_behind_a_pooler_of_transactions_everything_works(postgres: Postgr
 
 
 # Plans and rows
+
+
+async def test_tasks_of_all_kinds_keep_their_order_and_all_they_say(postgres: Postgres, schema: str) -> None:
+    odd = (
+        NewTask("q", idempotency_key="k\x00"),
+        NewTask("q", body=TaskBody(task_type="\x1b", labels={"a": "{\x00"}, retry=RetryOverrides(max_attempts=3))),
+        NewTask("q", body=TaskBody(b"\x00", traceparent="t"), attempt_ms=5_000, expire_delay_ms=90_000),
+    )
+    alike = tuple(NewTask("q", body=TaskBody(bytes([n]), traceparent=str(n % 2))) for n in range(9))
+    typed = tuple(NewTask("q", body=TaskBody(bytes([n]), task_type='"t'), idempotency_key=f"{n}") for n in range(9))
+    told = (*odd, *alike, *odd[1:], *typed, *alike, odd[1])
+    async with coordinators(postgres.url, schema, 1) as (queue,):
+        await asyncio.gather(*(queue.enqueue(Enqueue(tasks)) for tasks in (told, alike)))
+        granted = await queue.lease(LeaseAsk("q", "w", 100))
+        found = [await queue.get(task.row.task_id) for task, *_ in granted]
+    assert (
+        [task.body for task, *_ in granted] == [task.body for task in found] == [task.body for task in (*told, *alike)]
+    )
+    assert [task.row for task, *_ in granted] == [task.row for task in found]
+    assert [task.row.idempotency_key for task in found] == [task.idempotency_key for task in (*told, *alike)]
+    assert [task.row.attempt_ms for task in found] == [task.attempt_ms for task in (*told, *alike)]
+    assert [task.row.expire_ms is None for task in found] == [task.expire_delay_ms is None for task in (*told, *alike)]
+
+
+async def test_what_was_leased_before_comes_whole_and_in_its_place(postgres: Postgres, schema: str) -> None:
+    async with coordinators(postgres.url, schema, 1) as (queue,):
+        ids = await enqueue(queue, 6)
+        first = await queue.lease(LeaseAsk("q", "w", 6))
+        back = [Release(LeaseRef.of(task.row)) for task, *_ in first[1::2]]
+        fails = [Fail(LeaseRef.of(task.row), Failure("why", "it broke"), delay_ms=0) for task, *_ in first[::2]]
+        assert all(one.error is None for one in await queue.settle([*back, *fails]))
+        await queue.sweep()
+        ids += await enqueue(queue, 3)
+        again = await queue.lease(LeaseAsk("q", "w", 20))
+        found = [await queue.get(task_id) for task_id in ids]
+    assert [task for task, *_ in again] == found
+    assert [task.row.lease_epoch for task in found] == [2] * 6 + [1] * 3
+    assert [task.row.attempt for task in found] == [2, 1] * 3 + [1] * 3
+    assert [task.body.failure is None for task in found] == [False, True] * 3 + [True] * 3
+
+
+SOME = "{1,2,3}"
+FOUND_BY_INDEX: dict[str, list[str | None]] = {
+    "ready": ["q", "100"],
+    "ready_behind": ["q", "100", "0", "0"],
+    "by_seq": [SOME],
+    "whole": [SOME],
+    "due": ["1", "100", "0"],
+    "lapsed": ["1", "100", "0"],
+    "expired": ["1", "100", "0"],
+    "prove": [SOME, SOME, "3"],
+    "end": [SOME, "{}", "{}", "{}", SOME, "3", "-1", "5", "1", "1", "2", "q"],
+}
+
+
+async def test_tables_that_were_empty_when_they_were_analyzed_are_looked_up_in(postgres: Postgres, schema: str) -> None:
+    """The planner takes a table for empty until it is analyzed again: reading all of it seems as good as looking up."""
+    async with coordinators(postgres.url, schema, 1) as (queue,):
+        await queue.create_queue("q", SettingsPatch())
+        await enqueue(queue, 1_000)
+        await queue.purge("q", include_finished=True)
+    for table in ("task", "body"):
+        postgres.run(f"VACUUM (ANALYZE, TRUNCATE off) {schema}.{table}")
+    assert postgres.run(f"SELECT reltuples, relpages > 0 FROM pg_class WHERE oid = '{schema}.body'::regclass") == [
+        (0, True)
+    ]
+    with psycopg.connect(postgres.url, cursor_factory=psycopg.RawCursor) as connection:
+        for kind in ("seqscan", "hashjoin", "mergejoin"):
+            connection.execute(f"SET enable_{kind} = off")
+        for name, values in FOUND_BY_INDEX.items():
+            plan = connection.execute(f"EXPLAIN {Statements(schema)[name]}", values).fetchall()
+            text = "\n".join(line for (line,) in plan)
+            assert "Join Filter" not in text, f"{name}: {text}"
+            for index, condition in re.findall(r"using (body_\w+).*\n *Index Cond: (.*)", text):
+                assert index == "body_pkey" or "queue_id" in condition, f"{name}: {text}"
 
 
 async def test_an_extension_changes_nothing_that_an_index_has(postgres: Postgres, schema: str) -> None:

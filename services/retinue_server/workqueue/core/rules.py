@@ -262,8 +262,17 @@ def _unleased(row: TaskRow, outcome: Outcome, **changes: object) -> TaskRow:
 
 def _finished(row: TaskRow, state: State, settings: QueueSettings, now: Instant, outcome: Outcome) -> TaskRow:
     kept_ms = settings.dead_retention_ms if state == State.DEAD else settings.retention_ms
-    return _unleased(
-        row, outcome, state=state, end_ms=now.wall_ms, delete_ms=now.wall_ms + kept_ms, cancel_requested=False
+    return replace(
+        row,
+        state=state,
+        outcome=outcome,
+        lease_until=None,
+        attempt_until=None,
+        worker_id="",
+        lease_request_id="",
+        cancel_requested=False,
+        end_ms=now.wall_ms,
+        delete_ms=now.wall_ms + kept_ms,
     )
 
 

@@ -50,9 +50,11 @@ def _known(session: Session, statements: Statements) -> set[int]:
 def _attach(session: Session, statements: Statements, day: int) -> None:
     """Made aside and attached, which leaves readers and writers of history alone."""
     table = f"{{schema}}.history_d{day}"
+    [(statistics,)] = session.run([(statements["statistics"], ())])
     _quickly(
         session,
         statements.fill(f"CREATE TABLE IF NOT EXISTS {table} (LIKE {{schema}}.history INCLUDING STORAGE)"),
+        statements.fill(f"ALTER TABLE {table} {statistics}"),
         statements.fill(
             f"ALTER TABLE {{schema}}.history ATTACH PARTITION {table} FOR VALUES FROM ({day}) TO ({day + 1})"
         ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from retinue_server.workqueue.engine import TaskRow
@@ -19,11 +19,8 @@ _MOST = 16_384
 _PATIENCE_S = 1.0
 
 
-class Known(NamedTuple):
-    """A row as it was committed, and by which transaction."""
-
-    row: TaskRow
-    version: int
+Known = tuple["TaskRow", int]
+"""A row as it was committed, and by which transaction."""
 
 
 class Leases:
@@ -43,8 +40,7 @@ class Leases:
         """
         with self._lock:
             self._lock.wait_for(lambda: self._taken.isdisjoint(seqs), _PATIENCE_S)
-            found = [(seq, self._known.pop(seq, None)) for seq in seqs]
-            taken = {seq: known for seq, known in found if known}
+            taken = {seq: self._known.pop(seq) for seq in seqs if seq in self._known}
             self._taken.update(taken)
         return taken
 
@@ -58,6 +54,6 @@ class Leases:
     def put(self, rows: Iterable[TaskRow], version: int) -> None:
         """Rows that a transaction wrote; the oldest of too many are forgotten."""
         with self._lock:
-            self._known.update((row.seq, Known(row, version)) for row in rows)
+            self._known.update({row.seq: (row, version) for row in rows})
             while len(self._known) > _MOST:
                 del self._known[next(iter(self._known))]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from retinue_server.workqueue.engines.postgres.session import Session
     from retinue_server.workqueue.engines.postgres.statements import Statements
 
-VERSION = 2
+VERSION = 3
 """What this server makes and needs."""
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
@@ -34,6 +35,9 @@ from retinue_server.workqueue.engines.postgres.literals import (
 )
 from retinue_server.workqueue.engines.postgres.statements import ROW
 
+Value = str | bytes | None
+"""A parameter."""
+
 DAY_MS = 86_400_000
 SHORT_MS = 3_600_000
 """What is kept for less is deleted row by row when its time comes, and told as an event."""
@@ -46,6 +50,7 @@ _decode_retry = msgspec.json.Decoder(RetryOverrides).decode
 _decode_failure = msgspec.json.Decoder(Failure).decode
 _decode_settings = msgspec.json.Decoder(QueueSettings).decode
 _STATES = {int(state): state for state in State}
+_READY, _IN_USE = State.READY, State.LEASED  # looking a member up takes as long as making a row
 _OUTCOMES = {int(outcome): outcome for outcome in Outcome}
 
 
@@ -77,6 +82,27 @@ def task_row(values: Sequence[Any]) -> TaskRow:
 def task(values: Sequence[Any]) -> Task:
     """From the columns of ROW, then those of BODY."""
     return Task(task_row(values[: len(ROW)]), body(values[len(ROW) :]))
+
+
+def fresh(queue_id: str, values: Sequence[Any]) -> Task:
+    """A ready task that was never leased, from the columns of FRESH."""
+    (
+        seq, _, task_id, priority, create_ms, ready_ms, expire_ms, attempt_ms, key, parent, given, task_type, labels,
+        retry, traceparent, input_blob,
+    ) = values  # fmt: skip
+    row = TaskRow(
+        seq, task_id, queue_id, _READY, priority, create_ms, ready_ms, expire_ms, attempt_ms,
+        idempotency_key=unescaped(key) if key else "", parent_task_id=parent,
+    )  # fmt: skip
+    wide = TaskBody(
+        given,
+        unescaped(task_type) if task_type else "",
+        {} if labels == "{}" else _labels(labels),
+        _decode_retry(retry) if retry else None,
+        unescaped(traceparent) if traceparent else "",
+        input_blob,
+    )
+    return Task(row, wide)
 
 
 def body(values: Sequence[Any]) -> TaskBody:
@@ -139,7 +165,48 @@ def left_something(wide: TaskBody) -> bool:
     return bool(wide.result or wide.result_blob or wide.failure)
 
 
-def inserted(tasks: Sequence[Task]) -> list[str]:
+_ROW_SHAPE = [name for name in TaskRow.__struct_fields__ if name not in ("seq", "task_id", "idempotency_key")]
+_BODY_SHAPE = [name for name in TaskBody.__struct_fields__ if name not in ("input", "traceparent")]
+_row_shape, _body_shape = attrgetter(*_ROW_SHAPE), attrgetter(*_BODY_SHAPE)
+
+
+def runs(tasks: Iterable[Task]) -> list[list[Task]]:
+    """Neighbours that are alike but for what each has of its own."""
+    return [list(run) for _, run in groupby(tasks, _shape)]
+
+
+def _shape(task: Task) -> tuple[Any, ...]:
+    return _row_shape(task.row), _body_shape(task.body)
+
+
+def alike(tasks: Sequence[Task], others: Sequence[Task]) -> bool:
+    """Whether two runs are one."""
+    return _shape(tasks[0]) == _shape(others[0])
+
+
+def inserted_alike(tasks: Sequence[Task]) -> list[Value]:
+    """The parameters of `insert_alike`."""
+    row, wide = tasks[0]
+    return [
+        texts([row.task_id for row, _ in tasks]),
+        blobs([wide.input for _, wide in tasks]),
+        sparse_texts([wide.traceparent for _, wide in tasks], ""),
+        sparse_texts([row.idempotency_key for row, _ in tasks], ""),
+        row.queue_id,
+        *_numbers(row.state, row.priority, row.create_ms, row.ready_ms, row.expire_ms, row.attempt_ms),
+        row.parent_task_id,
+        escaped(wide.task_type),
+        labels_text(wide.labels),
+        _encode(wide.retry).decode() if wide.retry else None,
+        wide.input_blob,
+    ]
+
+
+def _numbers(*values: int | None) -> list[str | None]:
+    return [None if value is None else str(int(value)) for value in values]
+
+
+def inserted(tasks: Sequence[Task]) -> list[Value]:
     """The parameters of `insert`."""
     rows, bodies = [task.row for task in tasks], [task.body for task in tasks]
     return [
@@ -215,9 +282,9 @@ _cleared = attrgetter(*_CLEARED)
 
 def usual_change(before: TaskRow, after: TaskRow) -> Change | None:
     """The change, if it is that of a lease granted or ended as nearly all are."""
-    if before.state == State.READY and after.state == State.LEASED:
+    if before.state == _READY and after.state == _IN_USE:
         return _leased_to(after) if _beside_leased(before) == _beside_leased(after) else None
-    if before.state != State.LEASED or after.state not in FINISHED or _cleared(after) != _clear:
+    if before.state != _IN_USE or after.state not in FINISHED or _cleared(after) != _clear:
         return None
     return (*_ended_to(after), after.queue_id) if _beside_ended(before) == _beside_ended(after) else None
 

@@ -1,5 +1,5 @@
 -- The engine's statements, by name. {schema} is the schema; {row}, {body} and {light} are the columns of a task's row
--- and body (light: without input and result) over `t` (task) and `b` (body), {old_row}, {old_body} and {old_light} the
+-- and body (light: without input and result) over `t` (task) and `b` (body, found by {its_body}), {fresh} those of a task that was never leased, {old_row}, {old_body} and {old_light} the
 -- same over `h` (history), and {kept} is what of history is still to be seen: a day that is past may not be dropped yet. Arrays come as one literal each; an empty one stands for "the default for all".
 
 -- name: clock
@@ -42,6 +42,21 @@ SELECT seq, create_ms, attempt_ms, task_id, queue_id, coalesce(idempotency_key, 
        coalesce(input, '')
 FROM new
 
+-- name: insert_alike
+-- The same, of tasks that are alike but for what is in the arrays.
+WITH new AS MATERIALIZED (
+  SELECT nextval('{schema}.task_seq') AS seq, n.*
+  FROM unnest($1::text[], $2::bytea[], $3::text[], $4::text[]) AS n (task_id, input, traceparent, idempotency_key)
+), hot AS (
+  INSERT INTO {schema}.task (seq, queue_id, state, priority, ready_ms, expire_ms)
+  SELECT seq, $5::text, $6::smallint, $7::integer, $9::bigint, $10::bigint FROM new
+)
+INSERT INTO {schema}.body (seq, create_ms, attempt_ms, task_id, queue_id, idempotency_key, parent_task_id, task_type,
+                           labels, retry, traceparent, input_blob, input)
+SELECT seq, $8::bigint, $11::bigint, task_id, $5::text, coalesce(idempotency_key, ''), $12::text, $13::text,
+       $14::text, $15::text, coalesce(traceparent, ''), $16::text, coalesce(input, '')
+FROM new
+
 -- name: save
 -- Changes unfinished tasks. A lease that is only extended keeps its lapse_ms, so that the update stays HOT.
 UPDATE {schema}.task SET
@@ -75,39 +90,37 @@ WHERE seq = ANY ($1::bigint[])
 SELECT (pg_current_xact_id()::text::bigint & 4294967295)
 
 -- name: prove
--- Raises unless each is still as that transaction wrote it.
+-- Raises unless each (they come in order) is still as that transaction wrote it.
 SELECT {schema}.expect(count(*), $3::bigint) FROM (
-  SELECT FROM unnest($1::bigint[], $2::xid[]) AS n (seq, version) JOIN {schema}.task t ON t.seq = n.seq
-  WHERE t.xmin = n.version FOR UPDATE OF t
-) AS same
+  SELECT version, row_number() OVER (ORDER BY seq) AS place
+  FROM (SELECT seq, xmin AS version FROM {schema}.task WHERE seq = ANY ($1::bigint[]) FOR UPDATE) AS found
+) AS t
+WHERE version = ($2::xid[])[place]
 
 -- name: end
--- Moves leased tasks that all end alike into history, with what the attempts gave; raises unless each is still as that
--- transaction wrote it.
+-- Moves leased tasks of a queue that all end alike into history, with what the attempts gave; raises unless each (they
+-- come in order) is still as that transaction wrote it. Nothing is joined that the planner could turn round.
 WITH hot AS (
-  DELETE FROM {schema}.task USING unnest($1::bigint[], $2::bytea[], $3::text[], $4::text[], $5::xid[])
-    AS n (seq, result, result_blob, failure, version)
-  WHERE task.seq = n.seq AND (n.version IS NULL OR task.xmin = n.version)
-  RETURNING task.seq, task.ready_ms, task.expire_ms, task.lease_epoch, task.lease_nonce, task.start_ms, task.priority,
-            task.attempt, task.lease_expirations, task.lease_ms, n.result AS new_result,
-            n.result_blob AS new_result_blob, n.failure AS new_failure
-), whole AS (
-  DELETE FROM {schema}.body USING hot WHERE body.seq = hot.seq
-  RETURNING hot.*, body.create_ms, body.attempt_ms, body.task_id, body.queue_id, body.idempotency_key,
-            body.parent_task_id, body.task_type, body.labels, body.retry, body.traceparent, body.input_blob,
-            coalesce(new_result_blob, body.result_blob) AS result_blob, coalesce(new_failure, body.failure) AS failure,
-            body.input, coalesce(new_result, body.result) AS result
+  DELETE FROM {schema}.task WHERE seq = ANY ($1::bigint[])
+  RETURNING seq, queue_id, ready_ms, expire_ms, lease_epoch, lease_nonce, start_ms, priority, attempt,
+            lease_expirations, lease_ms, xmin AS version
+), placed AS (
+  SELECT *, row_number() OVER (ORDER BY seq) AS place FROM hot
+), gone AS (
+  DELETE FROM {schema}.body WHERE queue_id = $12::text AND seq = ANY ($1::bigint[])
 ), moved AS (
   INSERT INTO {schema}.history (
     drop_day, seq, ready_ms, expire_ms, lease_epoch, lease_nonce, start_ms, end_ms, delete_ms, create_ms, attempt_ms,
     priority, attempt, lease_expirations, lease_ms, state, outcome, cancel_requested, worker_id, lease_request_id,
     task_id, queue_id, idempotency_key, parent_task_id, task_type, labels, retry, traceparent, input_blob,
     result_blob, failure, input, result)
-  SELECT $7::integer, seq, ready_ms, expire_ms, lease_epoch, lease_nonce, start_ms, $10::bigint, $11::bigint,
+  SELECT $7::integer, t.seq, ready_ms, expire_ms, lease_epoch, lease_nonce, start_ms, $10::bigint, $11::bigint,
     create_ms, attempt_ms, priority, attempt, lease_expirations, lease_ms, $8::smallint, $9::smallint, false, '', '',
-    task_id, queue_id, idempotency_key, parent_task_id, task_type, labels, retry, traceparent, input_blob,
-    result_blob, failure, input, result
-  FROM whole
+    task_id, t.queue_id, idempotency_key, parent_task_id, task_type, labels, retry, traceparent, input_blob,
+    coalesce(($3::text[])[place], b.result_blob), coalesce(($4::text[])[place], b.failure), input,
+    coalesce(($2::bytea[])[place], b.result)
+  FROM placed t, {its_body}
+  WHERE ($5::xid[])[place] IS NULL OR ($5::xid[])[place] = version
   RETURNING 1
 )
 SELECT {schema}.expect(count(*), $6::bigint) FROM moved
@@ -184,26 +197,31 @@ DELETE FROM {schema}.history WHERE seq = ANY ($1::bigint[])
 SELECT seq FROM {schema}.history WHERE seq = ANY ($1::bigint[])
 
 -- name: ready
+-- What is narrow enough to be sent quickly; what a lease has left (its epoch is not 0) is read by `whole`.
 WITH t AS MATERIALIZED (
-  SELECT * FROM {schema}.task WHERE queue_id = $1::text AND state = 2
+  SELECT seq, queue_id, priority, ready_ms, expire_ms, lease_epoch FROM {schema}.task WHERE queue_id = $1::text AND state = 2
   ORDER BY priority DESC, seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
-SELECT {row}, {body} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.priority DESC, t.seq
+SELECT {fresh} FROM t, {its_body} ORDER BY t.priority DESC, t.seq
 
 -- name: ready_behind
 -- The same, within a priority and behind a task (marks.py).
 WITH t AS MATERIALIZED (
-  SELECT * FROM {schema}.task WHERE queue_id = $1::text AND state = 2 AND priority = $3::integer AND seq > $4::bigint
+  SELECT seq, queue_id, priority, ready_ms, expire_ms, lease_epoch FROM {schema}.task
+  WHERE queue_id = $1::text AND state = 2 AND priority = $3::integer AND seq > $4::bigint
   ORDER BY seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
-SELECT {row}, {body} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.seq
+SELECT {fresh} FROM t, {its_body} ORDER BY t.seq
+
+-- name: whole
+SELECT {row}, {body} FROM {schema}.task t, {its_body} WHERE t.seq = ANY ($1::bigint[])
 
 -- name: due
 WITH t AS MATERIALIZED (
   SELECT * FROM {schema}.task WHERE state IN (1, 4) AND ready_ms <= $1::bigint AND ready_ms > $3::bigint
   ORDER BY ready_ms, seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
-SELECT {row} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.ready_ms, t.seq
+SELECT {row} FROM t, {its_body} ORDER BY t.ready_ms, t.seq
 
 -- name: push_lapses
 -- Leases that were extended since it was noted when to look: to be looked at when they end now.
@@ -220,7 +238,7 @@ WITH t AS MATERIALIZED (
     AND lease_until <= $1::bigint
   ORDER BY lease_until, seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
-SELECT {row} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.lease_until, t.seq
+SELECT {row} FROM t, {its_body} ORDER BY t.lease_until, t.seq
 
 -- name: expired
 WITH t AS MATERIALIZED (
@@ -228,14 +246,14 @@ WITH t AS MATERIALIZED (
     AND expire_ms > $3::bigint
   ORDER BY expire_ms, seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 )
-SELECT {row} FROM t JOIN {schema}.body b USING (seq) ORDER BY t.expire_ms, t.seq
+SELECT {row} FROM t, {its_body} ORDER BY t.expire_ms, t.seq
 
 -- name: deletable
 SELECT {old_row} FROM {schema}.history h WHERE drop_day = -1 AND delete_ms <= $1::bigint
 ORDER BY delete_ms, seq LIMIT $2::integer FOR UPDATE SKIP LOCKED
 
 -- name: leased
-SELECT {row} FROM {schema}.task t JOIN {schema}.body b USING (seq)
+SELECT {row} FROM {schema}.task t, {its_body}
 WHERE t.state = 3 AND t.seq > $1::bigint ORDER BY t.seq LIMIT $2::integer FOR UPDATE OF t
 
 -- name: next_times
@@ -246,7 +264,7 @@ SELECT least((SELECT min(ready_ms) FROM {schema}.task WHERE state IN (1, 4) AND 
        (SELECT min(lapse_ms) FROM {schema}.task WHERE state = 3 AND lapse_ms > $3::bigint)
 
 -- name: by_seq
-SELECT {row} FROM {schema}.task t JOIN {schema}.body b USING (seq) WHERE t.seq = ANY ($1::bigint[]) ORDER BY t.seq
+SELECT {row} FROM {schema}.task t, {its_body} WHERE t.seq = ANY ($1::bigint[]) ORDER BY t.seq
 
 -- name: old_by_seq
 SELECT {old_row} FROM {schema}.history h WHERE h.seq = ANY ($1::bigint[]) AND {kept} ORDER BY h.seq
@@ -270,7 +288,7 @@ WHERE h.queue_id = $1::text AND h.idempotency_key = ANY ($2::text[]) AND h.idemp
 SELECT pg_advisory_xact_lock($1::integer, hashtext($2::text))
 
 -- name: by_lease_request
-SELECT {row}, {body} FROM {schema}.task t JOIN {schema}.body b USING (seq)
+SELECT {row}, {body} FROM {schema}.task t, {its_body}
 WHERE t.lease_request_id = $2::text AND t.lease_request_id <> '' AND t.queue_id = $1::text AND t.state = 3
 ORDER BY t.priority DESC, t.seq FOR UPDATE OF t
 
@@ -333,6 +351,11 @@ WITH past AS (
   DELETE FROM {schema}.request USING past WHERE request.request_id = past.request_id RETURNING 1
 )
 SELECT count(*) FROM gone
+
+-- name: statistics
+-- How much is gathered of history's columns, for a partition to be: LIKE leaves that out.
+SELECT string_agg(format('ALTER %I SET STATISTICS %s', attname, attstattarget), ', ')
+FROM pg_attribute WHERE attrelid = '{schema}.history'::regclass AND attnum > 0 AND NOT attisdropped AND attstattarget >= 0
 
 -- name: begin_upload
 INSERT INTO {schema}.upload VALUES ($1::text, {now_ms})

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec.structs import replace
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from retinue_server.workqueue.engines.postgres.statements import Statements
 
 
+_READY, _LEASED = State.READY, State.LEASED  # looking a member up takes as long as making a row
 _MANY = 8
 """From how many rows on a change has a statement of its own."""
 
@@ -164,7 +166,8 @@ class _Layer:
         self.results: dict[int, tuple[bytes, str]] = {}
         self.failures: dict[int, str] = {}
         self.deletes: dict[int, TaskRow] = {}
-        self.inserts: list[Task] = []
+        self.inserts: list[list[Task]] = []
+        """In runs of tasks that are alike."""
         self.requests: list[_Request] = []
         self.others: list[Statement] = []
         self.queues = queues
@@ -323,17 +326,22 @@ class Store(View):
     def by_seq(self, seqs: Sequence[int]) -> dict[int, TaskRow]:
         if not self._careful:
             self._recall([seq for seq in seqs if seq not in self._hot])
-        known = {seq: row for seq in seqs if (row := self._written(seq) or self._before.get(seq))}
-        found = known | self._fetch([seq for seq in seqs if seq not in known])
-        return {seq: found[seq] for seq in seqs if seq in found and not self._is_deleted(seq)}
+        found = {seq: self._before[seq] for seq in seqs if seq in self._before}
+        for layer in self._layers:
+            if layer.saves:
+                found.update({seq: layer.saves[seq] for seq in seqs if seq in layer.saves})
+        if missing := [seq for seq in seqs if seq not in found]:
+            found.update(self._fetch(missing))
+        gone = [seq for layer in self._layers if layer.deletes for seq in seqs if seq in layer.deletes]
+        return {seq: row for seq, row in found.items() if seq not in gone} if gone else found
 
     def _recall(self, seqs: Sequence[int]) -> None:
         """What is known of them by heart."""
         found = self._leases.take([seq for seq in seqs if seq not in self._taken])
         self._taken.update(found)
         self._hot.update(found)
-        self._before.update((seq, known.row) for seq, known in found.items())
-        self._unproved.update((seq, known.version) for seq, known in found.items())
+        self._before.update({seq: row for seq, (row, _) in found.items()})
+        self._unproved.update({seq: version for seq, (_, version) in found.items()})
 
     def _fetch(self, seqs: Sequence[int]) -> dict[int, TaskRow]:
         """Rows that were not written yet, which so are as the tables have them."""
@@ -347,12 +355,6 @@ class Store(View):
             old = self._peek(self._sql["old_by_seq"] + self._lock_old, ints(missing))
             found.update((row.seq, row) for row in map(records.task_row, old))
         return found
-
-    def _written(self, seq: int) -> TaskRow | None:
-        return next((layer.saves[seq] for layer in reversed(self._layers) if seq in layer.saves), None)
-
-    def _is_deleted(self, seq: int) -> bool:
-        return any(seq in layer.deletes for layer in self._layers)
 
     def by_key(self, queue_id: str, keys: Sequence[str]) -> dict[str, TaskRow]:
         wanted = texts(keys)
@@ -379,13 +381,22 @@ class Store(View):
         place = self._marks.place(queue_id)
         if place is not None:
             behind = str(place.priority), str(place.seq)
-            tasks = self._tasks(self._select(self._sql["ready_behind"], queue_id, str(limit), *behind))
+            tasks = self._ready_tasks("ready_behind", queue_id, str(limit), *behind)
             if len(tasks) == limit:
                 self._marks.leased_upto(queue_id, _place(tasks, limit), None)
                 return tasks
         began = time.monotonic()
-        tasks = self._tasks(self._select(self._sql["ready"], queue_id, str(limit)))
+        tasks = self._ready_tasks("ready", queue_id, str(limit))
         self._marks.leased_upto(queue_id, _place(tasks, limit), time.monotonic() - began)
+        return tasks
+
+    def _ready_tasks(self, name: str, queue_id: str, *values: str) -> list[Task]:
+        found = self._select(self._sql[name], queue_id, *values)
+        tasks = [records.fresh(queue_id, row) for row in found]
+        if again := [seq for seq, epoch, *_ in found if epoch]:
+            whole = {task.row.seq: task for task in map(records.task, self._peek(self._sql["whole"], ints(again)))}
+            tasks = [whole.get(task.row.seq, task) for task in tasks]
+        self._know(tasks)
         return tasks
 
     def due(self, wall_ms: int, limit: int) -> list[TaskRow]:
@@ -444,9 +455,14 @@ class Store(View):
 
     def _tasks(self, found: Iterable[Sequence[Any]]) -> list[Task]:
         tasks = [records.task(row) for row in found]
-        self._hot.update(task.row.seq for task in tasks)
-        self._before.update((task.row.seq, task.row) for task in tasks)
+        self._know(tasks)
         return tasks
+
+    def _know(self, tasks: Sequence[Task]) -> None:
+        """As the tables have them."""
+        rows = {row.seq: row for row, _ in tasks}
+        self._hot.update(rows)
+        self._before.update(rows)
 
     def _select(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         pending = self._take()
@@ -482,12 +498,13 @@ class Store(View):
         self._queues_version = -1
 
     def insert(self, tasks: Sequence[Task]) -> None:
-        if all(records.is_fresh(task) for task in tasks):
-            for queue_id, priority in {(row.queue_id, row.priority) for row, _ in tasks}:
-                self._marks.ready(queue_id, priority, 1 << 62)
-            self._layers[-1].inserts += tasks
-        else:
+        runs = records.runs(tasks)
+        if not all(records.is_fresh(run[0]) for run in runs):
             self._insert_whole(tasks)
+            return
+        for run in runs:
+            self._marks.ready(run[0].row.queue_id, run[0].row.priority, 1 << 62)
+        self._layers[-1].inserts += runs
 
     def _insert_whole(self, tasks: Sequence[Task]) -> None:
         """Tasks that were somewhere else before: first as if they were new, then what came of them."""
@@ -503,9 +520,9 @@ class Store(View):
 
     def save(self, rows: Sequence[TaskRow]) -> None:
         for row in rows:
-            if row.state == State.READY:
+            if row.state == _READY:
                 self._marks.ready(row.queue_id, row.priority, row.seq)
-        self._layers[-1].saves.update((row.seq, row) for row in rows)
+        self._layers[-1].saves.update({row.seq: row for row in rows})
 
     def save_result(self, seq: int, result: bytes, result_blob: str) -> None:
         self._layers[-1].results[seq] = (result, result_blob)
@@ -547,8 +564,10 @@ class Store(View):
     def _statements(self, layer: _Layer) -> list[Statement]:
         if not layer:
             return []
-        written = (*layer.saves.values(), *(task.row for task in layer.inserts))
-        self.ready_tasks.update(row.queue_id for row in written if row.state == State.READY)
+        self.ready_tasks.update([row.queue_id for row in layer.saves.values() if row.state == _READY])
+        for run in layer.inserts:
+            if run[0].row.state == State.READY:
+                self.ready_tasks[run[0].row.queue_id] += len(run)
         doomed = [seq for seq in layer.deletes if seq in self._unproved]
         statements = [*self._proofs(doomed), *self._saves(layer), *layer.others]
         for seq in layer.deletes:
@@ -578,22 +597,24 @@ class Store(View):
             statements.append((self._sql["save"], records.saved(going_on)))
         if ended := [row for row in others if row.state in FINISHED]:
             statements.append((self._sql["finish"], self._finished(ended, layer)))
-        self._note(layer.saves)
+        for rows in (*alike.values(), others):
+            self._note(rows)
         left = {seq for seq in (*layer.results, *layer.failures) if not self._ends_in(layer, seq)}
         if left:
             statements.append((self._sql["save_bodies"], _results(sorted(left), layer)))
         return statements
 
-    def _note(self, saves: Mapping[int, TaskRow]) -> None:
+    def _note(self, rows: Sequence[TaskRow]) -> None:
         """What the tables are about to have."""
-        for seq, row in saves.items():
-            if row.state in FINISHED:
-                self._hot.discard(seq)
-            if row.state == State.LEASED:
-                self._granted[seq] = row
-            else:
-                self._granted.pop(seq, None)
+        leased = {row.seq: row for row in rows if row.state == _LEASED}
+        seqs = [row.seq for row in rows if row.seq not in leased]
+        self._hot.difference_update([row.seq for row in rows if row.state in FINISHED])
+        for seq in (*seqs, *leased):
             self._before.pop(seq, None)
+        if self._granted:
+            for seq in seqs:
+                self._granted.pop(seq, None)
+        self._granted.update(leased)
 
     def _alike(self, rows: Iterable[TaskRow]) -> tuple[dict[records.Change, list[TaskRow]], list[TaskRow]]:
         """Rows that change as most do, by what they change to; the others."""
@@ -612,7 +633,7 @@ class Store(View):
         return alike, others
 
     def _same_change(self, change: records.Change, rows: Sequence[TaskRow], layer: _Layer) -> Statement:
-        seqs = [row.seq for row in rows]
+        seqs = sorted([row.seq for row in rows])
         if change[0] == State.LEASED:
             return self._sql["lease"], (ints(seqs), *records.change_texts(change))
         versions = [self._unproved.pop(seq, None) for seq in seqs]
@@ -623,13 +644,14 @@ class Store(View):
             sparse(versions, None),
             str(len(seqs)),
             str(day),
-            *records.change_texts(change[:-1]),
+            *records.change_texts(change),
         )
 
     def _proofs(self, seqs: Sequence[int]) -> list[Statement]:
         """That these are still as they were known by heart."""
         if not seqs:
             return []
+        seqs = sorted(seqs)
         versions = [self._unproved.pop(seq) for seq in seqs]
         return [(self._sql["prove"], (ints(seqs), ints(versions), str(len(seqs))))]
 
@@ -650,16 +672,34 @@ class Store(View):
         row = layer.saves.get(seq)
         return row is not None and row.state in FINISHED
 
-    def _finished(self, rows: Sequence[TaskRow], layer: _Layer) -> list[str]:
+    def _finished(self, rows: Sequence[TaskRow], layer: _Layer) -> list[records.Value]:
         days = self._days()
         _, *results = _results([row.seq for row in rows], layer)
         return [*records.saved(rows), ints([records.drop_day(row, days) for row in rows]), *results]
 
-    def _inserts(self, tasks: list[Task]) -> list[Statement]:
-        return [(self._sql["insert"], records.inserted(tasks))] if tasks else []
+    def _inserts(self, runs: Sequence[Sequence[Task]]) -> list[Statement]:
+        """Long runs go as such, in their order; what is between them goes together."""
+        statements: list[Statement] = []
+        for is_long, some in groupby(_joined(runs), lambda run: len(run) >= _MANY):
+            if is_long:
+                statements += [(self._sql["insert_alike"], records.inserted_alike(run)) for run in some]
+            else:
+                statements.append((self._sql["insert"], records.inserted([task for run in some for task in run])))
+        return statements
 
 
-def _requested(requests: Sequence[_Request]) -> list[str]:
+def _joined(runs: Iterable[Sequence[Task]]) -> list[list[Task]]:
+    """The same with neighbours that are alike made one."""
+    joined: list[list[Task]] = []
+    for run in runs:
+        if joined and records.alike(joined[-1], run):
+            joined[-1] += run
+        else:
+            joined.append([*run])
+    return joined
+
+
+def _requested(requests: Sequence[_Request]) -> list[records.Value]:
     return [
         texts([request.request_id for request in requests]),
         blobs([request.fingerprint for request in requests]),
@@ -668,7 +708,7 @@ def _requested(requests: Sequence[_Request]) -> list[str]:
     ]
 
 
-def _results(seqs: Sequence[int], layer: _Layer) -> list[str]:
+def _results(seqs: Sequence[int], layer: _Layer) -> list[records.Value]:
     """Them, and what attempts left on them."""
     results = [layer.results.get(seq) for seq in seqs]
     return [
