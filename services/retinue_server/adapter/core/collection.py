@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 RESERVED = ("instance", "kind", "service", "target")
 """Labels that are ours; a source's own are called `exported_…`."""
+_OWN_SUFFIX = {Type.COUNTER: "_total", Type.INFO: "_info"}
+"""What the exposition adds; sources that say it themselves do not get it twice."""
 _MAX_LABEL = 1024
 """Characters of a label's value; the rest is cut off."""
 
@@ -128,8 +130,9 @@ class Collector:
         self._names = set()
 
     def _family(self, raw: RawFamily, now_ms: int, taken: dict[str, Family]) -> None:
-        base, unit, factor = naming.based(naming.metric_name(raw.name), raw.unit)
         kind = raw.type
+        name = naming.metric_name(raw.name).removesuffix(_OWN_SUFFIX.get(kind, ""))
+        base, unit, factor = naming.based(name, raw.unit)
         if not base:
             self.reject("bad_name", repr(raw.name)[:200], len(raw.points))
             return
@@ -167,7 +170,9 @@ class Collector:
                 self.reject(why, f"{family.name} {value}"[:200])
                 continue
             known.seen = turn
-            if kind in CUMULATIVE and _fell(known.value, value):
+            if point.start_ms:
+                known.start_ms = point.start_ms
+            elif kind in CUMULATIVE and _fell(known.value, value):
                 known.start_ms = now_ms
             known.value = value
             family.series.append(Series(known.labels, value, known.start_ms if kind in CUMULATIVE else 0))
