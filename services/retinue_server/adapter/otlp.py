@@ -132,7 +132,9 @@ def target_id(service: str) -> str:
 def take(metric: Any, own: Mapping[str, str], pushes: Pushes, reject: Reject) -> None:
     """One metric; what it is of decides what it becomes."""
     shape = metric.WhichOneof("data")
-    data = getattr(metric, shape) if shape else None
+    if shape is None:
+        return
+    data = getattr(metric, shape)
     refused = _refused(shape, data)
     if refused:
         reject(refused, metric.name, _count(metric))
@@ -143,9 +145,7 @@ def take(metric: Any, own: Mapping[str, str], pushes: Pushes, reject: Reject) ->
     pushes.push(family, _pushed(shape, data, own, is_delta=is_delta), reject)
 
 
-def _refused(shape: str | None, data: Any) -> str:
-    if shape is None:
-        return "no_data"
+def _refused(shape: str, data: Any) -> str:
     if shape == "exponential_histogram":
         return "type_unsupported"
     if shape in ("sum", "histogram") and data.aggregation_temporality not in (_DELTA, _CUMULATIVE):

@@ -55,6 +55,7 @@ async def wire(settings: Settings, section: AdapterSettings) -> Pattern:
         health_of=targets.health_of,
         quiesce=targets.quiesce,
         metrics=partial(metrics.families, targets, lambda: packs.ok and file.ok, lambda: max(work.working.restarts, 0)),
+        resources=partial(metrics.resources, targets),
         metric_pages=MetricPages(targets),
         notices=lambda: [f"{len(targets.names())} targets; rule packs {', '.join(sorted(packs.packs))}", _of_otlp()],
     )
