@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from retinue_server.adapter.core.points import Histogram, Raw, RawFamily, Summary, Type
+from retinue_server.adapter.core.points import CUMULATIVE, Histogram, Raw, RawFamily, Summary, Type
 from retinue_server.adapter.engine import Unexpected
 
 if TYPE_CHECKING:
@@ -30,15 +30,21 @@ def parse(text: bytes, content_type: str, reject: Reject) -> Iterator[RawFamily]
 
 def of_metrics(metrics: Iterable[Any], reject: Reject) -> Iterator[RawFamily]:
     """Of metrics as prometheus_client has them."""
+    counting = set()
     for metric in metrics:
         kind = _TYPES.get(metric.type, Type.UNKNOWN)
         name = metric.name
+        if kind in CUMULATIVE:
+            counting.add(name)
+        elif name.endswith(_NOT_SHOWN) and name.removesuffix(_NOT_SHOWN) in counting:
+            continue  # the text format has the starts of counters as gauges
         if metric.type == "stateset":
             kind = Type.GAUGE
         if kind in (Type.HISTOGRAM, Type.SUMMARY):
             points = list(_grouped(metric.samples, name, kind, reject))
         else:
-            points = [Raw(s.labels, s.value) for s in metric.samples if not s.name.endswith(_NOT_SHOWN)]
+            start = name + _NOT_SHOWN
+            points = [Raw(s.labels, s.value) for s in metric.samples if s.name != start]
             if metric.type == "gaugehistogram":
                 points = []
                 reject("type_unsupported", name, len(metric.samples))

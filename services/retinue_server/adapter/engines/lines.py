@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from retinue_server.adapter.engines.dialling import Objection
 
 _PAIRS = re.compile(r"([a-z_0-9.]+)=([^,]*)")
+_LENGTH = re.compile(r"\$[0-9]{1,12}", re.ASCII)
 _MANY_FIELDS = ("keyspace", "commandstats", "errorstats", "latencystats")
 """Sections of INFO whose values are fields themselves: `keys=1,expires=0`."""
 
@@ -41,22 +42,26 @@ class LineSource:
         if self._spec.credentials_file:
             words = ("AUTH", await credentials(self._spec.credentials_file))
             writer.write(_command(*words))
-            _told(await reader.readline())
+            _told(await _line(reader))
         writer.write(_command("INFO", "everything"))
-        head = _told(await reader.readline())
-        if not head.startswith("$"):
-            raise Unexpected("it does not speak Redis")
+        head = _told(await _line(reader))
+        if not _LENGTH.fullmatch(head):
+            raise Unexpected(f"it does not speak Redis: {head[:100]!r}")
         size = int(head[1:])
-        if not 0 <= size <= self._spec.limits.max_bytes:
+        if size > self._spec.limits.max_bytes:
             raise Unexpected(f"its answer is longer than {self._spec.limits.max_bytes} bytes")
         return info((await reader.readexactly(size)).decode(errors="replace"))
 
     async def _memcached(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> dict[str, Any]:
         found: dict[str, Any] = {}
+        left = self._spec.limits.max_bytes
         for section in ("", "settings"):
             writer.write(f"stats {section}".rstrip().encode() + b"\r\n")
             values = found if not section else found.setdefault(section, {})
-            while (line := (await reader.readline()).decode(errors="replace").rstrip()) != "END":
+            while (line := await _line(reader)) != "END":
+                left -= len(line)
+                if left < 0:
+                    raise Unexpected(f"its answer is longer than {self._spec.limits.max_bytes} bytes")
                 word, _, rest = line.partition(" ")
                 name, _, value = rest.partition(" ")
                 if word != "STAT":
@@ -70,10 +75,17 @@ def _command(*words: str) -> bytes:
     return f"*{len(words)}\r\n{''.join(parts)}".encode()
 
 
-def _told(line: bytes) -> str:
-    text = line.decode(errors="replace").rstrip()
-    if not text:
+async def _line(reader: asyncio.StreamReader) -> str:
+    try:
+        line = await reader.readline()
+    except ValueError:  # longer than the reader's limit
+        raise Unexpected("it answers no lines") from None
+    if not line:
         raise SourceError("it closed the connection")
+    return line.decode(errors="replace").rstrip()
+
+
+def _told(text: str) -> str:
     if text.startswith("-"):
         raise SourceError(f"it refuses: {text[1:200]}")
     return text
