@@ -77,7 +77,8 @@ class HttpSource:
                 writer.write(sent)
                 return await self._read(link, reader)
         except h11.ProtocolError as error:
-            if link.trailing_data[1]:
+            left, has_ended = link.trailing_data
+            if has_ended and not left:
                 raise SourceError("it closed the connection before the end of its answer") from None
             raise Unexpected(f"it does not speak HTTP: {error}") from None
 

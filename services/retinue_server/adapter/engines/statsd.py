@@ -126,7 +126,8 @@ class StatsdListener:
         self.reject = Reject()
         self.received = 0
         self._buffer = memoryview(bytearray(_DATAGRAM_BYTES))
-        self._now = 0.0
+        self._now = clock()
+        """When what is being read came."""
         self.address = spec.endpoint
         self.use(pack)
 
@@ -147,25 +148,31 @@ class StatsdListener:
 
     def _bound(self) -> socket.socket:
         kind, _, rest = self._spec.endpoint.partition(":")
-        if kind == "unixgram":
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            path = Path(rest)
-            if path.is_socket():  # one that a former process left; nothing else is removed
-                path.unlink()
-            sock.bind(rest)
-            path.chmod(0o660)
-            self._path = path
-        else:
-            host, _, port = rest.rpartition(":")
-            bare = host.removeprefix("[").removesuffix("]")
-            sock = socket.socket(socket.AF_INET6 if ":" in bare else socket.AF_INET, socket.SOCK_DGRAM)
-            sock.bind((bare, int(port)))
-            shown, number = sock.getsockname()[:2]
-            self.address = f"udp:[{shown}]:{number}" if ":" in shown else f"udp:{shown}:{number}"
+        host, _, port = rest.rpartition(":")
+        bare = host.removeprefix("[").removesuffix("]")
+        internet = socket.AF_INET6 if ":" in bare else socket.AF_INET
+        sock = socket.socket(socket.AF_UNIX if kind == "unixgram" else internet, socket.SOCK_DGRAM)
+        try:
+            if kind == "unixgram":
+                self._bind_path(sock, Path(rest))
+            else:
+                sock.bind((bare, int(port)))
+                shown, number = sock.getsockname()[:2]
+                self.address = f"udp:[{shown}]:{number}" if ":" in shown else f"udp:{shown}:{number}"
+        except OSError:
+            sock.close()
+            raise
         with contextlib.suppress(OSError):  # as much as this system lets
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
         sock.setblocking(False)  # noqa: FBT003 - the socket's own shape
         return sock
+
+    def _bind_path(self, sock: socket.socket, path: Path) -> None:
+        if path.is_socket():  # one that a former process left; nothing else is removed
+            path.unlink()
+        sock.bind(str(path))
+        path.chmod(0o660)
+        self._path = path
 
     @property
     def dropped(self) -> int:
