@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 
 _PAIRS = re.compile(r"([a-z_0-9.]+)=([^,]*)")
 _LENGTH = re.compile(r"\$[0-9]{1,12}", re.ASCII)
-_MANY_FIELDS = ("keyspace", "commandstats", "errorstats", "latencystats")
-"""Sections of INFO whose values are fields themselves: `keys=1,expires=0`."""
+_MANY_FIELDS = {
+    "keyspace": "",
+    "commandstats": "cmdstat_",
+    "errorstats": "errorstat_",
+    "latencystats": "latency_percentiles_usec_",
+}
+"""Sections of INFO whose values are fields themselves, `keys=1,expires=0`, and what stands before their names."""
 
 
 class LineSource:
@@ -95,12 +100,12 @@ def info(text: str) -> dict[str, Any]:
     """The answer to INFO by section, in lower case; https://redis.io/docs/latest/commands/info."""
     found: dict[str, Any] = {}
     section: dict[str, Any] = {}
-    many = False
+    before: str | None = None
     for line in text.splitlines():
         if line.startswith("#"):
             name = line[1:].strip().lower()
-            section, many = found.setdefault(name, {}), name in _MANY_FIELDS
+            section, before = found.setdefault(name, {}), _MANY_FIELDS.get(name)
         elif ":" in line:
             key, _, value = line.partition(":")
-            section[key] = dict(_PAIRS.findall(value)) if many else value
+            section[key.removeprefix(before or "")] = value if before is None else dict(_PAIRS.findall(value))
     return found
