@@ -1,7 +1,8 @@
 """The adapter's values side by side with those of the exporters that operators use today, of one app at one time.
 
-What counts is read from the exporter before and after, and ours must lie between; the two agree to the digit where nothing
-happens meanwhile. Names differ, which the tables say; units are the same after theirs are turned into base units.
+What counts is read from the exporter before and after, and ours must lie between; the two agree to the digit where
+nothing happens meanwhile. Names differ, which the tables say; units are the same after theirs are turned into base
+units.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def channel(server: RunningServer) -> Iterator[grpc.Channel]:
 
 @pytest.fixture
 def adapter(channel: grpc.Channel) -> Any:
-    return AdapterServiceStub(channel)  # type: ignore[no-untyped-call]
+    return AdapterServiceStub(channel)
 
 
 @pytest.fixture
@@ -65,7 +65,12 @@ def push(channel: grpc.Channel) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def meter(
-    server: RunningServer, service: str, *, delta: bool = False, views: tuple[View, ...] = (), **attributes: str
+    server: RunningServer,
+    service: str,
+    *,
+    delta: bool = False,
+    views: tuple[View, ...] = (),
+    attributes: Mapping[str, str] = {},
 ) -> Iterator[Any]:
     """A meter of the SDK, whose metrics are pushed by `flush` and at the end."""
     preferred = {Counter: DELTA, Histogram: DELTA} if delta else {}
@@ -100,12 +105,15 @@ def number(metrics: Mapping[str, metric_pb.Metric], name: str) -> float:
 
 
 def test_what_an_sdk_pushes_is_a_target_of_its_own(server: RunningServer, adapter: Any) -> None:
-    with meter(server, "Shop Front", **{"service.instance.id": "i-1", "deployment.environment": "test"}) as shop:
+    attributes = {"service.instance.id": "i-1", "deployment.environment": "test"}
+    with meter(server, "Shop Front", attributes=attributes) as shop:
         requests = shop.create_counter("orders", unit="{order}", description="Orders.")
         requests.add(3, {"kind": "new"})
         shop.create_up_down_counter("open.baskets").add(2)
         shop.create_gauge("queue.delay", unit="ms").set(1500)
-        times = shop.create_histogram("http.server.request.duration", unit="s", explicit_bucket_boundaries_advisory=[1, 5])
+        times = shop.create_histogram(
+            "http.server.request.duration", unit="s", explicit_bucket_boundaries_advisory=[1, 5]
+        )
         for seconds, status in ((0.5, 200), (3, 200), (9, 503)):
             times.record(seconds, {"http.response.status_code": status})
     found = until(lambda: metrics_of(adapter, "shop-front"))
@@ -190,7 +198,11 @@ def test_what_cannot_be_taken_is_named_and_the_rest_is_taken(push: Callable[...,
     exponential.exponential_histogram.data_points.add(count=1)
     exponential.exponential_histogram.data_points.add(count=2)
     told = push(
-        "partly", exponential, summed(1, at=5, temporality=0, name="odd"), otlp_metrics.Metric(name="none"), summed(1, at=5)
+        "partly",
+        exponential,
+        summed(1, at=5, temporality=0, name="odd"),
+        otlp_metrics.Metric(name="none"),
+        summed(1, at=5),
     ).partial_success
     assert told.rejected_data_points == 3
     assert told.error_message == "type_unsupported: 2, such as spread; no_temporality: 1, such as odd"
@@ -224,7 +236,7 @@ def test_a_series_that_has_no_value_any_more_is_gone(push: Callable[..., Any], a
 
 def test_a_name_that_somebody_else_has_is_not_taken_away(server: RunningServer, push: Callable[..., Any]) -> None:
     with grpc.insecure_channel(server.control) as control:
-        operator: Any = AdapterServiceStub(control)  # type: ignore[no-untyped-call]
+        operator: Any = AdapterServiceStub(control)
         for target in operator.ListTargets(api.ListTargetsRequest()).targets:
             operator.DeleteTarget(api.DeleteTargetRequest(target_id=target.target_id))
         mine = pb.Target(target_id="checkout", kind=pb.TARGET_KIND_REPORT)
@@ -232,7 +244,10 @@ def test_a_name_that_somebody_else_has_is_not_taken_away(server: RunningServer, 
         push("checkout", summed(1, at=1))
         push("Checkout", summed(2, at=1))
         push("42 & more", summed(2, at=1))
-        names = {one.target_id: one.service or one.target_id for one in operator.ListTargets(api.ListTargetsRequest()).targets}
+        names = {
+            one.target_id: one.service or one.target_id
+            for one in operator.ListTargets(api.ListTargetsRequest()).targets
+        }
         assert len(names) == 4
         assert names["checkout"] == "checkout"
         assert names["otlp-42-more"] == "42 & more"
@@ -260,7 +275,7 @@ def test_what_is_collected_goes_out_by_otlp_as_it_is(tmp_path: Path) -> None:
         server = start_server(tmp_path, "adapter", env=env)
         try:
             with grpc.insecure_channel(server.control) as channel:
-                adapter: Any = AdapterServiceStub(channel)  # type: ignore[no-untyped-call]
+                adapter: Any = AdapterServiceStub(channel)
                 target = pb.Target(target_id="app", kind=pb.TARGET_KIND_REPORT, service="shop")
                 adapter.CreateTarget(api.CreateTargetRequest(target=target))
                 adapter.ReportMetrics(report)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
@@ -192,7 +190,9 @@ async def test_errors_are_those_of_the_app(postgres: Postgres) -> None:
     with apps.redis() as app:
         async with taking(app) as take:
             assert (await take()).signals[1].value == 0
-            apps.talk(app.endpoint, b"NONSENSE\r\n", 3, b"-ERR unknown command 'NONSENSE', with args beginning with: \r\n")
+            apps.talk(
+                app.endpoint, b"NONSENSE\r\n", 3, b"-ERR unknown command 'NONSENSE', with args beginning with: \r\n"
+            )
             assert (await take()).signals[1].value == 3
     with apps.prometheus("text") as app:
         async with taking(app) as take:
@@ -224,7 +224,7 @@ async def test_a_password_is_read_from_its_file(tmp_path: Path) -> None:
 @EACH_KIND
 async def test_an_app_that_is_gone_is_an_error_of_the_source(kind: Kind) -> None:
     asked = source(spec(kind, KINDS[kind].format(f"127.0.0.1:{free_port()}")))
-    with pytest.raises(SourceError, match="cannot connect to 127.0.0.1") as error:
+    with pytest.raises(SourceError, match=r"cannot connect to 127\.0\.0\.1") as error:
         await asked.collect()
     assert not error.value.misconfigured
     await asked.close()
@@ -242,7 +242,7 @@ async def test_a_forbidden_address_is_not_dialled(kind: Kind) -> None:
         return "it is not for you"
 
     host = f"localhost:{address[1]}"
-    with pytest.raises(SourceError, match="endpoint policy forbids .* it is not for you"):
+    with pytest.raises(SourceError, match=r"endpoint policy forbids .* it is not for you"):
         await source(spec(kind, KINDS[kind].format(host)), objection).collect()
     assert f"127.0.0.1:{address[1]}" in asked
     assert not dialled
@@ -325,7 +325,9 @@ async def test_postgresql_that_says_nonsense_is_an_error_of_the_source() -> None
             await source(spec(Kind.POSTGRESQL, KINDS[Kind.POSTGRESQL].format(address))).collect()
 
 
-@pytest.mark.parametrize(("kind", "what"), [(Kind.REDIS, b"$100\r\nhalf"), (Kind.MEMCACHED, b"STAT a 1\r\n"), (Kind.JSON, b"")])
+@pytest.mark.parametrize(
+    ("kind", "what"), [(Kind.REDIS, b"$100\r\nhalf"), (Kind.MEMCACHED, b"STAT a 1\r\n"), (Kind.JSON, b"")]
+)
 async def test_an_answer_that_breaks_off_is_an_error_and_no_half_of_it_is_taken(kind: Kind, what: bytes) -> None:
     async with answering(what) as address:
         with pytest.raises(SourceError) as error:
@@ -340,9 +342,8 @@ async def test_a_longer_answer_than_its_limit_is_not_read_on() -> None:
 
 
 async def test_a_status_that_is_not_ok_is_told() -> None:
-    with apps.nginx() as app:
-        with pytest.raises(SourceError, match="answers 405|answers 404|answers 400"):
-            await source(spec(Kind.JSON, app.endpoint.replace("/status", "/%zz"))).collect()
+    with apps.nginx() as app, pytest.raises(SourceError, match=r"answers 400"):
+        await source(spec(Kind.JSON, app.endpoint.replace("/status", "/%zz"))).collect()
 
 
 async def test_a_query_without_its_table_costs_itself(postgres: Postgres) -> None:
@@ -360,7 +361,9 @@ async def test_a_query_without_its_table_costs_itself(postgres: Postgres) -> Non
 
 
 async def test_postgresql_lets_nobody_write_and_cuts_what_takes_too_long(postgres: Postgres) -> None:
-    pack = packfile.read("p", b"kind: postgresql\nqueries: {a: CREATE TABLE t (x int), b: SELECT pg_sleep(60) AS x, c: SELECT 1 AS x}\n")
+    pack = packfile.read(
+        "p", b"kind: postgresql\nqueries: {a: CREATE TABLE t (x int), b: SELECT pg_sleep(60) AS x, c: SELECT 1 AS x}\n"
+    )
     began = time.monotonic()
     asked: Any = sources.make(lambda _: "", spec(Kind.POSTGRESQL, postgres.url, timeout_s=0.5), pack)
     answer = await asked.collect()
@@ -376,7 +379,8 @@ async def test_a_connection_that_was_cut_is_made_anew(postgres: Postgres) -> Non
     async with taking(apps.postgresql(postgres)) as take:
         await take()
         await asyncio.to_thread(
-            postgres.run, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'retinue-adapter'"
+            postgres.run,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'retinue-adapter'",
         )
         with contextlib.suppress(SourceError):
             await take()

@@ -21,10 +21,11 @@ from retinue_server.runtime.dispatch import Service
 from retinue_server.runtime.errors import ResourceExhausted, RetinueError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from google.protobuf.descriptor import ServiceDescriptor
 
+    from retinue_server.adapter.core.points import Value
     from retinue_server.adapter.core.target import Target
     from retinue_server.adapter.core.targets import Targets
     from retinue_server.runtime.dispatch import Call
@@ -160,7 +161,7 @@ def _kind(shape: str, data: Any) -> Type:
 
 
 def _pushed(shape: str, data: Any, own: Mapping[str, str], *, is_delta: bool) -> Iterator[Pushed]:
-    read = {"histogram": _histogram, "summary": _summary}.get(shape, _number)
+    read: Callable[[Any], Value] = _READERS.get(shape, _number)
     for point in data.data_points:
         labels = {**_labels(point.attributes), **own}
         value = None if point.flags & _NO_VALUE else Raw(labels, read(point), point.start_time_unix_nano // _MS)
@@ -181,6 +182,9 @@ def _histogram(point: Any) -> Histogram:
 def _summary(point: Any) -> Summary:
     quantiles = tuple((one.quantile, one.value) for one in point.quantile_values)
     return Summary(quantiles, point.sum, float(point.count))
+
+
+_READERS: Mapping[str, Callable[[Any], Value]] = {"histogram": _histogram, "summary": _summary}
 
 
 def _target_info(attributes: Mapping[str, str], own: Mapping[str, str]) -> tuple[RawFamily, list[Pushed]]:

@@ -166,9 +166,7 @@ class _WithOthers(OTLPMetricExporter):
         super().__init__(max_export_batch_size=_BATCH)
         self._patterns, self._patterns_loop = metrics, loop
 
-    def export(
-        self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any
-    ) -> MetricExportResult:
+    def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any) -> MetricExportResult:
         """As the SDK's."""
         others = asyncio.run_coroutine_threadsafe(self._read_others(), self._patterns_loop).result(_READ_S)
         both = MetricsData([*metrics_data.resource_metrics, *map(_resource_metrics, others)])

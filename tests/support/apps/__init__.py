@@ -124,7 +124,7 @@ def jolokia() -> Iterator[App]:
     port = free_port()
     agent = f"-javaagent:{jolokia_agent()}=host=127.0.0.1,port={port},discoveryEnabled=false"
     args = [agent, "-Xmx64m", str(_HERE / "Idle.java")]
-    with upstreams.program("java", "default-jdk-headless", *args, port=port) as address:
+    with upstreams.program("java", "openjdk-17-jdk-headless", *args, port=port) as address:
         yield App(Kind.JSON, f"http://{address}/jolokia/", lambda _: None, "jolokia")
 
 

@@ -1,11 +1,12 @@
-"""Names of StatsD -> names with labels, by rules in the form of a mapping file of statsd_exporter: such a file is a rule
-pack as soon as it says `kind: statsd`. What of it has no meaning here is refused rule by rule.
+"""Names of StatsD -> names with labels, by rules in the form of a mapping file of statsd_exporter: such a file is a
+rule pack as soon as it says `kind: statsd`. What of it has no meaning here is refused rule by rule.
 
 https://github.com/prometheus/statsd_exporter#metric-mapping-and-configuration
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import TYPE_CHECKING, Any, Literal
@@ -171,13 +172,11 @@ def check(defaults: Mapping[str, Any], mappings: Sequence[Mapping[str, Any]], fa
 def shape(said: _Defaults, defaults: _Defaults, *, usual: Literal["histogram", "summary"]) -> Shape:
     """Of a rule, or of the defaults themselves; raises ValueError."""
     kind = said.observer_type or said.timer_type or defaults.observer_type or defaults.timer_type or usual
-    buckets = (
-        said.histogram_options.buckets or said.buckets or defaults.histogram_options.buckets or defaults.buckets
-    )
+    buckets = said.histogram_options.buckets or said.buckets or defaults.histogram_options.buckets or defaults.buckets
     quantiles = (
         said.summary_options.quantiles or said.quantiles or defaults.summary_options.quantiles or defaults.quantiles
     )
-    if any(a >= b for a, b in zip(buckets, buckets[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(buckets)):
         raise ValueError("buckets must rise")
     if any(not 0 <= one.quantile <= 1 for one in quantiles):
         raise ValueError("quantiles must be from 0 to 1")

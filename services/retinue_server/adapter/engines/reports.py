@@ -107,7 +107,9 @@ class Pushes(Reports):
         series = self._series(family)
         for one in pushed:
             before = series.get(tuple(sorted(one.labels.items())))
-            if before is not None and (one.time_ns < before.time_ns or (one.is_delta and one.time_ns == before.time_ns)):
+            if before is not None and (
+                one.time_ns < before.time_ns or (one.is_delta and one.time_ns == before.time_ns)
+            ):
                 reject("old_point", family.name)
                 continue
             if one.point is None:
@@ -135,5 +137,7 @@ def _added(before: Value, more: Value) -> Value:
         if bounds == [bound for bound, _ in more.buckets]:
             counts = [a + b for (_, a), (_, b) in zip(before.buckets, more.buckets, strict=True)]
             buckets = tuple(zip(bounds, counts, strict=True))
-            return msgspec.structs.replace(more, buckets=buckets, sum=before.sum + more.sum, count=before.count + more.count)
+            return msgspec.structs.replace(
+                more, buckets=buckets, sum=before.sum + more.sum, count=before.count + more.count
+            )
     return more

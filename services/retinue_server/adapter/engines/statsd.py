@@ -54,7 +54,7 @@ class _Series:
 
     __slots__ = ("at", "counts", "kind", "labels", "members", "name", "recent", "shape", "text", "unit", "value")
 
-    def __init__(self, name: str, labels: dict[str, str], kind: Type, shape: Shape, unit: str, text: str) -> None:
+    def __init__(self, name: str, labels: dict[str, str], kind: Type, *, shape: Shape, unit: str, text: str) -> None:
         self.name, self.labels, self.kind, self.shape, self.unit, self.text = name, labels, kind, shape, unit, text
         self.value = self.at = 0.0
         self.counts = [0.0] * (1 if kind is Type.SUMMARY else len(shape.buckets))
@@ -199,9 +199,7 @@ class StatsdListener:
                 del self._series[key]
                 gone.add(id(one))
                 continue
-            family = families.setdefault(
-                (one.name, one.kind), RawFamily(one.name, one.kind, [], one.unit, one.text)
-            )
+            family = families.setdefault((one.name, one.kind), RawFamily(one.name, one.kind, [], one.unit, one.text))
             family.points.append(Raw(one.labels, one.taken()))
         if gone:
             self._lines = {line: does for line, does in self._lines.items() if id(does[0]) not in gone}
@@ -291,7 +289,9 @@ class StatsdListener:
             if len(self._series) >= self._spec.limits.max_series:
                 self.reject("series_limit", shown[:100])
                 return None
-            series = self._series[key] = _Series(shown, labels, what, shape, "s" if kind == b"ms" else "", text)
+            series = self._series[key] = _Series(
+                shown, labels, what, shape=shape, unit="s" if kind == b"ms" else "", text=text
+            )
         return series, shape.scale
 
 
