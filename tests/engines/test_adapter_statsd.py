@@ -36,7 +36,7 @@ def clock() -> Clock:
 
 
 def made(pack: str = "", clock: Callable[[], float] | None = None, **more: Any) -> StatsdListener:
-    rules = packfile.read("rules", f"kind: statsd\n{pack}".encode()) if pack else None
+    rules = packfile.read("rules", pack.encode()) if pack else None
     return StatsdListener(Spec("it", Kind.STATSD, "udp:127.0.0.1:0", **more), rules, clock or Clock())
 
 
@@ -264,6 +264,7 @@ defaults:
   observer_type: histogram
   histogram_options: {buckets: [0.1, 1]}
   ttl: 1m
+  glob_disable_ordering: false
 mappings:
 - match: shop.*.orders.*
   name: "orders_total"
@@ -371,6 +372,22 @@ mappings:
 def test_what_the_defaults_cannot_mean_is_named() -> None:
     with pytest.raises(packfile.PackError, match=r"defaults: .*glob_disable_ordering"):
         packfile.read("rules.yaml", b"kind: statsd\ndefaults: {glob_disable_ordering: true}\nmappings: []")
+
+
+def test_the_whole_name_and_what_is_around_a_match_count_as_there() -> None:
+    """Patterns are searched for, as there; `$0` is what was found."""
+    listener = made("""
+mappings:
+- {match: '^app\\.(.+)_counter$', match_type: regex, name: "${1}_count"}
+- {match: 'b.d', match_type: regex, name: "all_${0}"}
+""")
+    listener.take(b"app.x.y_counter:1|c\nxbadx:1|c\nxb.dx:1|c")
+    assert values(listener) == {"x.y_count": 1, "all_bad": 1, "all_b.d": 1}
+
+
+def test_mappings_are_for_statsd_alone() -> None:
+    with pytest.raises(packfile.PackError, match="mappings are for kind statsd"):
+        packfile.read("rules.yaml", b"kind: redis\nmappings: [{match: a, name: b}]")
 
 
 def test_rules_that_change_hold_from_then_on() -> None:

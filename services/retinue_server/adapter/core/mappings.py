@@ -1,5 +1,5 @@
 """Names of StatsD -> names with labels, by rules in the form of a mapping file of statsd_exporter: such a file is a
-rule pack as soon as it says `kind: statsd`. What of it has no meaning here is refused rule by rule.
+rule pack as it is. What of it has no meaning here is refused rule by rule.
 
 https://github.com/prometheus/statsd_exporter#metric-mapping-and-configuration
 """
@@ -58,7 +58,7 @@ class _Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     histogram_options: _HistogramOptions = _HistogramOptions()
     summary_options: _SummaryOptions = _SummaryOptions()
     match_type: Literal["", "glob", "regex"] = ""
-    glob_disable_ordering: Literal[False] = False
+    glob_disable_ordering: bool = False
     ttl: str | float = 0
 
 
@@ -171,6 +171,8 @@ def check(defaults: Mapping[str, Any], mappings: Sequence[Mapping[str, Any]], fa
 
 def shape(said: _Defaults, defaults: _Defaults, *, usual: Literal["histogram", "summary"]) -> Shape:
     """Of a rule, or of the defaults themselves; raises ValueError."""
+    if said.glob_disable_ordering:
+        raise ValueError("glob_disable_ordering is not supported: the first rule that is for a name counts")
     kind = said.observer_type or said.timer_type or defaults.observer_type or defaults.timer_type or usual
     buckets = said.histogram_options.buckets or said.buckets or defaults.histogram_options.buckets or defaults.buckets
     quantiles = (
