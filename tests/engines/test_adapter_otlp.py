@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -25,6 +26,8 @@ from retinue.adapter.v1 import adapter_service_pb2 as api
 from retinue.adapter.v1 import metric_pb2 as metric_pb
 from retinue.adapter.v1 import target_pb2 as pb
 from retinue.adapter.v1.adapter_service_pb2_grpc import AdapterServiceStub
+from retinue_server.adapter import otlp as ingestion
+from retinue_server.adapter import wiring
 
 _PATIENCE_S = 30.0
 DELTA = AggregationTemporality.DELTA
@@ -303,3 +306,9 @@ def test_what_is_collected_goes_out_by_otlp_as_it_is(tmp_path: Path) -> None:
     assert sent["wait_sum"].sum.data_points[0].as_double == 9
     assert sent["app_request_duration_seconds"].histogram.data_points[0].count == 3
     assert "retinue_adapter_collections_total" in collector.metrics.found["retinue-server"]
+
+
+def test_without_its_package_the_service_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.proto.collector.metrics.v1", None)
+    assert ingestion.services(cast("Any", None)) == []
+    assert "pip install 'retinue-server[telemetry]'" in wiring._of_otlp()

@@ -99,7 +99,7 @@ def _success(one: Target) -> float:
 
 def resources(targets: Targets) -> Iterator[own.Resource]:
     """What is shown of each target, with its golden signals, as OTLP has it."""
-    for target in targets.all():
+    for target in list(targets.all()):
         if target.is_stale or not target.shown.time_ms:
             continue
         spec = target.spec

@@ -5,6 +5,7 @@ https://opentelemetry.io/docs/specs/otlp, https://opentelemetry.io/docs/specs/ot
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -77,21 +78,23 @@ class MetricsService:
     async def _resource(self, said: Any, reject: Reject) -> None:
         attributes = _labels(said.resource.attributes)
         name = attributes.get("service.name") or _UNNAMED
-        metrics = [metric for scope in said.scope_metrics for metric in scope.metrics]
+        instance = attributes.get("service.instance.id")
+        own = {"service_instance_id": instance} if instance else {}
+        here = Reject()
+        found = [_target_info(attributes, own)]
+        for metric in _metrics(said):
+            found += read(metric, own, here)
+            await asyncio.sleep(0)  # others' turn: an SDK may push thousands of points at once
         try:
             pushes = await self._pushes(name)
         except RetinueError as error:
-            reject("no_target", str(error)[:300], sum(map(_count, metrics)))
+            reject("no_target", str(error)[:300], sum(map(_count, _metrics(said))))
             return
-        before = dict(reject.counts)
-        instance = attributes.get("service.instance.id")
-        own = {"service_instance_id": instance} if instance else {}
-        for metric in metrics:
-            take(metric, own, pushes, reject)
-        pushes.push(*_target_info(attributes, own), Reject())
-        for reason, count in reject.counts.items():
-            if count != before.get(reason, 0):
-                pushes.reject(reason, reject.examples[reason], count - before.get(reason, 0))
+        for family, points in found:  # without a turn of others: what is pushed at once is shown at once
+            pushes.push(family, points, here)
+        for reason, count in here.counts.items():
+            reject(reason, here.examples[reason], count)
+            pushes.reject(reason, here.examples[reason], count)
         self._targets.hurry(pushes.target_id)
 
     async def _pushes(self, service: str) -> Pushes:
@@ -130,8 +133,8 @@ def target_id(service: str) -> str:
     return (found if found[:1].isalpha() else f"otlp-{found}")[:_MAX_ID].strip("-")
 
 
-def take(metric: Any, own: Mapping[str, str], pushes: Pushes, reject: Reject) -> None:
-    """One metric; what it is of decides what it becomes."""
+def read(metric: Any, own: Mapping[str, str], reject: Reject) -> Iterator[tuple[RawFamily, list[Pushed]]]:
+    """What a metric says; what it is of decides what it becomes."""
     shape = metric.WhichOneof("data")
     if shape is None:
         return
@@ -140,10 +143,13 @@ def take(metric: Any, own: Mapping[str, str], pushes: Pushes, reject: Reject) ->
     if refused:
         reject(refused, metric.name, _count(metric))
         return
-    kind = _kind(shape, data)
     is_delta = getattr(data, "aggregation_temporality", _CUMULATIVE) == _DELTA
-    family = RawFamily(metric.name, kind, [], metric.unit, metric.description)
-    pushes.push(family, _pushed(shape, data, own, is_delta=is_delta), reject)
+    family = RawFamily(metric.name, _kind(shape, data), [], metric.unit, metric.description)
+    yield family, list(_pushed(shape, data, own, is_delta=is_delta))
+
+
+def _metrics(said: Any) -> Iterator[Any]:
+    return (metric for scope in said.scope_metrics for metric in scope.metrics)
 
 
 def _refused(shape: str, data: Any) -> str:
@@ -161,10 +167,10 @@ def _kind(shape: str, data: Any) -> Type:
 
 
 def _pushed(shape: str, data: Any, own: Mapping[str, str], *, is_delta: bool) -> Iterator[Pushed]:
-    read: Callable[[Any], Value] = _READERS.get(shape, _number)
+    value_of: Callable[[Any], Value] = _READERS.get(shape, _number)
     for point in data.data_points:
         labels = {**_labels(point.attributes), **own}
-        value = None if point.flags & _NO_VALUE else Raw(labels, read(point), point.start_time_unix_nano // _MS)
+        value = None if point.flags & _NO_VALUE else Raw(labels, value_of(point), point.start_time_unix_nano // _MS)
         yield Pushed(value, labels, point.time_unix_nano, is_delta)
 
 

@@ -7,7 +7,7 @@ on the event loop, and must not block.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -112,9 +112,9 @@ class Metrics:
         """Whether `resources` may have some."""
         return bool(self._others)
 
-    def resources(self) -> list[Resource]:
-        """What patterns know of others."""
-        return [one for read in self._others for one in read()]
+    def resources(self) -> Iterator[Resource]:
+        """What patterns know of others, one after the other: the reader may let the event loop go on between them."""
+        return (one for read in self._others for one in read())
 
     def _call_families(self) -> list[Family]:
         handled, durations = [], []

@@ -173,7 +173,11 @@ class _WithOthers(OTLPMetricExporter):
         return super().export(both, timeout_millis, **kwargs)
 
     async def _read_others(self) -> list[OtherResource]:
-        return self._patterns.resources()
+        found = []
+        for one in self._patterns.resources():
+            found.append(one)
+            await asyncio.sleep(0)  # others' turn
+        return found
 
 
 def _resource_metrics(one: OtherResource) -> ResourceMetrics:

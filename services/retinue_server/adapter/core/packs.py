@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _KINDS = {kind.name.lower(): kind for kind in Type}
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
 _ANY = "*"
+_EXAMPLE = 200
+"""Characters of one, at most."""
 _PLACE = re.compile(r"\$(\d)")
 
 
@@ -206,7 +208,7 @@ class Reject:
 
     def __call__(self, reason: str, example: str, points: int = 1) -> None:
         self.counts[reason] = self.counts.get(reason, 0) + points
-        self.examples[reason] = example
+        self.examples[reason] = example[:_EXAMPLE]
 
 
 # Families to signals
