@@ -186,6 +186,18 @@ async def test_a_signal_is_there_or_says_why_not(app: App, name: str) -> None:
     assert saturation is None or (isinstance(saturation, float) and 0 <= saturation <= 1)
 
 
+async def test_a_counter_counts_since_its_app_says() -> None:
+    began = time.time() * 1000
+    with apps.prometheus("openmetrics") as app:
+        app.use(1)
+        async with taking(app) as take:
+            taken = await take()
+    found = {family.name: family for family in taken.families}
+    for name in ("http_requests", "http_request_duration_seconds"):
+        for one in found[name].series:
+            assert began - 1000 < one.start_ms < time.time() * 1000 + 1000
+
+
 async def test_errors_are_those_of_the_app(postgres: Postgres) -> None:
     with apps.redis() as app:
         async with taking(app) as take:

@@ -21,6 +21,8 @@ _TYPES = {
     "info": Type.INFO,
 }
 _NOT_SHOWN = "_created"
+"""It is the start of a series."""
+_LATEST_S = 1e11
 
 
 def parse(text: bytes, content_type: str, reject: Reject) -> Iterator[RawFamily]:
@@ -45,6 +47,10 @@ def of_metrics(metrics: Iterable[Any], reject: Reject) -> Iterator[RawFamily]:
         else:
             start = name + _NOT_SHOWN
             points = [Raw(s.labels, s.value) for s in metric.samples if s.name != start]
+            if len(points) < len(metric.samples):
+                starts = {tuple(s.labels.items()): s.value for s in metric.samples if s.name == start}
+                for point in points:
+                    point.start_ms = _ms(starts.get(tuple(point.labels.items()), 0.0))
             if metric.type == "gaugehistogram":
                 points = []
                 reject("type_unsupported", name, len(metric.samples))
@@ -80,4 +86,9 @@ def _grouped(samples: Iterable[Any], name: str, kind: Type, reject: Reject) -> I
         parts.sort()
         count = sums.get("_count", parts[-1][1] if parts and kind is Type.HISTOGRAM else math.nan)
         value = (Histogram if kind is Type.HISTOGRAM else Summary)(tuple(parts), sums.get("_sum", math.nan), count)
-        yield Raw(labels, value)
+        yield Raw(labels, value, _ms(sums.get(_NOT_SHOWN, 0.0)))
+
+
+def _ms(seconds: float) -> int:
+    """Of a start, since the epoch; 0 for what is no time."""
+    return round(seconds * 1000) if 0 < seconds < _LATEST_S else 0

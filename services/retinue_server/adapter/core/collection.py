@@ -9,6 +9,9 @@ from saying different things by one name. What is refused is counted by reason:
     label_limit        more labels than its limit             series_limit      a new series beyond its limit
     duplicate_series   twice in one collection                type_conflict     the name is of another type elsewhere
     name_conflict      its lines would bear another's name    type_unsupported  a type that no reader of ours knows
+
+Sources refuse some at once: bad_line and unknown_type (StatsD), old_point and no_temporality (OTLP), query_failed
+(PostgreSQL).
 """
 
 from __future__ import annotations
