@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 _MEMINFO, _DROPS, _WORDS = 55, 8, 9
 """SO_MEMINFO, and where among its words the drops are (linux/sock_diag.h)."""
+_RCVBUFFORCE = 33
+"""SO_RCVBUFFORCE: beyond net.core.rmem_max, with CAP_NET_ADMIN."""
 _DATAGRAM_BYTES = 65536
 _TURN_S = 0.003
 """Of reading, before others get the loop."""
@@ -162,8 +164,9 @@ class StatsdListener:
         except OSError:
             sock.close()
             raise
-        with contextlib.suppress(OSError):  # as much as this system lets
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
+        for option in (socket.SO_RCVBUF, _RCVBUFFORCE):  # as much as this system lets; all of it for who may ask so
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, option, _RECEIVE_BYTES)
         sock.setblocking(False)  # noqa: FBT003 - the socket's own shape
         return sock
 
