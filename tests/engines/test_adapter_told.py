@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from servers import start_server
+from support.postgres import free_port
 
 from retinue.adapter.v1 import adapter_service_pb2 as api
 from retinue.adapter.v1 import metric_pb2 as metric_pb
@@ -86,6 +87,24 @@ def test_an_existing_mapping_file_is_a_rule_pack_of_a_target(operator: Any) -> N
     assert (wait.name, wait.unit) == ("shop_wait_seconds", "seconds")
     buckets = wait.series[0].histogram.buckets
     assert [(one.upper_bound, one.cumulative_count) for one in buckets] == [(0.1, 0), (0.5, 1), (float("inf"), 1)]
+
+
+def test_a_change_that_cannot_be_made_leaves_the_target_as_it_was(operator: Any) -> None:
+    endpoints = {}
+    for name in ("first", "second"):
+        wanted = pb.Target(target_id=name, kind=pb.TARGET_KIND_STATSD, endpoint=f"udp:127.0.0.1:{free_port()}")
+        endpoints[name] = operator.CreateTarget(api.CreateTargetRequest(target=wanted)).target.endpoint
+    changed = pb.Target(target_id="second", kind=pb.TARGET_KIND_STATSD, endpoint=endpoints["first"])
+    with pytest.raises(grpc.RpcError) as error:
+        operator.UpdateTarget(api.UpdateTargetRequest(target=changed))
+    assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    host, _, port = endpoints["second"].removeprefix("udp:").rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect((host, int(port)))
+        sock.send(b"a:1|c")
+    asked = api.GetTargetRequest(target_id="second")
+    until(lambda: operator.GetTarget(asked).target.status.datagrams.received == 1)
+    assert operator.GetTarget(asked).target.endpoint == endpoints["second"]
 
 
 def _with(found: list[metric_pb.Signal], requests: float) -> list[metric_pb.Signal]:

@@ -185,7 +185,11 @@ class Targets:
             return known
         self.pack_of(spec)
         await self._end(spec.target_id, forget=False)
-        return await self._begin(spec, from_file=from_file or known.from_file, former=known)
+        try:
+            return await self._begin(spec, from_file=from_file or known.from_file, former=known)
+        except Exception:
+            await self._begin(known.spec, from_file=known.from_file, former=known)  # as it was
+            raise
 
     async def delete(self, target_id: str, *, etag: str = "", from_file: bool = False) -> bool:
         """Whether there was one."""
