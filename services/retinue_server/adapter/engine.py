@@ -48,6 +48,8 @@ class Listener(Protocol):
     """A source that is told."""
 
     address: str
+    # It may have `reject`, which counts what was refused at once, and `use(pack)`, by which it is told of changed
+    # rules; so may a Source.
 
     def drain(self) -> list[RawFamily]:
         """What was told so far, cumulative."""

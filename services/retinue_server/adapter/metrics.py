@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from retinue_server.adapter.core import exposition
-from retinue_server.adapter.core.points import SIGNALS, Family, Histogram, Series, Type
+from retinue_server.adapter.core.collection import RESERVED
+from retinue_server.adapter.core.points import SIGNALS, Family, Histogram, Series, Summary, Type
 from retinue_server.adapter.core.spec import State
 from retinue_server.runtime import metrics as own
 
@@ -15,6 +16,18 @@ if TYPE_CHECKING:
     from retinue_server.adapter.core.target import Target
     from retinue_server.adapter.core.targets import Targets
 
+_NS = 1_000_000
+_UCUM = {
+    "seconds": "s",
+    "bytes": "By",
+    "ratio": "1",
+    "celsius": "Cel",
+    "volts": "V",
+    "joules": "J",
+    "grams": "g",
+    "meters": "m",
+}
+"""Of base units."""
 _SIGNALS = {
     "requests": ("app_requests", Type.COUNTER, "", "Requests served."),
     "errors": ("app_errors", Type.COUNTER, "", "Requests that failed for a reason of the app's own."),
@@ -82,6 +95,52 @@ def _took(one: Target) -> float:
 
 def _success(one: Target) -> float:
     return one.status.success_ms / 1000
+
+
+def resources(targets: Targets) -> Iterator[own.Resource]:
+    """What is shown of each target, with its golden signals, as OTLP has it."""
+    for target in list(targets.all()):
+        if target.is_stale or not target.shown.time_ms:
+            continue
+        spec = target.spec
+        attributes = {
+            "service.name": spec.own_labels["service"],
+            "service.instance.id": spec.own_labels["instance"],
+            "retinue.target": spec.target_id,
+            "retinue.kind": spec.own_labels["kind"],
+        }
+        found = [part for family in (*target.shown.families, *signals([target])) for part in _otlp(family)]
+        yield own.Resource(attributes, found, target.shown.time_ms * _NS)
+
+
+def _otlp(family: Family) -> Iterator[own.Family]:
+    """As OTLP's SDK sends it: of a summary, its quantiles, its sum and its count."""
+    name, unit = exposition.sample_name(family.name, family.type), _UCUM.get(family.unit, "")
+    each = [({key: text for key, text in one.labels if key not in RESERVED}, one) for one in family.series]
+    if family.type is Type.SUMMARY:
+        told = [(labels, one.start_ms * _NS, one.value) for labels, one in each if isinstance(one.value, Summary)]
+        shares = [own.Sample({**labels, "quantile": str(q)}, v) for labels, _, s in told for q, v in s.quantiles]
+        yield own.Family(name, family.help, "gauge", shares, unit)
+        yield own.Family(f"{name}_sum", family.help, "counter", [own.Sample(n, s.sum, at) for n, at, s in told], unit)
+        yield own.Family(f"{name}_count", family.help, "counter", [own.Sample(n, s.count, at) for n, at, s in told])
+    elif family.type is Type.HISTOGRAM:
+        samples = [
+            own.Sample(labels, _histogram(one.value), one.start_ms * _NS)
+            for labels, one in each
+            if isinstance(one.value, Histogram)
+        ]
+        yield own.Family(name, family.help, "histogram", samples, unit)
+    else:
+        samples = [
+            own.Sample(labels, one.value, one.start_ms * _NS)
+            for labels, one in each
+            if isinstance(one.value, float | int)
+        ]
+        yield own.Family(name, family.help, "counter" if family.type is Type.COUNTER else "gauge", samples, unit)
+
+
+def _histogram(value: Histogram) -> own.Histogram:
+    return own.Histogram(tuple((bound, round(count)) for bound, count in value.buckets), value.sum)
 
 
 def signals(targets: Iterable[Target]) -> Iterator[Family]:

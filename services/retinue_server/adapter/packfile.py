@@ -32,7 +32,10 @@ class PackError(ValueError):
 def read(name: str, data: bytes) -> Pack:
     """Raises PackError."""
     try:
-        pack = msgspec.convert(strict_yaml.load(data), Pack)
+        said = strict_yaml.load(data)
+        if isinstance(said, dict) and "mappings" in said:
+            said.setdefault("kind", "statsd")  # a mapping file of statsd_exporter, as it is
+        pack = msgspec.convert(said, Pack)
     except (ValueError, msgspec.ValidationError) as error:
         raise PackError(f"{name}: {error}") from None
     faults: list[str] = []

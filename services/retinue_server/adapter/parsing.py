@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from retinue_server.adapter.core.points import Histogram, Raw, RawFamily, Summary, Type
+from retinue_server.adapter.core.points import CUMULATIVE, Histogram, Raw, RawFamily, Summary, Type
 from retinue_server.adapter.engine import Unexpected
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ _TYPES = {
     "info": Type.INFO,
 }
 _NOT_SHOWN = "_created"
+"""It is the start of a series."""
+_LATEST_S = 1e11
 
 
 def parse(text: bytes, content_type: str, reject: Reject) -> Iterator[RawFamily]:
@@ -30,15 +32,25 @@ def parse(text: bytes, content_type: str, reject: Reject) -> Iterator[RawFamily]
 
 def of_metrics(metrics: Iterable[Any], reject: Reject) -> Iterator[RawFamily]:
     """Of metrics as prometheus_client has them."""
+    counting = set()
     for metric in metrics:
         kind = _TYPES.get(metric.type, Type.UNKNOWN)
         name = metric.name
+        if kind in CUMULATIVE:
+            counting.add(name)
+        elif name.endswith(_NOT_SHOWN) and name.removesuffix(_NOT_SHOWN) in counting:
+            continue  # the text format has the starts of counters as gauges
         if metric.type == "stateset":
             kind = Type.GAUGE
         if kind in (Type.HISTOGRAM, Type.SUMMARY):
             points = list(_grouped(metric.samples, name, kind, reject))
         else:
-            points = [Raw(s.labels, s.value) for s in metric.samples if not s.name.endswith(_NOT_SHOWN)]
+            start = name + _NOT_SHOWN
+            points = [Raw(s.labels, s.value) for s in metric.samples if s.name != start]
+            if len(points) < len(metric.samples):
+                starts = {tuple(s.labels.items()): s.value for s in metric.samples if s.name == start}
+                for point in points:
+                    point.start_ms = _ms(starts.get(tuple(point.labels.items()), 0.0))
             if metric.type == "gaugehistogram":
                 points = []
                 reject("type_unsupported", name, len(metric.samples))
@@ -74,4 +86,9 @@ def _grouped(samples: Iterable[Any], name: str, kind: Type, reject: Reject) -> I
         parts.sort()
         count = sums.get("_count", parts[-1][1] if parts and kind is Type.HISTOGRAM else math.nan)
         value = (Histogram if kind is Type.HISTOGRAM else Summary)(tuple(parts), sums.get("_sum", math.nan), count)
-        yield Raw(labels, value)
+        yield Raw(labels, value, _ms(sums.get(_NOT_SHOWN, 0.0)))
+
+
+def _ms(seconds: float) -> int:
+    """Of a start, since the epoch; 0 for what is no time."""
+    return round(seconds * 1000) if 0 < seconds < _LATEST_S else 0

@@ -234,6 +234,7 @@ class AdapterService:
         limits.refuse(read.violations, "take the report")
         reports: Any = self._targets.report(request.target_id)
         left = reports.put(families)
+        self._targets.hurry(request.target_id)
         taken = sum(len(family.points) for family in families) - left
         response = api.ReportMetricsResponse(accepted_points=taken)
         if left:

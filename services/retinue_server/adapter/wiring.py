@@ -6,7 +6,7 @@ import socket
 from functools import partial
 from typing import TYPE_CHECKING
 
-from retinue_server.adapter import metrics, service
+from retinue_server.adapter import metrics, otlp, service
 from retinue_server.adapter.config import AdapterSettings
 from retinue_server.adapter.core.targets import Targets
 from retinue_server.adapter.engines import sources
@@ -50,14 +50,21 @@ async def wire(settings: Settings, section: AdapterSettings) -> Pattern:
     file = TargetFile(path, targets, must_exist=section.targets is not None)
     return Pattern(
         name=NAME,
-        services=(Service(service.DESCRIPTOR, service.AdapterService(targets), service.ROLES),),
+        services=(Service(service.DESCRIPTOR, service.AdapterService(targets), service.ROLES), *otlp.services(targets)),
         parts=(DataDirLock(directory), packs, work, targets, file),
         health_of=targets.health_of,
         quiesce=targets.quiesce,
         metrics=partial(metrics.families, targets, lambda: packs.ok and file.ok, lambda: max(work.working.restarts, 0)),
+        resources=partial(metrics.resources, targets),
         metric_pages=MetricPages(targets),
-        notices=lambda: [f"{len(targets.names())} targets; rule packs {', '.join(sorted(packs.packs))}"],
+        notices=lambda: [f"{len(targets.names())} targets; rule packs {', '.join(sorted(packs.packs))}", _of_otlp()],
     )
+
+
+def _of_otlp() -> str:
+    if otlp.descriptor() is not None:
+        return "OTLP metrics are taken in"
+    return "no OTLP: opentelemetry-proto is missing; run `pip install 'retinue-server[telemetry]'`"
 
 
 def _endpoint_policy(said: EndpointSettings) -> endpoints.EndpointPolicy:
@@ -83,9 +90,10 @@ def _relay(upstream: Upstream) -> Pattern:
     from retinue_server.runtime.relay import RelayServicer, UpstreamChannel  # noqa: PLC0415 - relays only
 
     channel = UpstreamChannel(upstream)
+    descriptors = [one for one in (service.DESCRIPTOR, otlp.descriptor()) if one is not None]
     return Pattern(
         name=NAME,
-        services=[Service(service.DESCRIPTOR, RelayServicer(service.DESCRIPTOR, channel))],
+        services=[Service(one, RelayServicer(one, channel)) for one in descriptors],
         parts=(channel,),
         health=channel,
         notices=lambda: [f"relays to {upstream.address}"],

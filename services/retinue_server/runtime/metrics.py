@@ -7,7 +7,7 @@ on the event loop, and must not block.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -37,6 +37,8 @@ class Sample(msgspec.Struct, frozen=True):
 
     labels: Mapping[str, str]
     value: float | Histogram
+    start_ns: int = 0
+    """Since when it counts, since the epoch; 0 = since this process runs."""
 
 
 class Family(msgspec.Struct, frozen=True):
@@ -46,6 +48,17 @@ class Family(msgspec.Struct, frozen=True):
     help: str
     type: Literal["counter", "gauge", "histogram"]
     samples: Iterable[Sample]
+    unit: str = ""
+    """By UCUM, as OTLP has it."""
+
+
+class Resource(msgspec.Struct, frozen=True):
+    """What is known of something else than this process; sent by OTLP, not shown at `/metrics`."""
+
+    attributes: Mapping[str, str]
+    families: Sequence[Family]
+    time_ns: int
+    """Of the values."""
 
 
 Collect = Callable[[], Iterable[Family]]
@@ -76,9 +89,11 @@ class CallStats:
 class Metrics:
     """Every family of the process."""
 
-    def __init__(self, collectors: Iterable[Collect] = ()) -> None:
+    def __init__(
+        self, collectors: Iterable[Collect] = (), others: Iterable[Callable[[], Iterable[Resource]]] = ()
+    ) -> None:
         self._calls: dict[tuple[str, str], CallStats] = {}
-        self._collectors = list(collectors)
+        self._collectors, self._others = list(collectors), list(others)
 
     def method(self, method: Method) -> CallStats:
         """The method's counters, the same for each of its listeners."""
@@ -91,6 +106,15 @@ class Metrics:
     def families(self) -> list[Family]:
         """The present values."""
         return [*self._call_families(), *(family for collect in self._collectors for family in collect())]
+
+    @property
+    def has_others(self) -> bool:
+        """Whether `resources` may have some."""
+        return bool(self._others)
+
+    def resources(self) -> Iterator[Resource]:
+        """What patterns know of others, one after the other: the reader may let the event loop go on between them."""
+        return (one for read in self._others for one in read())
 
     def _call_families(self) -> list[Family]:
         handled, durations = [], []

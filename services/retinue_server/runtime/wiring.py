@@ -71,7 +71,7 @@ async def _share(settings: Settings, patterns: Sequence[Pattern]) -> _Shared:
         pages={key: page for pattern in patterns for key, page in pattern.pages.items()},
         metric_pages=next((pattern.metric_pages for pattern in patterns if pattern.metric_pages), None),
         limits=limits,
-        metrics=Metrics(collectors),
+        metrics=Metrics(collectors, [pattern.resources for pattern in patterns if pattern.resources]),
         tokens=_tokens(settings),
         token_required=await _check_exposure(settings) or settings.require_token,
     )

@@ -10,6 +10,9 @@ from saying different things by one name. What is refused is counted by reason:
     duplicate_series   twice in one collection                type_conflict     the name is of another type elsewhere
     name_conflict      its lines would bear another's name    type_unsupported  a type that no reader of ours knows
     bad_info           its value is not 1
+
+Sources refuse some at once: bad_line and unknown_type (StatsD), old_point and no_temporality (OTLP), query_failed
+(PostgreSQL).
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 RESERVED = ("instance", "kind", "service", "target")
 """Labels that are ours; a source's own are called `exported_…`."""
+_OWN_SUFFIX = {Type.COUNTER: "_total", Type.INFO: "_info"}
+"""What the exposition adds; sources that say it themselves do not get it twice."""
 _MAX_LABEL = 1024
 """Characters of a label's value; the rest is cut off."""
 
@@ -133,7 +138,9 @@ class Collector:
         self._names = set()
 
     def _family(self, raw: RawFamily, now_ms: int, taken: dict[str, Family]) -> None:
-        kind, base, unit, factor = raw.type, naming.metric_name(raw.name), "", 1.0
+        kind = raw.type
+        base = naming.metric_name(raw.name).removesuffix(_OWN_SUFFIX.get(kind, ""))
+        unit, factor = "", 1.0
         if kind is not Type.INFO:
             base, unit, factor = naming.based(base, raw.unit)
         if not base:
@@ -174,7 +181,9 @@ class Collector:
                 self.reject(why, f"{family.name} {value}"[:200])
                 continue
             known.seen = turn
-            if kind in CUMULATIVE and _fell(known.value, value):
+            if point.start_ms:
+                known.start_ms = point.start_ms
+            elif kind in CUMULATIVE and _fell(known.value, value):
                 known.start_ms = now_ms
             known.value = value
             family.series.append(Series(known.labels, value, known.start_ms if kind in CUMULATIVE else 0))

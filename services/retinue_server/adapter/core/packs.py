@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
+from retinue_server.adapter.core import mappings
 from retinue_server.adapter.core.points import SIGNALS, Histogram, Raw, RawFamily, Signal, Type
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _KINDS = {kind.name.lower(): kind for kind in Type}
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
 _ANY = "*"
+_EXAMPLE = 200
+"""Characters of one, at most."""
 _PLACE = re.compile(r"\$(\d)")
 
 
@@ -77,6 +80,9 @@ class Pack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     metrics: list[Rule] = []
     queries: dict[str, str] = {}
     """POSTGRESQL: SQL by name; the rows of each are in the document under that name."""
+    defaults: dict[str, Any] = {}
+    """STATSD: as in a mapping file of statsd_exporter, as are `mappings`; see `mappings.py`."""
+    mappings: list[dict[str, Any]] = []
     path: str = ""
     """JSON: what to ask for where the target's endpoint has no path; with `body`, by POST."""
     body: Annotated[str, msgspec.Meta(max_length=100_000)] = ""
@@ -94,6 +100,9 @@ def check(pack: Pack, faults: MutableSequence[str]) -> None:
             places = [int(place) for place in _PLACE.findall(text)]
             if any(place > stars or not place for place in places):
                 faults.append(f"{at}.labels.{name} names ${max(places)}, but the path has {stars} *")
+    mappings.check(pack.defaults, pack.mappings, faults)
+    if pack.mappings and pack.kind != "statsd":
+        faults.append("mappings are for kind statsd")
     for name, signal in pack.signals.items():
         for text in (*(one for group in signal.sums for one in group), *signal.histograms):
             _check_selector(text, f"signals.{name}", faults)
@@ -199,7 +208,7 @@ class Reject:
 
     def __call__(self, reason: str, example: str, points: int = 1) -> None:
         self.counts[reason] = self.counts.get(reason, 0) + points
-        self.examples[reason] = example
+        self.examples[reason] = example[:_EXAMPLE]
 
 
 # Families to signals
@@ -256,8 +265,9 @@ def _signal(rule: SignalRule | None, families: Mapping[str, Family]) -> Signal:
 
 
 def _plain(selector: str, families: Mapping[str, Family]) -> list[float]:
-    """The numbers of its series."""
-    return [one.value for one in Selector.parse(selector).of(families) if isinstance(one.value, float | int)]
+    """The numbers of its series; of a histogram or a summary, how many it has counted."""
+    found = [one.value for one in Selector.parse(selector).of(families)]
+    return [one if isinstance(one, float | int) else one.count for one in found]
 
 
 def _fullest(rule: SignalRule, families: Mapping[str, Family]) -> Signal:

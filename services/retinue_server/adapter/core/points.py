@@ -48,6 +48,8 @@ class Raw(msgspec.Struct, array_like=True):
 
     labels: dict[str, str]
     value: Value
+    start_ms: int = 0
+    """Since when it counts, where the source says it; 0 = it does not."""
 
 
 class RawFamily(msgspec.Struct, array_like=True):

@@ -57,6 +57,8 @@ class Target:
         self.status, self.shown = Status(), Shown(signals=_UNASKED)
         self.collected = asyncio.Event()
         """After the first collection, however it went."""
+        self.news = asyncio.Event()
+        """What tells has told something."""
         self.collections = 0
 
     @property

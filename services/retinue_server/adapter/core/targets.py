@@ -7,6 +7,7 @@ waits for it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _RETRY_MS = 1000
+_SHORTEST_S = 1.0
+"""Between two collections of what tells."""
 _AGAIN_S = 1.0
 """After a collection that broke in a way nobody foresaw."""
 
@@ -118,6 +121,9 @@ class Targets:
                 log.warning("target %s keeps its former rules: %s", target.spec.target_id, error)
                 continue
             self._work.declare(target.spec, pack)
+            use = getattr(self._sources[target.spec.target_id], "use", None)
+            if use is not None:
+                use(pack)
 
     # Declarations
 
@@ -179,7 +185,11 @@ class Targets:
             return known
         self.pack_of(spec)
         await self._end(spec.target_id, forget=False)
-        return await self._begin(spec, from_file=from_file or known.from_file, former=known)
+        try:
+            return await self._begin(spec, from_file=from_file or known.from_file, former=known)
+        except Exception:
+            await self._begin(known.spec, from_file=known.from_file, former=known)  # as it was
+            raise
 
     async def delete(self, target_id: str, *, etag: str = "", from_file: bool = False) -> bool:
         """Whether there was one."""
@@ -252,7 +262,12 @@ class Targets:
                 log.exception("cannot collect target %s", target.spec.target_id)
                 await asyncio.sleep(_AGAIN_S)
             due = max(due + interval, time.monotonic())  # one that took too long is not made up for
-            await asyncio.sleep(due - time.monotonic() + interval * 0.02 * random.random())  # noqa: S311 - spreads them
+            pause = due - time.monotonic() + interval * 0.02 * random.random()  # noqa: S311 - spreads them
+            await asyncio.sleep(min(pause, _SHORTEST_S))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(target.news.wait(), max(pause - _SHORTEST_S, 0))
+                due = time.monotonic()
+            target.news.clear()
 
     async def _collect(self, target: Target, source: Source | Listener) -> None:
         spec, began = target.spec, time.monotonic()
@@ -268,19 +283,22 @@ class Targets:
             if outcome.failure:
                 self._failed(target, outcome.failure, began, misconfigured=True)
             else:
-                self._succeeded(target, outcome, began)
+                self._succeeded(target, source, outcome, began)
         self._tell(spec.target_id)
 
-    def _succeeded(self, target: Target, outcome: Outcome, began: float) -> None:
+    def _succeeded(self, target: Target, source: Source | Listener, outcome: Outcome, began: float) -> None:
         self.collections["succeeded"] += 1
+        at_once = getattr(source, "reject", None)
+        counts, examples = (at_once.counts, at_once.examples) if at_once else ({}, {})
+        rejected = {name: counts.get(name, 0) + outcome.rejected.get(name, 0) for name in (*outcome.rejected, *counts)}
         target.succeeded(
             outcome.families,
             outcome.signals,
             now_ms=_now_ms(),
             took_ms=round((time.monotonic() - began) * 1000),
-            rejected=outcome.rejected,
-            examples=outcome.examples,
-            limited=outcome.limited,
+            rejected=rejected,
+            examples={**examples, **outcome.examples},
+            limited=outcome.limited or counts.get("series_limit", 0) > target.status.rejected.get("series_limit", 0),
         )
 
     def _failed(self, target: Target, why: str, began: float, *, misconfigured: bool = False) -> None:
@@ -305,6 +323,12 @@ class Targets:
         finally:
             await source.close()
         return ""
+
+    def hurry(self, target_id: str) -> None:
+        """It has told something: it is collected as soon as a second has gone since the last time."""
+        target = self._targets.get(target_id)
+        if target is not None:
+            target.news.set()
 
     def report(self, target_id: str) -> Listener:
         """Where an app's own reports go; raises TARGET_NOT_REPORT."""

@@ -36,11 +36,16 @@ class HttpSource:
 
     def __init__(self, spec: Spec, pack: Pack | None, objection: Objection) -> None:
         self._spec, self._objection = spec, objection
-        url = urlsplit(spec.endpoint)
+        self._url = url = urlsplit(spec.endpoint)
         self._host, self._tls = url.hostname or "", url.scheme == "https"
         self._port = url.port or (443 if self._tls else 80)
-        usual = pack.path if pack and pack.path and url.path in ("", "/") else url.path or "/"
-        self._path = usual + (f"?{url.query}" if url.query else "")
+        self.use(pack)
+
+    def use(self, pack: Pack | None) -> None:
+        """What to ask for from now on."""
+        path, query = self._url.path, self._url.query
+        usual = pack.path if pack and pack.path and path in ("", "/") else path or "/"
+        self._path = usual + (f"?{query}" if query else "")
         self._body = pack.body.encode() if pack else b""
 
     async def collect(self) -> Answer:
@@ -72,6 +77,9 @@ class HttpSource:
                 writer.write(sent)
                 return await self._read(link, reader)
         except h11.ProtocolError as error:
+            left, has_ended = link.trailing_data
+            if has_ended and not left:
+                raise SourceError("it closed the connection before the end of its answer") from None
             raise Unexpected(f"it does not speak HTTP: {error}") from None
 
     async def _read(self, link: Any, reader: asyncio.StreamReader) -> tuple[int, Mapping[str, str], bytes]:

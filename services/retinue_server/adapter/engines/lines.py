@@ -16,8 +16,14 @@ if TYPE_CHECKING:
     from retinue_server.adapter.engines.dialling import Objection
 
 _PAIRS = re.compile(r"([a-z_0-9.]+)=([^,]*)")
-_MANY_FIELDS = ("keyspace", "commandstats", "errorstats", "latencystats")
-"""Sections of INFO whose values are fields themselves: `keys=1,expires=0`."""
+_LENGTH = re.compile(r"\$[0-9]{1,12}", re.ASCII)
+_MANY_FIELDS = {
+    "keyspace": "",
+    "commandstats": "cmdstat_",
+    "errorstats": "errorstat_",
+    "latencystats": "latency_percentiles_usec_",
+}
+"""Sections of INFO whose values are fields themselves, `keys=1,expires=0`, and what stands before their names."""
 
 
 class LineSource:
@@ -41,22 +47,26 @@ class LineSource:
         if self._spec.credentials_file:
             words = ("AUTH", await credentials(self._spec.credentials_file))
             writer.write(_command(*words))
-            _told(await reader.readline())
+            _told(await _line(reader))
         writer.write(_command("INFO", "everything"))
-        head = _told(await reader.readline())
-        if not head.startswith("$"):
-            raise Unexpected("it does not speak Redis")
+        head = _told(await _line(reader))
+        if not _LENGTH.fullmatch(head):
+            raise Unexpected(f"it does not speak Redis: {head[:100]!r}")
         size = int(head[1:])
-        if not 0 <= size <= self._spec.limits.max_bytes:
+        if size > self._spec.limits.max_bytes:
             raise Unexpected(f"its answer is longer than {self._spec.limits.max_bytes} bytes")
         return info((await reader.readexactly(size)).decode(errors="replace"))
 
     async def _memcached(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> dict[str, Any]:
         found: dict[str, Any] = {}
+        left = self._spec.limits.max_bytes
         for section in ("", "settings"):
             writer.write(f"stats {section}".rstrip().encode() + b"\r\n")
             values = found if not section else found.setdefault(section, {})
-            while (line := (await reader.readline()).decode(errors="replace").rstrip()) != "END":
+            while (line := await _line(reader)) != "END":
+                left -= len(line)
+                if left < 0:
+                    raise Unexpected(f"its answer is longer than {self._spec.limits.max_bytes} bytes")
                 word, _, rest = line.partition(" ")
                 name, _, value = rest.partition(" ")
                 if word != "STAT":
@@ -70,10 +80,17 @@ def _command(*words: str) -> bytes:
     return f"*{len(words)}\r\n{''.join(parts)}".encode()
 
 
-def _told(line: bytes) -> str:
-    text = line.decode(errors="replace").rstrip()
-    if not text:
+async def _line(reader: asyncio.StreamReader) -> str:
+    try:
+        line = await reader.readline()
+    except ValueError:  # longer than the reader's limit
+        raise Unexpected("it answers no lines") from None
+    if not line:
         raise SourceError("it closed the connection")
+    return line.decode(errors="replace").rstrip()
+
+
+def _told(text: str) -> str:
     if text.startswith("-"):
         raise SourceError(f"it refuses: {text[1:200]}")
     return text
@@ -83,12 +100,12 @@ def info(text: str) -> dict[str, Any]:
     """The answer to INFO by section, in lower case; https://redis.io/docs/latest/commands/info."""
     found: dict[str, Any] = {}
     section: dict[str, Any] = {}
-    many = False
+    before: str | None = None
     for line in text.splitlines():
         if line.startswith("#"):
             name = line[1:].strip().lower()
-            section, many = found.setdefault(name, {}), name in _MANY_FIELDS
+            section, before = found.setdefault(name, {}), _MANY_FIELDS.get(name)
         elif ":" in line:
             key, _, value = line.partition(":")
-            section[key] = dict(_PAIRS.findall(value)) if many else value
+            section[key.removeprefix(before or "")] = value if before is None else dict(_PAIRS.findall(value))
     return found

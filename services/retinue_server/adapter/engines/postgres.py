@@ -5,6 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from retinue_server.adapter.core.packs import Reject
 from retinue_server.adapter.engine import Answer, SourceError
 from retinue_server.adapter.engines.dialling import connected, credentials
 from retinue_server.runtime.errors import Reason, Unimplemented
@@ -31,24 +32,41 @@ class PostgresSource:
             ) from None
         self._psycopg = psycopg
         self._spec, self._objection = spec, objection
-        self._queries = dict(pack.queries) if pack else {}
+        self.use(pack)
+        self.reject = Reject()
         self._connection: Any = None
 
     async def collect(self) -> Answer:
         try:
             if self._connection is None or self._connection.closed:
                 self._connection = await self._connect()
-            document: dict[str, Any] = {}
-            for name, query in self._queries.items():
-                document[name] = await self._rows(query)
+            document = await self._asked()
         except BaseException as error:
             await self.close()  # also when the time is over: what the server still does ends with the connection
             if isinstance(error, self._psycopg.Error):
-                raise SourceError(
-                    f"PostgreSQL says: {str(error).splitlines()[0][:300] if str(error) else 'nothing'}"
-                ) from None
+                raise SourceError(f"PostgreSQL says: {_first_line(error)}") from None
             raise
         return Answer(document=document)
+
+    async def _asked(self) -> dict[str, Any]:
+        """The rows of all queries that succeed; raises the last failure if none does."""
+        document: dict[str, Any] = {}
+        failed: Exception | None = None
+        for name, query in self._queries.items():
+            try:
+                document[name] = await self._rows(query)
+            except self._psycopg.Error as error:
+                if self._connection.closed:
+                    raise
+                failed = error
+                self.reject("query_failed", f"{name}: {_first_line(error)}")
+        if failed is not None and not document:
+            raise failed
+        return document
+
+    def use(self, pack: Pack | None) -> None:
+        """The queries from now on."""
+        self._queries = dict(pack.queries) if pack else {}
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None
@@ -75,6 +93,10 @@ class PostgresSource:
             await cursor.execute(query)
             rows = await cursor.fetchmany(_MAX_ROWS)
         return [{name: _plain(value) for name, value in row.items()} for row in rows]
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:300] if str(error) else "nothing"
 
 
 def _plain(value: Any) -> Any:

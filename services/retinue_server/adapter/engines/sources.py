@@ -31,8 +31,12 @@ def make(objection: Objection, spec: Spec, pack: Pack | None) -> Source | Listen
         case Kind.STATSD:
             from retinue_server.adapter.engines.statsd import StatsdListener  # noqa: PLC0415
 
-            return StatsdListener(spec)
-        case Kind.REPORT | Kind.OTLP:
+            return StatsdListener(spec, pack)
+        case Kind.REPORT:
             from retinue_server.adapter.engines.reports import Reports  # noqa: PLC0415
 
             return Reports(spec)
+        case Kind.OTLP:
+            from retinue_server.adapter.engines.reports import Pushes  # noqa: PLC0415
+
+            return Pushes(spec)

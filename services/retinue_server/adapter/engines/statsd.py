@@ -4,8 +4,11 @@
     distribution, s set
 
 Tags also within the name, as InfluxDB (`name,tag=value`), Librato (`name#tag=value`) and SignalFX (`name[tag=value]`)
-have them. Counters are cumulative here, a rate scales them; timers are histograms in seconds. What the kernel dropped
-since the reader was too slow is read from the socket's own counter (SO_MEMINFO), in datagrams.
+have them. Counters are cumulative here, a rate scales them; timers are histograms in seconds; a set is how many came
+since the last collection. What the kernel dropped since the reader was too slow is read from the socket's own counter
+(SO_MEMINFO), in datagrams.
+
+Lines of a series differ in their value alone: what a name with its type, rate and tags means is worked out once.
 """
 
 from __future__ import annotations
@@ -17,63 +20,123 @@ import socket
 import struct
 import time
 from bisect import bisect_left
+from collections import deque
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retinue_server.adapter.core.mappings import Rules, Shape
 from retinue_server.adapter.core.packs import Reject
-from retinue_server.adapter.core.points import Histogram, Raw, RawFamily, Type
+from retinue_server.adapter.core.points import Histogram, Raw, RawFamily, Summary, Type
 from retinue_server.runtime.errors import FailedPrecondition, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from retinue_server.adapter.core.packs import Pack
     from retinue_server.adapter.core.spec import Spec
 
-_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf)
 _MEMINFO, _DROPS, _WORDS = 55, 8, 9
 """SO_MEMINFO, and where among its words the drops are (linux/sock_diag.h)."""
+_RCVBUFFORCE = 33
+"""SO_RCVBUFFORCE: beyond net.core.rmem_max, with CAP_NET_ADMIN."""
 _DATAGRAM_BYTES = 65536
-_BURST = 256
-"""Datagrams, before others get the loop."""
+_TURN_S = 0.003
+"""Of reading, before others get the loop."""
 _RECEIVE_BYTES = 8 << 20
+_STALE_INTERVALS = 5
+_RECENT = 1024
+"""Observations of which quantiles are made."""
+_MAX_MEMBERS = 100_000
+"""Of a set, between two collections."""
 
 
-class _Sum:
-    """A counter, a gauge or a set."""
+class _Series:
+    """What is known of a series."""
 
-    __slots__ = ("at", "kind", "labels", "members", "name", "value")
+    __slots__ = ("at", "counts", "kind", "labels", "members", "name", "recent", "shape", "text", "unit", "value")
 
-    def __init__(self, name: str, labels: dict[str, str], kind: Type) -> None:
-        self.name, self.labels, self.kind, self.value, self.at = name, labels, kind, 0.0, 0.0
-        self.members: set[bytes] = set()
+    def __init__(self, name: str, labels: dict[str, str], kind: Type, *, shape: Shape, unit: str, text: str) -> None:
+        self.name, self.labels, self.kind, self.shape, self.unit, self.text = name, labels, kind, shape, unit, text
+        self.value = self.at = 0.0
+        self.counts = [0.0] * (1 if kind is Type.SUMMARY else len(shape.buckets))
+        self.members: set[bytes] | None = None
+        """Of a set."""
+        self.recent: deque[float] = deque(maxlen=_RECENT)
+
+    def count(self, text: bytes, weight: float) -> None:
+        """c"""
+        value = float(text) * weight
+        if not 0 <= value < math.inf:
+            raise ValueError(text)
+        self.value += value
+
+    def set(self, text: bytes, weight: float) -> None:
+        """g"""
+        value = float(text) * weight
+        self.value = self.value + value if text[0] in b"+-" else value
+
+    def join(self, text: bytes, _: float) -> None:
+        """s"""
+        if self.members is None:
+            self.members = set()
+        if len(self.members) < _MAX_MEMBERS:
+            self.members.add(text)
+
+    def observe(self, text: bytes, weight: float) -> None:
+        """ms, h, d; the weight is how many observations it stands for."""
+        value = float(text) * self.shape.scale * (0.001 if self.unit else 1.0)
+        if not math.isfinite(value):
+            raise ValueError(text)
+        self.value += value * weight
+        if self.kind is Type.SUMMARY:
+            self.counts[0] += weight
+            self.recent.append(value)
+        else:
+            self.counts[bisect_left(self.shape.buckets, value)] += weight
+
+    def taken(self) -> float | Histogram | Summary:
+        """As it is collected."""
+        if self.kind is Type.HISTOGRAM:
+            counts = list(accumulate(self.counts))
+            return Histogram(tuple(zip(self.shape.buckets, counts, strict=True)), self.value, counts[-1])
+        if self.kind is Type.SUMMARY:
+            ordered = sorted(self.recent)
+            shares = [(q, ordered[min(int(q * len(ordered)), len(ordered) - 1)]) for q in self.shape.quantiles]
+            return Summary(tuple(shares), self.value, self.counts[0])
+        if self.members is not None:
+            self.value, self.members = float(len(self.members)), set()
+        return self.value
 
 
-class _Times(_Sum):
-    """Observations by bucket."""
-
-    __slots__ = ("counts",)
-
-    def __init__(self, name: str, labels: dict[str, str]) -> None:
-        super().__init__(name, labels, Type.HISTOGRAM)
-        self.counts = [0.0] * len(_BUCKETS)
+_Line = tuple["_Series | None", "Callable[[bytes, float], None] | None", float]
+"""What a line of a name, type, rate and tags does: to whom, what, by which weight. None = it is dropped by rule."""
+_DROPPED: _Line = (None, None, 0.0)
+_ADDERS = {b"c": _Series.count, b"g": _Series.set, b"s": _Series.join}
 
 
 class StatsdListener:
     """One socket."""
 
-    def __init__(self, spec: Spec, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, spec: Spec, pack: Pack | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._spec, self._clock = spec, clock
         self._socket: socket.socket | None = None
         self._path: Path | None = None
-        self._known: dict[tuple[bytes, bytes, bytes], _Sum] = {}
-        """By name, type and tags as they came."""
-        self._same: dict[tuple[str, tuple[tuple[str, str], ...], Type], _Sum] = {}
+        self._lines: dict[tuple[bytes, bytes], _Line] = {}
+        """By the name, and all behind the value, as they came."""
+        self._series: dict[tuple[str, tuple[tuple[str, str], ...], Type], _Series] = {}
         self.reject = Reject()
         self.received = 0
-        self._buffer = bytearray(_DATAGRAM_BYTES)
-        self._now = 0.0
+        self._buffer = memoryview(bytearray(_DATAGRAM_BYTES))
+        self._now = clock()
+        """When what is being read came."""
         self.address = spec.endpoint
+        self.use(pack)
+
+    def use(self, pack: Pack | None) -> None:
+        """The rules from now on; what they made before goes on until it is stale."""
+        self._rules = Rules(pack.defaults, pack.mappings) if pack else Rules({}, [])
+        self._lines.clear()
 
     async def open(self) -> None:
         """Binds; raises PORT_IN_USE."""
@@ -87,25 +150,32 @@ class StatsdListener:
 
     def _bound(self) -> socket.socket:
         kind, _, rest = self._spec.endpoint.partition(":")
-        if kind == "unixgram":
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            path = Path(rest)
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-            sock.bind(rest)
-            path.chmod(0o660)
-            self._path = path
-        else:
-            host, _, port = rest.rpartition(":")
-            bare = host.removeprefix("[").removesuffix("]")
-            sock = socket.socket(socket.AF_INET6 if ":" in bare else socket.AF_INET, socket.SOCK_DGRAM)
-            sock.bind((bare, int(port)))
-            shown, number = sock.getsockname()[:2]
-            self.address = f"udp:[{shown}]:{number}" if ":" in shown else f"udp:{shown}:{number}"
-        with contextlib.suppress(OSError):  # as much as this system lets
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
+        host, _, port = rest.rpartition(":")
+        bare = host.removeprefix("[").removesuffix("]")
+        internet = socket.AF_INET6 if ":" in bare else socket.AF_INET
+        sock = socket.socket(socket.AF_UNIX if kind == "unixgram" else internet, socket.SOCK_DGRAM)
+        try:
+            if kind == "unixgram":
+                self._bind_path(sock, Path(rest))
+            else:
+                sock.bind((bare, int(port)))
+                shown, number = sock.getsockname()[:2]
+                self.address = f"udp:[{shown}]:{number}" if ":" in shown else f"udp:{shown}:{number}"
+        except OSError:
+            sock.close()
+            raise
+        for option in (socket.SO_RCVBUF, _RCVBUFFORCE):  # as much as this system lets; all of it for who may ask so
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, option, _RECEIVE_BYTES)
         sock.setblocking(False)  # noqa: FBT003 - the socket's own shape
         return sock
+
+    def _bind_path(self, sock: socket.socket, path: Path) -> None:
+        if path.is_socket():  # one that a former process left; nothing else is removed
+            path.unlink()
+        sock.bind(str(path))
+        path.chmod(0o660)
+        self._path = path
 
     @property
     def dropped(self) -> int:
@@ -120,106 +190,137 @@ class StatsdListener:
         if sock is not None:
             asyncio.get_running_loop().remove_reader(sock)
             sock.close()
-        if self._path is not None:
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+            if self._path is not None:
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
 
     def drain(self) -> list[RawFamily]:
         """Everything so far; what had no news for long is left out."""
-        too_old = self._clock() - 5 * self._spec.interval_s
-        families: dict[tuple[str, Type], RawFamily] = {}
-        for key, one in list(self._same.items()):
-            if one.at < too_old:
-                del self._same[key]
-                self._known = {k: v for k, v in self._known.items() if v is not one}
+        now, families, gone = self._clock(), dict[tuple[str, Type], RawFamily](), set[int]()
+        for key, one in list(self._series.items()):
+            if one.at < now - (one.shape.ttl_s or _STALE_INTERVALS * self._spec.interval_s):
+                del self._series[key]
+                gone.add(id(one))
                 continue
-            family = families.setdefault((one.name, one.kind), RawFamily(one.name, one.kind, []))
-            family.points.append(Raw(one.labels, _value(one)))
+            family = families.setdefault((one.name, one.kind), RawFamily(one.name, one.kind, [], one.unit, one.text))
+            family.points.append(Raw(one.labels, one.taken()))
+        if gone:
+            self._lines = {line: does for line, does in self._lines.items() if id(does[0]) not in gone}
         return list(families.values())
 
     def _readable(self) -> None:
-        sock, buffer = self._socket, self._buffer
+        sock, view = self._socket, self._buffer
         assert sock is not None
         self._now = self._clock()
-        for _ in range(_BURST):
+        end = time.monotonic() + _TURN_S
+        while True:
             try:
-                size = sock.recv_into(buffer)
+                size = sock.recv_into(view)
             except (BlockingIOError, InterruptedError):
                 return
             self.received += 1
-            self.take(bytes(buffer[:size]))
+            self.take(bytes(view[:size]))
+            if time.monotonic() > end:
+                return
 
     def take(self, datagram: bytes) -> None:
         """One datagram; a line that makes no sense costs itself."""
+        lines, now = self._lines, self._now
         for line in datagram.split(b"\n"):
             name, _, rest = line.partition(b":")
-            values, _, rest = rest.partition(b"|")
-            kind, _, more = rest.partition(b"|")
-            if not kind:
-                if line.strip():
-                    self.reject("bad_line", _told(line))
+            value, _, kind = rest.partition(b"|")
+            one, add, weight = lines.get((name, kind)) or self._new(line, name, kind)
+            if add is None or one is None:
                 continue
-            rate, tags = _extras(more) if more else (1.0, b"")
-            one = self._known.get((name, kind, tags)) or self._new(name, kind, tags)
-            if one is None:
-                continue
-            one.at = self._now
+            one.at = now
             try:
-                for text in values.split(b":") if b":" in values else (values,):
-                    self._add(one, kind, text, rate)
-            except ValueError:
-                self.reject("not_a_number", _told(line))
+                add(value, weight)
+            except (ValueError, IndexError):
+                self._several(line, value, add, weight)
 
-    def _add(self, one: _Sum, kind: bytes, text: bytes, rate: float) -> None:
-        if kind == b"c":
-            value = float(text)
-            if not value >= 0 or value == math.inf:
-                raise ValueError(text)
-            one.value += value / rate
-        elif kind == b"g":
-            value = float(text)
-            one.value = one.value + value if text[:1] in b"+-" else value
-        elif kind == b"s":
-            one.members.add(text)
-            one.value = len(one.members)
+    def _several(self, line: bytes, values: bytes, add: Callable[[bytes, float], None], weight: float) -> None:
+        """Values with `:` between them, or what is no value at all."""
+        texts = values.split(b":")
+        for text in texts if len(texts) > 1 else ():
+            try:
+                add(text, weight)
+            except (ValueError, IndexError):
+                break
         else:
-            value = float(text) * (0.001 if kind == b"ms" else 1.0)
-            if not math.isfinite(value):
-                raise ValueError(text)
-            assert isinstance(one, _Times)
-            one.counts[bisect_left(_BUCKETS, value)] += 1 / rate
-            one.value += value / rate
+            if len(texts) > 1:
+                return
+        self.reject("not_a_number", _told(line))
 
-    def _new(self, name: bytes, kind: bytes, tags: bytes) -> _Sum | None:
+    def _new(self, line: bytes, name: bytes, more: bytes) -> _Line:
+        """What a line does that was not seen yet."""
+        kind, _, extras = more.partition(b"|")
+        if not kind:
+            if line.strip():
+                self.reject("bad_line", _told(line))
+            return _DROPPED
         if kind not in (b"c", b"g", b"s", b"ms", b"h", b"d"):
-            self.reject("unknown_type", f"{name.decode(errors='replace')}|{kind.decode(errors='replace')}"[:100])
-            return None
-        if len(self._known) >= 2 * self._spec.limits.max_series:
-            self.reject("series_limit", name[:100].decode(errors="replace"))
-            return None
+            self.reject("unknown_type", _told(line))
+            return _DROPPED
+        rate, tags, keep = _extras(extras)
+        found = self._find(name, kind, tags)
+        if found is None:
+            return _DROPPED
+        series, scale = found
+        add = _ADDERS.get(kind, _Series.observe).__get__(series) if series else None
+        weight = scale if kind == b"g" else scale / rate if kind == b"c" else 1 / rate
+        does: _Line = (series, add, weight)
+        if keep and len(self._lines) < 4 * self._spec.limits.max_series:
+            self._lines[name, more] = does
+        return does
+
+    def _find(self, name: bytes, kind: bytes, tags: bytes) -> tuple[_Series | None, float] | None:
+        """The series that it is of, and a rule's scale; no series where a rule drops it, nothing where there is no room
+        for it."""
         bare, labels = _tagged(name, tags)
-        if kind == b"ms":
-            bare += "_seconds"
-        shown = Type.COUNTER if kind == b"c" else Type.GAUGE if kind in b"gs" else Type.HISTOGRAM
-        fresh = _Times(bare, labels) if shown is Type.HISTOGRAM else _Sum(bare, labels, shown)
-        one = self._same.setdefault((bare, tuple(sorted(labels.items())), shown), fresh)
-        self._known[name, kind, tags] = one
-        return one
+        mapped = self._rules.find(bare, kind)
+        if mapped is None:
+            shown, shape, text = bare.replace(".", "_").replace("-", "_"), self._rules.usual, ""
+        elif not mapped.name:
+            return None, 1.0
+        else:
+            labels = {**mapped.labels, **labels} if mapped.honor_labels else {**labels, **mapped.labels}
+            shown, shape, text = mapped.name, mapped.shape, mapped.help
+        what = _kind(kind, shape)
+        key = shown, tuple(sorted(labels.items())), Type.UNKNOWN if kind == b"s" else what
+        series = self._series.get(key)
+        if series is None:
+            if len(self._series) >= self._spec.limits.max_series:
+                self.reject("series_limit", shown[:100])
+                return None
+            series = self._series[key] = _Series(
+                shown, labels, what, shape=shape, unit="s" if kind == b"ms" else "", text=text
+            )
+        return series, shape.scale
+
+
+def _kind(kind: bytes, shape: Shape) -> Type:
+    if kind == b"c":
+        return Type.COUNTER
+    if kind in (b"g", b"s"):
+        return Type.GAUGE
+    return Type.SUMMARY if shape.summary else Type.HISTOGRAM
 
 
 def _told(line: bytes) -> str:
     return line[:100].decode(errors="replace")
 
 
-def _extras(more: bytes) -> tuple[float, bytes]:
-    """The rate and the tags."""
-    rate, tags = 1.0, b""
-    for part in more.split(b"|"):
+def _extras(more: bytes) -> tuple[float, bytes, bool]:
+    """The rate, the tags, and whether other lines will look the same: not with a time of their own."""
+    rate, tags, keep = 1.0, b"", True
+    for part in more.split(b"|") if more else ():
         if part[:1] == b"@":
             rate = _rate(part[1:])
         elif part[:1] == b"#":
             tags = part[1:]
-    return rate, tags
+        elif part[:1] == b"T":
+            keep = False
+    return rate, tags, keep
 
 
 def _rate(text: bytes) -> float:
@@ -249,11 +350,4 @@ def _tagged(name: bytes, tags: bytes) -> tuple[str, dict[str, str]]:
             labels[pair[:cut]] = pair[cut + 1 :]
         elif pair:
             labels[pair] = "true"
-    return text.replace(".", "_").replace("-", "_"), labels
-
-
-def _value(one: _Sum) -> float | Histogram:
-    if not isinstance(one, _Times):
-        return one.value
-    counts = [float(round(count)) for count in accumulate(one.counts)]  # a rate of 0.3 makes thirds
-    return Histogram(tuple(zip(_BUCKETS, counts, strict=True)), one.value, counts[-1])
+    return text, labels
