@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from retinue.adapter.v1 import adapter_service_pb2 as api
 from retinue_server.adapter import translate
 from retinue_server.adapter.core import exposition, limits, packs
-from retinue_server.adapter.core.collection import Collector, Registry
+from retinue_server.adapter.core.collection import Collector, Registry, fault
 from retinue_server.adapter.core.matching import select
+from retinue_server.adapter.core.points import RawFamily
 from retinue_server.adapter.core.spec import TOLD, Kind
 from retinue_server.runtime import wire
 from retinue_server.runtime.dispatch import Role
@@ -233,12 +234,28 @@ class AdapterService:
         families = read.report(request)
         limits.refuse(read.violations, "take the report")
         reports: Any = self._targets.report(request.target_id)
-        left = reports.put(families)
-        taken = sum(len(family.points) for family in families) - left
-        response = api.ReportMetricsResponse(accepted_points=taken)
+        reject = packs.Reject()
+        good = [_faultless(family, reject) for family in families]
+        left = reports.put(good)
         if left:
-            response.rejections.extend(translate.rejections({"series_limit": left}, {}))
-        return response
+            reject("series_limit", request.target_id, left)
+        for reason, count in reject.counts.items():
+            reports.reject(reason, reject.examples[reason], count)
+        taken = sum(len(family.points) for family in good) - left
+        rejections = translate.rejections(reject.counts, reject.examples)
+        return api.ReportMetricsResponse(accepted_points=taken, rejections=rejections)
+
+
+def _faultless(family: RawFamily, reject: packs.Reject) -> RawFamily:
+    """Without the points whose values can't be: who reports them is told, and they replace none that was good."""
+    good = []
+    for point in family.points:
+        why = fault(family.type, point.value)
+        if why:
+            reject(why, f"{family.name} {_shown(point.value)}"[:200])
+        else:
+            good.append(point)
+    return RawFamily(family.name, family.type, good, family.unit, family.help)
 
 
 def _check_age(targets: Iterable[Target], max_age_ms: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from retinue_server.adapter.core.packs import Reject
 from retinue_server.adapter.core.points import RawFamily
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class Reports:
     def __init__(self, spec: Spec, clock: Callable[[], float] = time.monotonic) -> None:
         self._spec, self._clock = spec, clock
         self.address = spec.endpoint
+        self.reject = Reject()
         self._latest: dict[tuple[str, Type, str], tuple[str, dict[Labels, tuple[Raw, float]]]] = {}
         self._size = 0
 
