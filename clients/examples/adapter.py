@@ -1,4 +1,4 @@
-"""The adapter from end to end; prints clients/transcripts/adapter.txt. Give a name of your own to run it beside another.
+"""The adapter from end to end; prints clients/transcripts/adapter.txt. Give a name of your own to run it twice.
 
 It is the app that is collected, too: a shop that serves a page of metrics. RETINUE_CONTROL_ADDRESS must name the
 server's control socket, since targets are for operators.
@@ -152,7 +152,7 @@ async def spoil(app: Adapter, shop: Shop, name: str) -> None:
 async def report(app: Adapter, operator: Adapter, name: str) -> None:
     """What an app tells by itself."""
     own = f"{name}-own"
-    await operator.create(target(own, "REPORT", interval=INTERVAL))
+    await operator.create(target(own, "REPORT", interval=INTERVAL, service="shop"))
     points = [gauge("cart_age", 2500, unit="ms", kind="guest"), counter("orders", 17), counter("refunds", -1)]
     reported = await app.report(own, *points)
     reasons = ", ".join(one.reason for one in reported.rejections)
@@ -162,10 +162,8 @@ async def report(app: Adapter, operator: Adapter, name: str) -> None:
             if change.metrics:
                 break
     for metric in change.metrics:
-        labels = metric.series[0].labels
-        print(
-            f"  {metric.name} is {metric.series[0].number:g}, kind {labels['kind']} {labels.get('exported_kind', '')}".rstrip()
-        )
+        [series] = metric.series
+        print(f"  {metric.name} is {series.number:g}, service {series.labels['service']}")
     print(f"reported to a target that is collected: {told(await refused(app.report(name, *points)))}")
     await operator.delete(own)
 
@@ -182,7 +180,7 @@ async def delete(operator: Adapter, changes: AsyncGenerator[Change], name: str) 
 
 async def until(app: Adapter, name: str, state: str) -> pb.TargetStatus:
     """Its status, once it is in that state."""
-    while state_name(found := await app.get(name)) != state:
+    while state_name(found := await app.get(name)) != state:  # noqa: ASYNC110 - nothing tells of states
         await asyncio.sleep(INTERVAL / 10)
     return found.status
 

@@ -1,5 +1,5 @@
 // Package client has what the generated stubs leave to every program: where the server is, how to dial it, what its
-// errors say, the loop of a worker, leadership, and both sides of a scatter.
+// errors say, the loop of a worker, leadership, both sides of a scatter, and watching and telling the adapter.
 package client
 
 import (

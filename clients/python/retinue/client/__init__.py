@@ -1,4 +1,4 @@
-"""Helpers over the generated stubs: queues, workers, elections, scatter/gather, the ambassador, the adapter, typed errors.
+"""Helpers over the generated stubs: queues, workers, elections, scatter/gather, ambassador, adapter, typed errors.
 
     from retinue.client import Queue, Worker
     from retinue.client import election

@@ -70,7 +70,7 @@ def target(
     timeout: Seconds | None = None,
     **fields: Any,
 ) -> pb.Target:
-    """A declaration: `kind` such as REDIS or PROMETHEUS; `fields` are those of the message: `rule_pack`, `service` ..."""
+    """A declaration: `kind` such as REDIS or PROMETHEUS; `fields` are the message's: `rule_pack`, `service` ..."""
     found = pb.Target(target_id=target_id, kind=pb.TargetKind.Value(f"TARGET_KIND_{kind}"), endpoint=endpoint, **fields)
     if interval is not None:
         found.interval_duration.CopyFrom(_duration(interval))
@@ -93,21 +93,16 @@ def match(name: str = "", *, targets: Iterable[str] = (), labels: Mapping[str, s
     return api.Match(name=name, target_ids=targets, labels=labels)
 
 
-def counter(name: str, value: float, *, unit: str = "", help: str = "", **labels: str) -> metric_pb.Metric:  # noqa: A002 - the contract's word
+def counter(name: str, value: float, *, unit: str = "", **labels: str) -> metric_pb.Metric:
     """A point for a report: what only grows. The name has no `_total`."""
-    return _point(metric_pb.METRIC_TYPE_COUNTER, name, value, unit, help, labels)
-
-
-def gauge(name: str, value: float, *, unit: str = "", help: str = "", **labels: str) -> metric_pb.Metric:  # noqa: A002 - as above
-    """A point for a report: what goes up and down."""
-    return _point(metric_pb.METRIC_TYPE_GAUGE, name, value, unit, help, labels)
-
-
-def _point(
-    kind: metric_pb.MetricType, name: str, value: float, unit: str, text: str, labels: Mapping[str, str]
-) -> metric_pb.Metric:
     series = [metric_pb.Series(labels=labels, number=value)]
-    return metric_pb.Metric(name=name, type=kind, unit=unit, help=text, series=series)
+    return metric_pb.Metric(name=name, type=metric_pb.METRIC_TYPE_COUNTER, unit=unit, series=series)
+
+
+def gauge(name: str, value: float, *, unit: str = "", **labels: str) -> metric_pb.Metric:
+    """A point for a report: what goes up and down. Units such as `ms` or `By` are turned into base units."""
+    series = [metric_pb.Series(labels=labels, number=value)]
+    return metric_pb.Metric(name=name, type=metric_pb.METRIC_TYPE_GAUGE, unit=unit, series=series)
 
 
 def state_name(found: pb.Target) -> str:
