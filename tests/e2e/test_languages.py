@@ -18,7 +18,7 @@ import pytest
 from e2e.languages import CLIENTS, need, run, running_server
 from servers import RunningServer
 
-PATTERNS = ("workqueue", "leaderelection", "scattergather")
+PATTERNS = ("workqueue", "leaderelection", "scattergather", "adapter")
 GO, NODE = CLIENTS / "go", CLIENTS / "node"
 
 pytestmark = pytest.mark.timeout(300)  # the first build downloads and compiles what the clients stand on
