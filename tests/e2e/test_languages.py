@@ -73,7 +73,7 @@ def test_the_go_client_keeps_its_promises(server: RunningServer) -> None:
     assert run("go", "test", "-count=1", "./client", cwd=GO, server=server).startswith("ok")
 
 
-@pytest.mark.parametrize("name", ["worker", "deadline", "election", "leaf", "scatter"])
+@pytest.mark.parametrize("name", ["worker", "deadline", "election", "leaf", "scatter", "adapter"])
 def test_the_typescript_client_keeps_its_promises(server: RunningServer, node_programs: Path, name: str) -> None:
     assert "\n# fail 0\n" in node_tests(node_programs, name, server)
 

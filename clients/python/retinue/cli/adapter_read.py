@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import click
 
@@ -294,7 +294,7 @@ def quantile(found: pb.Histogram, share: float) -> float | None:
     return None
 
 
-def _table(*columns: str) -> Any:
+def _table(*columns: str) -> Table:
     from rich.table import Table  # noqa: PLC0415 - for terminals only
 
     table = Table(box=None, header_style="bold", pad_edge=False)

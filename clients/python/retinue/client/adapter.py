@@ -84,7 +84,7 @@ def declaration(found: pb.Target) -> pb.Target:
     bare = pb.Target()
     bare.CopyFrom(found)
     for name in ("status", "etag"):
-        bare.ClearField(name)  # type: ignore[arg-type] # two of its fields
+        bare.ClearField(name)
     return bare
 
 
