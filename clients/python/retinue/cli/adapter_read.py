@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _HALF, _MOST = 0.5, 0.99
 _FULL, _FILLING = 0.9, 0.75
 _MATCH = re.compile(r"(?P<name>[^{}]*)(\{(?P<labels>[^{}]*)\})?")
-_Key = tuple[str, tuple[tuple[str, str], ...]]
+Key = tuple[str, tuple[tuple[str, str], ...]]
 
 
 class Screen:
@@ -164,15 +164,15 @@ async def watch(server: Server, *, matches: Sequence[str], targets: Sequence[str
     '{code=500}'               series with that label, whatever the metric
     'http_requests{code=500}'  both
     """
-    known: dict[_Key, tuple[pb.Metric, pb.Series]] = {}
+    known: dict[Key, tuple[pb.Metric, pb.Series]] = {}
     async with adapter_of(server) as one, contextlib.aclosing(one.watch(*selected(matches, targets))) as changes:
         with Screen(server.output, live=True) as screen:
             async for change in changes:
-                changed = _apply(change, known)
+                changed = apply(change, known)
                 screen.show(_change_rows(change), partial(metrics_table, known, changed))
 
 
-def _apply(change: Change, known: dict[_Key, tuple[pb.Metric, pb.Series]]) -> set[_Key]:
+def apply(change: Change, known: dict[Key, tuple[pb.Metric, pb.Series]]) -> set[Key]:
     """Brings `known` up to date; what changed."""
     if change.begins:
         known.clear()
@@ -251,7 +251,7 @@ def _type(metric: pb.Metric) -> str:
     return pb.MetricType.Name(metric.type).removeprefix("METRIC_TYPE_").lower()
 
 
-def metrics_table(known: Mapping[_Key, tuple[pb.Metric, pb.Series]], changed: Collection[_Key] = ()) -> Table:
+def metrics_table(known: Mapping[Key, tuple[pb.Metric, pb.Series]], changed: Collection[Key] = ()) -> Table:
     """A line for each series, by name."""
     table = _table("METRIC", "TARGET", "LABELS", ">VALUE")
     for key in sorted(known):
