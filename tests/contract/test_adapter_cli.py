@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pty
 import re
+import select
+import signal
 import subprocess
 import sys
 import uuid
@@ -15,12 +17,12 @@ from typing import Any
 import pytest
 from page import Page
 from servers import RunningServer, environment, start_server
-from workers import retinue, rows
+from workers import PATIENCE, retinue, rows
 
 from retinue.client import sync
 from retinue.client.adapter import target
 
-NONE_THERE, USAGE, UNREACHABLE, REFUSED, NOT_COLLECTED = 1, 2, 3, 4, 5
+NONE_THERE, USAGE, UNREACHABLE, REFUSED, NOT_COLLECTED, INTERRUPTED = 1, 2, 3, 4, 5, 130
 PAGE = """\
 # TYPE http_requests_total counter
 http_requests_total{code="200"} 90
@@ -254,6 +256,32 @@ def on_terminal(server: RunningServer, *args: str, code: int = 0) -> str:
         os.close(ours)
         assert process.wait() == code, shown
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r", "")
+
+
+def test_on_a_terminal_signals_live_until_ctrl_c(server: RunningServer, page: Page, web: str) -> None:
+    ours, theirs = pty.openpty()
+    env = environment(RETINUE_ADDRESS=server.address, TERM="xterm", COLUMNS="160", LINES="40")
+    command = [sys.executable, "-m", "retinue.cli", "adapter", "signals", web]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=theirs, env=env) as process:
+        os.close(theirs)
+        try:
+            until(ours, "http_requests")
+            page.text = PAGE.replace("} 90", "} 4321")
+            until(ours, "4,331")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == INTERRUPTED
+        finally:
+            page.text = PAGE
+            process.kill()
+            os.close(ours)
+
+
+def until(terminal: int, words: str) -> None:
+    """Reads what is shown until the words are there."""
+    shown = b""
+    while words.encode() not in shown:
+        assert select.select([terminal], [], [], PATIENCE)[0], shown
+        shown += os.read(terminal, 65536)
 
 
 # Rule packs

@@ -151,9 +151,13 @@ async def test_watched_signals_are_those_of_the_moment_and_have_rates(
             page.text = PAGE.format(good=120)
             while (found := await anext(news)).signals[0].number != 130:
                 pass
-        assert found.signals[0].rate > 0
-        [told] = await app.signals(name)
-        assert told.signals[1].source == "http_requests{code=~5..}"
+            assert found.signals[0].rate > 0
+            [told] = await app.signals(name)
+            assert told.signals[1].source == "http_requests{code=~5..}"
+            await operator.delete(name)
+            while (found := await anext(news)).signals:
+                pass
+        assert found.target_id == name, "of one that is gone nothing but its name is told"
 
 
 def test_a_report_of_many_series_is_taken_in_parts(operator: sync.Adapter, name: str) -> None:

@@ -54,8 +54,8 @@ func (a *Adapter) Watch(ctx context.Context, matches ...*adapterv1.Match) iter.S
 	}
 }
 
-// WatchSignals tells of the golden signals of these targets or of all, and again whenever one changes. It goes on over lost
-// connections, and ends as Watch does.
+// WatchSignals tells of the golden signals of these targets or of all, and again whenever one changes; a target that is gone has
+// none. It goes on over lost connections, and ends as Watch does.
 func (a *Adapter) WatchSignals(ctx context.Context, targetIDs ...string) iter.Seq2[*adapterv1.Signals, error] {
 	request := &adapterv1.WatchSignalsRequest{TargetIds: targetIDs}
 	return func(yield func(*adapterv1.Signals, error) bool) {

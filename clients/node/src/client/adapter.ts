@@ -56,8 +56,8 @@ export class Adapter {
   }
 
   /**
-   * Tells of the golden signals of these targets or of all, and again whenever one changes. It goes on over lost connections, and
-   * ends as `watch` does.
+   * Tells of the golden signals of these targets or of all, and again whenever one changes; a target that is gone has none. It goes
+   * on over lost connections, and ends as `watch` does.
    */
   async *watchSignals(targetIds: string[] = [], signal?: AbortSignal): AsyncGenerator<Signals> {
     for await (const { signals } of resumed((signal) => this.#client.watchSignals({ targetIds }, { signal }), signal)) {

@@ -91,13 +91,15 @@ async def signals(server: Server, *, names: Sequence[str], once: bool) -> None:
             known: dict[str, pb.Signals] = {}
             async with contextlib.aclosing(one.watch_signals(*names)) as news:
                 async for told in news:
-                    known[told.target_id] = told
+                    known[told.target_id] = told  # one that is gone has no lines
                     screen.show(_signal_rows([told]), lambda: signals_table(known))
 
 
 def _signal_rows(found: Iterable[pb.Signals]) -> Iterator[common.Row]:
     for told in found:
         time = told.time.ToJsonString() if told.HasField("time") else None
+        if not told.signals:
+            yield {"target_id": told.target_id, "signal": None, "gone": True}
         for one in told.signals:
             yield {"target_id": told.target_id, **signal_row(one), "time": time}
 

@@ -206,7 +206,8 @@ class Adapter:
         return (await self._call("GetSignals", api.GetSignalsRequest(target_ids=target_ids))).signals  # type: ignore[no-any-return] # by the contract
 
     async def watch_signals(self, *target_ids: str) -> AsyncGenerator[metric_pb.Signals]:
-        """The same, and again whenever one changes. Goes on over lost connections."""
+        """The same, and again whenever one changes; a target that is gone has no `signals`. Goes on over lost
+        connections, and does not tell what went meanwhile."""
         async for response, _ in self._stream("WatchSignals", api.WatchSignalsRequest(target_ids=target_ids)):
             yield response.signals
 
