@@ -93,4 +93,5 @@ def test_every_signal_is_said_or_said_to_be_absent() -> None:
     assert [one for one in said if "is missing" in one] == [
         f"signals.{name} is missing: say how it is made, or why it is absent" for name in SIGNALS
     ]
+    assert list(linting.findings(packfile.read("pack.yaml", b"kind: statsd"))) == []
     assert said[-1] == "body is sent to the root of the app: say the path"
