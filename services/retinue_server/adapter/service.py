@@ -8,10 +8,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from retinue.adapter.v1 import adapter_service_pb2 as api
+from retinue.adapter.v1 import metric_pb2 as metric_pb
 from retinue_server.adapter import translate
 from retinue_server.adapter.core import exposition, limits, packs
-from retinue_server.adapter.core.collection import Collector, Registry
+from retinue_server.adapter.core.collection import Collector, Registry, fault
 from retinue_server.adapter.core.matching import select
+from retinue_server.adapter.core.points import RawFamily
 from retinue_server.adapter.core.spec import TOLD, Kind
 from retinue_server.runtime import wire
 from retinue_server.runtime.dispatch import Role
@@ -25,7 +27,6 @@ from retinue_server.runtime.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from retinue.adapter.v1 import metric_pb2 as metric_pb
     from retinue.adapter.v1 import target_pb2 as pb
     from retinue_server.adapter.core.matching import Match
     from retinue_server.adapter.core.points import Labels, Series
@@ -126,21 +127,17 @@ class AdapterService:
         read = translate.Reader()
         matches = read.matches(request.matches)
         limits.refuse(read.violations, "watch metrics")
-        watcher = self._targets.watch()
-        news = watcher.news()
         known: dict[str, dict[tuple[str, Labels], Series]] = {}
-        try:
+        with self._targets.watch() as watcher:
             first = self._changes(list(self._targets.names()), matches, known)
             for index, response in enumerate(first):
                 response.synced = index == len(first) - 1
                 await call.write(response)
-            async for target_ids, coalesced in news:
+            async for target_ids, coalesced in watcher.news():
                 for response in self._changes(target_ids, matches, known):
                     if response.metrics:
                         response.coalesced = coalesced
                         await call.write(response)
-        finally:
-            await news.aclose()
 
     def _changes(
         self, target_ids: Iterable[str], matches: Sequence[Match], known: dict[str, dict[tuple[str, Labels], Series]]
@@ -194,21 +191,18 @@ class AdapterService:
     async def WatchSignals(self, request: api.WatchSignalsRequest, call: Call) -> None:
         names = self._each_named(request.target_ids)
         only = set(request.target_ids)
-        watcher = self._targets.watch()
-        news = watcher.news()
         shown: dict[str, object] = {}
-        try:
+        with self._targets.watch() as watcher:
             await self._write_signals(names, shown, call)
-            async for target_ids, _ in news:
+            async for target_ids, _ in watcher.news():
                 await self._write_signals([name for name in target_ids if not only or name in only], shown, call)
-        finally:
-            await news.aclose()
 
     async def _write_signals(self, names: Iterable[str], shown: dict[str, object], call: Call) -> None:
         for name in names:
             target = self._targets.find(name)
             if target is None:
-                shown.pop(name, None)
+                if shown.pop(name, None) is not None:
+                    await call.write(api.WatchSignalsResponse(signals=metric_pb.Signals(target_id=name)))
                 continue
             now = (list(target.shown.signals), list(target.shown.rates))
             if shown.get(name) != now:
@@ -233,13 +227,29 @@ class AdapterService:
         families = read.report(request)
         limits.refuse(read.violations, "take the report")
         reports: Any = self._targets.report(request.target_id)
-        left = reports.put(families)
+        reject = packs.Reject()
+        good = [_faultless(family, reject) for family in families]
+        left = reports.put(good)
         self._targets.hurry(request.target_id)
-        taken = sum(len(family.points) for family in families) - left
-        response = api.ReportMetricsResponse(accepted_points=taken)
         if left:
-            response.rejections.extend(translate.rejections({"series_limit": left}, {}))
-        return response
+            reject("series_limit", request.target_id, left)
+        for reason, count in reject.counts.items():
+            reports.reject(reason, reject.examples[reason], count)
+        taken = sum(len(family.points) for family in good) - left
+        rejections = translate.rejections(reject.counts, reject.examples)
+        return api.ReportMetricsResponse(accepted_points=taken, rejections=rejections)
+
+
+def _faultless(family: RawFamily, reject: packs.Reject) -> RawFamily:
+    """Without the points whose values can't be: who reports them is told, and they replace none that was good."""
+    good = []
+    for point in family.points:
+        why = fault(family.type, point.value)
+        if why:
+            reject(why, f"{family.name} {_shown(point.value)}"[:200])
+        else:
+            good.append(point)
+    return RawFamily(family.name, family.type, good, family.unit, family.help)
 
 
 def _check_age(targets: Iterable[Target], max_age_ms: int) -> None:
@@ -279,10 +289,8 @@ def _gone(
     before: dict[tuple[str, Labels], Series], now: dict[tuple[str, Labels], Series]
 ) -> Iterator[metric_pb.Metric]:
     """Series that were there and are not any more."""
-    from retinue.adapter.v1 import metric_pb2  # noqa: PLC0415 - a message
-
     for name, labels in before.keys() - now.keys():
-        yield metric_pb2.Metric(name=name, series=[metric_pb2.Series(labels=dict(labels), stale=True)])
+        yield metric_pb.Metric(name=name, series=[metric_pb.Series(labels=dict(labels), stale=True)])
 
 
 def _cut(metrics: Sequence[metric_pb.Metric]) -> Iterator[api.WatchMetricsResponse]:

@@ -1229,7 +1229,7 @@ func (x *WatchSignalsRequest) GetTargetIds() []string {
 // WatchSignalsResponse is the golden signals of one target.
 type WatchSignalsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// As they are now.
+	// As they are now; without `signals` if the target is gone.
 	Signals       *Signals `protobuf:"bytes,1,opt,name=signals,proto3" json:"signals,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

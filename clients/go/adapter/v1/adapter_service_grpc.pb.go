@@ -95,8 +95,8 @@ type AdapterServiceClient interface {
 	GetSignals(ctx context.Context, in *GetSignalsRequest, opts ...grpc.CallOption) (*GetSignalsResponse, error)
 	// WatchSignals gives them, and again after each collection that changed one.
 	//
-	// The first messages are the present state, one for each target. A slow reader gets the latest of each. Nothing resumes it.
-	// Errors: NOT_FOUND (TARGET_NOT_FOUND); RESOURCE_EXHAUSTED (WATCHER_LIMIT).
+	// The first messages are the present state, one for each target; one that is deleted is told without signals. A slow reader
+	// gets the latest of each. Nothing resumes it. Errors: NOT_FOUND (TARGET_NOT_FOUND); RESOURCE_EXHAUSTED (WATCHER_LIMIT).
 	WatchSignals(ctx context.Context, in *WatchSignalsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchSignalsResponse], error)
 	// ReportMetrics takes in what an app says of itself, for a target of kind REPORT.
 	//
@@ -311,8 +311,8 @@ type AdapterServiceServer interface {
 	GetSignals(context.Context, *GetSignalsRequest) (*GetSignalsResponse, error)
 	// WatchSignals gives them, and again after each collection that changed one.
 	//
-	// The first messages are the present state, one for each target. A slow reader gets the latest of each. Nothing resumes it.
-	// Errors: NOT_FOUND (TARGET_NOT_FOUND); RESOURCE_EXHAUSTED (WATCHER_LIMIT).
+	// The first messages are the present state, one for each target; one that is deleted is told without signals. A slow reader
+	// gets the latest of each. Nothing resumes it. Errors: NOT_FOUND (TARGET_NOT_FOUND); RESOURCE_EXHAUSTED (WATCHER_LIMIT).
 	WatchSignals(*WatchSignalsRequest, grpc.ServerStreamingServer[WatchSignalsResponse]) error
 	// ReportMetrics takes in what an app says of itself, for a target of kind REPORT.
 	//

@@ -176,7 +176,7 @@ class Collector:
                 self.reject("duplicate_series", known.prefix or family.name)
                 continue
             value = point.value if factor == 1.0 else _scaled(point.value, factor)
-            why = _fault(kind, value)
+            why = fault(kind, value)
             if why:
                 self.reject(why, f"{family.name} {value}"[:200])
                 continue
@@ -248,7 +248,8 @@ def _scaled(value: Value, factor: float) -> Value:
     return value * factor
 
 
-def _fault(kind: Type, value: Value) -> str:
+def fault(kind: Type, value: Value) -> str:
+    """Why a value can't be one of that type, as a reason; empty if it can."""
     if isinstance(value, Histogram):
         return "" if kind is Type.HISTOGRAM and _is_histogram(value) else "bad_histogram"
     if isinstance(value, Summary):

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import random
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from retinue_server.adapter.core import limits
 from retinue_server.adapter.core.spec import Kind, State
@@ -343,7 +343,7 @@ class Targets:
     # Watching
 
     def watch(self) -> Watcher:
-        """Raises WATCHER_LIMIT."""
+        """Hears of what happens from now on; raises WATCHER_LIMIT. The caller closes it."""
         if len(self._watchers) >= self._max_watchers:
             raise ResourceExhausted(
                 f"cannot watch: the server has {self._max_watchers} watchers already",
@@ -358,12 +358,19 @@ class Targets:
 
 
 class Watcher:
-    """Hears of collections; who is slow hears of several at once."""
+    """Hears of collections from its making to its end, as a context; who is slow hears of several at once."""
 
     def __init__(self, among: set[Watcher], stopping: Callable[[], bool]) -> None:
         self._among, self._stopping = among, stopping
         self._news: dict[str, int] = {}
         self._woken = asyncio.Event()
+        among.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._among.discard(self)
 
     def wake(self, target_id: str) -> None:
         """A target was collected, or has gone; empty = the server stops."""
@@ -373,20 +380,16 @@ class Watcher:
 
     async def news(self) -> AsyncGenerator[tuple[Sequence[str], int], None]:
         """Targets that changed, and how many collections were passed over; UNAVAILABLE at the end."""
-        self._among.add(self)
-        try:
-            while True:
-                await self._woken.wait()
-                self._woken.clear()
-                if self._stopping():
-                    raise Unavailable(
-                        "cannot go on: the server is stopping", reason=Reason.SHUTTING_DOWN, retry_ms=_RETRY_MS
-                    )
-                news, self._news = self._news, {}
-                if news:
-                    yield list(news), sum(news.values()) - len(news)
-        finally:
-            self._among.discard(self)
+        while True:
+            await self._woken.wait()
+            self._woken.clear()
+            if self._stopping():
+                raise Unavailable(
+                    "cannot go on: the server is stopping", reason=Reason.SHUTTING_DOWN, retry_ms=_RETRY_MS
+                )
+            news, self._news = self._news, {}
+            if news:
+                yield list(news), sum(news.values()) - len(news)
 
 
 async def _ask(source: Source | Listener) -> Answer | list[RawFamily]:

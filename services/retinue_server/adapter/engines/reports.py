@@ -36,6 +36,7 @@ class Reports:
     def __init__(self, spec: Spec, clock: Callable[[], float] = time.monotonic) -> None:
         self._spec, self._clock = spec, clock
         self.address = spec.endpoint
+        self.reject = Reject()
         self._latest: dict[tuple[str, Type, str], tuple[str, _Series]] = {}
         self._size = 0
         self._stale_s = _STALE_INTERVALS * spec.interval_s
@@ -99,7 +100,7 @@ class Pushes(Reports):
 
     def __init__(self, spec: Spec, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(spec, clock)
-        self.target_id, self.reject = spec.target_id, Reject()
+        self.target_id = spec.target_id
         self._stale_s = max(self._stale_s, _PUSH_STALE_S)
 
     def push(self, family: RawFamily, pushed: Iterable[Pushed], reject: Reject) -> None:

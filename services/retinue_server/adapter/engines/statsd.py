@@ -98,7 +98,7 @@ class _Series:
     def taken(self) -> float | Histogram | Summary:
         """As it is collected."""
         if self.kind is Type.HISTOGRAM:
-            counts = list(accumulate(self.counts))
+            counts = [float(round(count)) for count in accumulate(self.counts)]  # a rate of 0.3 makes thirds
             return Histogram(tuple(zip(self.shape.buckets, counts, strict=True)), self.value, counts[-1])
         if self.kind is Type.SUMMARY:
             ordered = sorted(self.recent)

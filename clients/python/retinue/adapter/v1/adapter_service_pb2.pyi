@@ -664,7 +664,7 @@ class WatchSignalsResponse(_message.Message):
     SIGNALS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def signals(self) -> _metric_pb2.Signals:
-        """As they are now."""
+        """As they are now; without `signals` if the target is gone."""
 
     def __init__(
         self,

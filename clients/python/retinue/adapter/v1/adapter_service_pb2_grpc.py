@@ -216,8 +216,8 @@ class AdapterServiceServicer(object):
     def WatchSignals(self, request, context):
         """WatchSignals gives them, and again after each collection that changed one.
 
-        The first messages are the present state, one for each target. A slow reader gets the latest of each. Nothing resumes it.
-        Errors: NOT_FOUND (TARGET_NOT_FOUND); RESOURCE_EXHAUSTED (WATCHER_LIMIT).
+        The first messages are the present state, one for each target; one that is deleted is told without signals. A slow reader
+        gets the latest of each. Nothing resumes it. Errors: NOT_FOUND (TARGET_NOT_FOUND); RESOURCE_EXHAUSTED (WATCHER_LIMIT).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

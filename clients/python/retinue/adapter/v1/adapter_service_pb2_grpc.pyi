@@ -95,8 +95,8 @@ class AdapterServiceStub:
     WatchSignals: _grpc.UnaryStreamMultiCallable[_adapter_service_pb2.WatchSignalsRequest, _adapter_service_pb2.WatchSignalsResponse]
     """WatchSignals gives them, and again after each collection that changed one.
 
-    The first messages are the present state, one for each target. A slow reader gets the latest of each. Nothing resumes it.
-    Errors: NOT_FOUND (TARGET_NOT_FOUND); RESOURCE_EXHAUSTED (WATCHER_LIMIT).
+    The first messages are the present state, one for each target; one that is deleted is told without signals. A slow reader
+    gets the latest of each. Nothing resumes it. Errors: NOT_FOUND (TARGET_NOT_FOUND); RESOURCE_EXHAUSTED (WATCHER_LIMIT).
     """
     ReportMetrics: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.ReportMetricsRequest, _adapter_service_pb2.ReportMetricsResponse]
     """ReportMetrics takes in what an app says of itself, for a target of kind REPORT.
@@ -172,8 +172,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     WatchSignals: _aio.UnaryStreamMultiCallable[_adapter_service_pb2.WatchSignalsRequest, _adapter_service_pb2.WatchSignalsResponse]  # type: ignore[assignment]
     """WatchSignals gives them, and again after each collection that changed one.
 
-    The first messages are the present state, one for each target. A slow reader gets the latest of each. Nothing resumes it.
-    Errors: NOT_FOUND (TARGET_NOT_FOUND); RESOURCE_EXHAUSTED (WATCHER_LIMIT).
+    The first messages are the present state, one for each target; one that is deleted is told without signals. A slow reader
+    gets the latest of each. Nothing resumes it. Errors: NOT_FOUND (TARGET_NOT_FOUND); RESOURCE_EXHAUSTED (WATCHER_LIMIT).
     """
     ReportMetrics: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.ReportMetricsRequest, _adapter_service_pb2.ReportMetricsResponse]  # type: ignore[assignment]
     """ReportMetrics takes in what an app says of itself, for a target of kind REPORT.
@@ -312,8 +312,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_adapter_service_pb2.WatchSignalsResponse], _abc.AsyncIterator[_adapter_service_pb2.WatchSignalsResponse]]:
         """WatchSignals gives them, and again after each collection that changed one.
 
-        The first messages are the present state, one for each target. A slow reader gets the latest of each. Nothing resumes it.
-        Errors: NOT_FOUND (TARGET_NOT_FOUND); RESOURCE_EXHAUSTED (WATCHER_LIMIT).
+        The first messages are the present state, one for each target; one that is deleted is told without signals. A slow reader
+        gets the latest of each. Nothing resumes it. Errors: NOT_FOUND (TARGET_NOT_FOUND); RESOURCE_EXHAUSTED (WATCHER_LIMIT).
         """
 
     @_abc_1.abstractmethod

@@ -622,7 +622,7 @@ export const WatchSignalsRequestSchema: GenMessage<WatchSignalsRequest> = /*@__P
  */
 export type WatchSignalsResponse = Message<"retinue.adapter.v1.WatchSignalsResponse"> & {
   /**
-   * As they are now.
+   * As they are now; without `signals` if the target is gone.
    *
    * @generated from field: retinue.adapter.v1.Signals signals = 1;
    */
@@ -833,8 +833,8 @@ export const AdapterService: GenService<{
   /**
    * WatchSignals gives them, and again after each collection that changed one.
    *
-   * The first messages are the present state, one for each target. A slow reader gets the latest of each. Nothing resumes it.
-   * Errors: NOT_FOUND (TARGET_NOT_FOUND); RESOURCE_EXHAUSTED (WATCHER_LIMIT).
+   * The first messages are the present state, one for each target; one that is deleted is told without signals. A slow reader
+   * gets the latest of each. Nothing resumes it. Errors: NOT_FOUND (TARGET_NOT_FOUND); RESOURCE_EXHAUSTED (WATCHER_LIMIT).
    *
    * @generated from rpc retinue.adapter.v1.AdapterService.WatchSignals
    */
