@@ -103,7 +103,7 @@ class _Series:
         if self.kind is Type.SUMMARY:
             ordered = sorted(self.recent)
             shares = [(q, ordered[min(int(q * len(ordered)), len(ordered) - 1)]) for q in self.shape.quantiles]
-            return Summary(tuple(shares), self.value, self.counts[0])
+            return Summary(tuple(shares), self.value, float(round(self.counts[0])))
         if self.members is not None:
             self.value, self.members = float(len(self.members)), set()
         return self.value
