@@ -177,17 +177,17 @@ def _child(at: Any, token: str) -> Any:
 
 
 def _number(rule: Rule, value: Any) -> float | None:
+    if rule.type == "info":  # that it is there is all it says
+        return 1.0
     if isinstance(value, str):
         if value in rule.values:
             return rule.values[value]
-        if rule.type == "info":
-            return 1.0
         return float(value) if _NUMBER.fullmatch(value) else None
     if isinstance(value, bool):
         return float(value)
     if isinstance(value, int | float):
         return float(value)
-    return 1.0 if rule.type == "info" else None
+    return None
 
 
 def _label(text: str, places: Sequence[str], document: Any, inside: Any) -> str:
