@@ -42,16 +42,8 @@ class Uwsgi:
         self.port, self.stats = free_port(), free_port()
         (where / "app.py").write_text(APP)
         words = [program, "--http-socket", f"127.0.0.1:{self.port}", "--stats", f"127.0.0.1:{self.stats}"]
-        words += [
-            "--stats-http",
-            "--master",
-            "--processes",
-            "2",
-            "--wsgi-file",
-            "app.py",
-            "--need-app",
-            "--die-on-term",
-        ]
+        words += ["--stats-http", "--master", "--processes", "2", "--wsgi-file", "app.py", "--need-app"]
+        words += ["--die-on-term"]
         with (where / "uwsgi.log").open("w") as log:
             self.process = subprocess.Popen(words, cwd=where, stdout=log, stderr=log)
         await_true(self._answers, "uWSGI answers")

@@ -252,7 +252,9 @@ def test_the_printed_lines_watch_the_golden_signals_of_a_redis_whose_end_is_told
         pytest.skip("needs redis-server: apt-get install redis-server")
     said = run_those_of_the_adapter(suite)
     assert '"state": "TARGET_STATE_UP"' in said
-    rates = [float(rate) for rate in re.findall(r'"kind": "SIGNAL_KIND_REQUESTS",\s+"number": \S+\s+"rate": (\S+),', said)]
+    rates = [
+        float(rate) for rate in re.findall(r'"kind": "SIGNAL_KIND_REQUESTS",\s+"number": \S+\s+"rate": (\S+),', said)
+    ]
     assert max(rates) > 1, "Redis is asked for more than what it says of itself"
     assert "which cannot be added up to a histogram" in said, "why there is no duration"
     assert_told_to_prometheus(said, "redis", {"requests", "errors", "saturation"}, errors=1)
