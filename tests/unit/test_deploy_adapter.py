@@ -131,8 +131,7 @@ def test_the_guide_tells_every_unit() -> None:
 
 def test_the_rules_and_signals_of_the_guide_are_a_pack() -> None:
     text = section("Rules") + section("Signals of a pack")
-    blocks = re.findall(r"```yaml
-(.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     pack = packfile.read("guide", ("kind: json\n" + "".join(blocks)).encode())
     assert [rule.metric for rule in pack.metrics] == ["shop_orders", "shop_pause", "shop_is_open", "shop_server"]
     assert pack.signals.keys() == set(SIGNALS)
