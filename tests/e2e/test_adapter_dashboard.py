@@ -18,10 +18,12 @@ from servers import RunningServer, start_server
 
 from retinue.adapter.v1.adapter_service_pb2 import GetTargetRequest
 from retinue.adapter.v1.adapter_service_pb2_grpc import AdapterServiceStub
+from retinue.workqueue.v1.workqueue_admin_service_pb2 import GetQueueStatsRequest
+from retinue.workqueue.v1.workqueue_admin_service_pb2_grpc import WorkQueueAdminServiceStub
 
 TARGETS = """
 targets:
-  - {{target_id: app, kind: PROMETHEUS, endpoint: "http://{metrics}/metrics", interval_duration: 1s}}
+  - {{target_id: app, kind: PROMETHEUS, endpoint: "http://{metrics}/metrics"}}
   - {{target_id: statsd, kind: STATSD, endpoint: "udp:127.0.0.1:0", interval_duration: 1s}}
 """
 
@@ -31,6 +33,8 @@ def app(tmp_path: Path) -> Iterator[RunningServer]:
     """An app with all four golden signals: another server of ours."""
     (tmp_path / "app").mkdir()
     started = start_server(tmp_path / "app", "workqueue", "--metrics", "127.0.0.1:0")
+    with grpc.insecure_channel(started.address) as channel:
+        WorkQueueAdminServiceStub(channel).GetQueueStats(GetQueueStatsRequest(), timeout=10)
     yield started
     assert started.stop() == 0
 

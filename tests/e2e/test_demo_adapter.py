@@ -1,4 +1,4 @@
-"""What `make demo DEMO=adapter` shows: golden signals that follow a load, errors, and an app that goes and comes back."""
+"""What `make demo DEMO=adapter` shows: signals that follow a load, errors, and an app that goes and comes back."""
 
 from __future__ import annotations
 
