@@ -7,6 +7,7 @@ for every name or index in its place; `$1`, `$2` ... are what they stood for, an
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -177,16 +178,15 @@ def _child(at: Any, token: str) -> Any:
 
 
 def _number(rule: Rule, value: Any) -> float | None:
-    if rule.type == "info":  # that it is there is all it says
+    if isinstance(value, str) and value in rule.values:
+        return rule.values[value]
+    if rule.type == "info":
         return 1.0
     if isinstance(value, str):
-        if value in rule.values:
-            return rule.values[value]
         return float(value) if _NUMBER.fullmatch(value) else None
-    if isinstance(value, bool):
-        return float(value)
-    if isinstance(value, int | float):
-        return float(value)
+    if isinstance(value, bool | int | float):
+        with contextlib.suppress(OverflowError):  # an integer of more than 308 digits
+            return float(value)
     return None
 
 
