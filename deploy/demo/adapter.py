@@ -7,6 +7,7 @@ others go on. Each line of the table is as the adapter told it by WatchSignals, 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -40,7 +41,7 @@ console = Console(highlight=False)
 
 def main() -> int:
     """Runs the demo; 0 if all signals changed as they had to."""
-    root = Path(".retinue/demo-adapter").absolute()
+    root = Path(os.environ.get("DEMO_STATE", ".retinue/demo-adapter")).absolute()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     apps: list[App] = [app for app in (Redis(), Nginx(root), Memcached(), Queue(root)) if shutil.which(app.program)]
@@ -352,13 +353,13 @@ class Story:
         self._watched.end()
         return self._pages()
 
-    def show(self, title: str) -> None:
-        """The table as it is now."""
+    def show(self, title: str, first: str = "") -> None:
+        """The table as it is now; the state of the first app is the one that was waited for."""
         table = Table(title=title, title_justify="left")
         for column in ("target", "state", "requests/s", "errors/s", "duration", "saturation"):
             table.add_column(column, justify="left" if column in ("target", "state") else "right")
         for app in self._apps:
-            state = self._adapter.state(app)
+            state = (first if app is self._apps[0] else "") or self._adapter.state(app)
             color = "green" if state == "UP" else "red"
             table.add_row(app.name, f"[{color}]{state}[/]", *(self._cell(app, kind) for kind in range(1, 5)))
         console.print(table)
@@ -403,14 +404,14 @@ class Story:
 
         end(self._processes[app.name])
         await_true(lambda: is_in("STALE"), f"{app.name} is stale")
-        self.show(f"{app.name} is stopped: STALE, what it said last stands")
-        await_true(lambda: is_in("DOWN"), f"{app.name} is down")
-        self.show(f"{app.name} is stopped: DOWN, nothing of it is shown")
+        self.show(f"{app.name} is stopped: STALE, what it said last stands", "STALE")
+        await_true(lambda: is_in("DOWN") and self._is_absent(app), f"{app.name} is down")
+        self.show(f"{app.name} is stopped: DOWN, nothing of it is shown", "DOWN")
         if went_on:
             console.print(f"[green]UP all the while: {', '.join(sorted(went_on))}[/]")
         self._start(app)
         await_true(lambda: is_in("UP") and self._rate(app) > 0, f"{app.name} is back")
-        self.show(f"{app.name} is back, and counts anew")
+        self.show(f"{app.name} is back, and counts anew", "UP")
 
     def _pages(self) -> bool:
         """The end: what Prometheus reads."""
@@ -425,6 +426,9 @@ class Story:
 
     def _first(self, kind: type[Redis]) -> Redis | None:
         return next((app for app in self._apps if isinstance(app, kind)), None)
+
+    def _is_absent(self, app: App) -> bool:
+        return bool(self._watched.of(app, metrics.SIGNAL_KIND_REQUESTS).absent_reason)
 
     def _rate(self, app: App) -> float:
         return self._watched.of(app, metrics.SIGNAL_KIND_REQUESTS).rate

@@ -51,7 +51,7 @@ def test_the_demo_of_the_adapter_ends_well() -> None:
 
 @pytest.mark.timeout(900)
 def test_the_demo_of_the_adapter_goes_without_what_is_not_here(tmp_path: Path) -> None:
-    said = demo("adapter", PATH=str(tmp_path))
+    said = demo("adapter", PATH=str(tmp_path), DEMO_STATE=str(tmp_path / "state"))
     assert "left out, since they are not here: memcached, nginx, redis-server" in said
     *_, stale, down, back = tables(said).values()
     assert [one["queue"]["state"] for one in (stale, down, back)] == ["STALE", "DOWN", "UP"]
