@@ -43,9 +43,9 @@ check-generated: ## Fails if the committed stubs differ from what the protos giv
 run: $(VENV)/.run ## Starts the whole suite on loopback and prints lines to try, until Ctrl-C
 	@exec $(BIN)/python deploy/local/run.py
 
-DEMO ?= workqueue
-demo: $(VENV)/.run ## Shows each pattern on real input (DEMO=pattern for one)
-	@exec $(BIN)/python deploy/demo/$(DEMO).py
+DEMO ?= workqueue adapter
+demo: $(VENV)/.run ## Shows patterns on real input (DEMO=pattern for one)
+	@for demo in $(DEMO); do $(BIN)/python deploy/demo/$$demo.py || exit 1; done
 
 PARALLEL := -n 4 --dist worksteal # also on two cores: tests wait about as long as they compute
 

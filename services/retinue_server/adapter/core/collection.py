@@ -217,7 +217,7 @@ class Collector:
         for name, text in said.items():
             clean = naming.label_name(name)
             if (
-                clean in RESERVED
+                clean in self._own
                 or (clean == "le" and kind is Type.HISTOGRAM)
                 or (clean == "quantile" and kind is Type.SUMMARY)
             ):
