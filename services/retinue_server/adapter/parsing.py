@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from retinue_server.adapter.core.points import Histogram, Raw, RawFamily, Summary, Type
+from retinue_server.adapter.core.points import CUMULATIVE, Histogram, Raw, RawFamily, Summary, Type
 from retinue_server.adapter.engine import Unexpected
 
 if TYPE_CHECKING:
@@ -28,17 +29,31 @@ def parse(text: bytes, content_type: str, reject: Reject) -> Iterator[RawFamily]
     return of_metrics(_parsed(text, content_type), reject)
 
 
+def json_document(text: bytes) -> Any:
+    """Raises Unexpected."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unexpected(f"its answer is no JSON: {str(error)[:300]}") from None
+
+
 def of_metrics(metrics: Iterable[Any], reject: Reject) -> Iterator[RawFamily]:
     """Of metrics as prometheus_client has them."""
+    cumulative: set[str] = set()
     for metric in metrics:
         kind = _TYPES.get(metric.type, Type.UNKNOWN)
         name = metric.name
+        if name.endswith(_NOT_SHOWN) and name.removesuffix(_NOT_SHOWN) in cumulative:
+            continue  # when a family of the text format was made, as clients show it: a gauge beside it
+        if kind in CUMULATIVE:
+            cumulative.add(name)
         if metric.type == "stateset":
             kind = Type.GAUGE
         if kind in (Type.HISTOGRAM, Type.SUMMARY):
             points = list(_grouped(metric.samples, name, kind, reject))
         else:
-            points = [Raw(s.labels, s.value) for s in metric.samples if not s.name.endswith(_NOT_SHOWN)]
+            left_out = name + _NOT_SHOWN
+            points = [Raw(s.labels, s.value) for s in metric.samples if s.name != left_out]
             if metric.type == "gaugehistogram":
                 points = []
                 reject("type_unsupported", name, len(metric.samples))
@@ -52,7 +67,7 @@ def _parsed(text: bytes, content_type: str) -> Iterable[Any]:
     try:
         parser: Any = open_metrics if content_type.startswith("application/openmetrics-text") else plain
         yield from parser(text.decode())
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:  # the parsers' own
+    except Exception as error:  # noqa: BLE001 - whatever makes the parsers stumble
         raise Unexpected(f"its metrics can't be read: {str(error)[:300]}") from None
 
 

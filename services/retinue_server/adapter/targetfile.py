@@ -119,7 +119,13 @@ def read(path: Path) -> list[Spec]:
         return []
     if not isinstance(said, dict) or set(said) != {"targets"} or not isinstance(said["targets"] or [], list):
         raise TargetFileError("it must have `targets:`, a list, and nothing else")
-    return [_spec(index, entry) for index, entry in enumerate(said["targets"] or [])]
+    found = [_spec(index, entry) for index, entry in enumerate(said["targets"] or [])]
+    known: set[str] = set()
+    for index, spec in enumerate(found):
+        if spec.target_id in known:
+            raise TargetFileError(f"targets[{index}]: {spec.target_id} is there twice")
+        known.add(spec.target_id)
+    return found
 
 
 def _spec(index: int, entry: Any) -> Spec:
