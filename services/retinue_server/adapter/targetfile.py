@@ -117,7 +117,7 @@ def read(path: Path) -> list[Spec]:
         raise TargetFileError(str(error)) from None
     if said is None:
         return []
-    if not isinstance(said, dict) or set(said) != {"targets"} or not isinstance(said["targets"] or [], list):
+    if not isinstance(said, dict) or set(said) != {"targets"} or not isinstance(said["targets"], list | None):
         raise TargetFileError("it must have `targets:`, a list, and nothing else")
     found = [_spec(index, entry) for index, entry in enumerate(said["targets"] or [])]
     known: set[str] = set()

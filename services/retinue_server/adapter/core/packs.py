@@ -7,6 +7,7 @@ for every name or index in its place; `$1`, `$2` ... are what they stood for, an
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -172,20 +173,16 @@ def _child(at: Any, token: str) -> Any:
 
 
 def _number(rule: Rule, value: Any) -> float | None:
+    if isinstance(value, str) and value in rule.values:
+        return rule.values[value]
+    if rule.type == "info":
+        return 1.0
     if isinstance(value, str):
-        if value in rule.values:
-            return rule.values[value]
-        if rule.type == "info":
-            return 1.0
         return float(value) if _NUMBER.fullmatch(value) else None
-    if isinstance(value, bool):
-        return float(value)
-    if isinstance(value, int | float):
-        try:
+    if isinstance(value, bool | int | float):
+        with contextlib.suppress(OverflowError):  # an integer of more than 308 digits
             return float(value)
-        except OverflowError:  # an integer of more than 308 digits
-            return None
-    return 1.0 if rule.type == "info" else None
+    return None
 
 
 def _label(text: str, places: Sequence[str], document: Any, inside: Any) -> str:
