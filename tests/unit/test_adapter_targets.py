@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from support.adapter_core import Away, Core, PlayedSource, spec
 
+from retinue_server.adapter.core.collection import Limits
 from retinue_server.adapter.core.packs import Pack
-from retinue_server.adapter.core.spec import Kind, Limits, State
+from retinue_server.adapter.core.spec import Kind, State
 from retinue_server.adapter.engine import Unexpected
 from retinue_server.runtime.errors import FailedPrecondition, Reason, RetinueError, Unavailable
 

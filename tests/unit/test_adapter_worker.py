@@ -34,8 +34,8 @@ def declared(name: str = "shop", kind: str = "prometheus", pack: Pack | None = N
 
 
 def take(text: bytes = b"", **fields: Any) -> Take:
-    return Take(**{"number": 7, "target": "shop", "text": text, "content_type": "text/plain", "document": None,
-                   "families": None, "now_ms": 1} | fields)  # fmt: skip
+    usual: dict[str, Any] = {"number": 7, "target": "shop", "content_type": "text/plain", "now_ms": 1}
+    return Take(**usual | {"text": text, "document": None, "families": None} | fields)
 
 
 @pytest.fixture
