@@ -241,6 +241,7 @@ def test_no_name_of_a_call_is_that_of_another_pattern() -> None:
 @pytest.mark.parametrize("rpc", sorted(ADAPTER_METHODS))
 def test_any_well_typed_request_is_answered_by_the_contract(world: World, rpc: str) -> None:
     method = ADAPTER_METHODS[rpc]
+    world.create()  # a watch of signals tells of what is there
 
     @settings(max_examples=25, **PLAIN)
     @given(messages(method.input_type))

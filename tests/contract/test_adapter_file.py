@@ -1,4 +1,4 @@
-"""Servers of the adapter with settings of their own: the files of targets and rule packs, the metrics listener, health."""
+"""Servers of the adapter with settings of their own: files of targets and rule packs, the metrics listener, health."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ ANSWERS = {
 }
 """How calls may end, by package."""
 OPERATORS = {
-    "DeclareUpstream", "SetEndpoints", "DrainUpstream", "RemoveUpstream", "CreateTarget", "UpdateTarget", "DeleteTarget",
-    "TestTarget",
+    "DeclareUpstream", "SetEndpoints", "DrainUpstream", "RemoveUpstream",
+    "CreateTarget", "UpdateTarget", "DeleteTarget", "TestTarget",
 }  # fmt: skip
 OF_REPLIES = {"COVERAGE_NOT_MET", "MERGE_FAILED"}
 """What the contract of scatter/gather calls INTERNAL: the leaves' fault."""
