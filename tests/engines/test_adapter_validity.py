@@ -26,8 +26,8 @@ __all__ = ["serve"]
 strict: Any = text_string_to_metric_families
 OPEN_METRICS = "application/openmetrics-text;version=1.0.0"
 STYLE = (
-    "no help text", "should be listed", "use base unit", "should have", "should not", "counter metrics", "non-histogram",
-    "metric name", "metric type", "names should", "abbreviated",
+    "no help text", "should be listed", "use base unit", "should have", "should not", "counter metrics",
+    "non-histogram", "metric name", "metric type", "names should", "abbreviated",
 )  # fmt: skip
 """What promtool says of names and help texts that are the sources' own."""
 
@@ -36,13 +36,15 @@ def odd_page(seed: int) -> str:
     """Names, labels and values that no good app would have, and that a parser takes all the same."""
     draw = random.Random(seed)
     lines = []
-    names = ["x", "x_total", "x_count", "x_bucket", "x_sum", "x_info", "up", "app_requests_total", "retinue_adapter_up",
-             "process_open_fds", "process_cpu_seconds_total", "a:b", "_", "__", "A_ms", "job_seconds_total"]  # fmt: skip
+    names = [
+        "x", "x_total", "x_count", "x_bucket", "x_sum", "x_info", "up", "app_requests_total", "retinue_adapter_up",
+        "process_open_fds", "process_cpu_seconds_total", "a:b", "_", "__", "A_ms", "job_seconds_total",
+    ]  # fmt: skip
     for _ in range(60):
         name = draw.choice(names) + draw.choice(
             ["", "", "_created", "_ms", "_percent", draw.choice(string.ascii_letters)]
         )
-        label = draw.choice(["target", "le", "quantile", "job", "instance", "__name", "a", "exported_target"])
+        label = draw.choice(["target", "le", "quantile", "job", "instance", "a", "exported_target"])
         text = "".join(draw.choice('ab"\\\n €é\u2028{}=,#') for _ in range(draw.randrange(6)))
         escaped = text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
         value = draw.choice(["1", "-1", "NaN", "+Inf", "-Inf", "1e300", "0"])
@@ -75,6 +77,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         create("json", "JSON", stack.enter_context(Source(numbers)).endpoint, rule_pack="expvar")
         for seed in range(8):
             create(f"odd-{seed}", "PROMETHEUS", stack.enter_context(Source(odd_page(seed))).endpoint)
+            shown = operator.GetTarget(target_id=f"odd-{seed}").target.status
+            assert shown.series > 10, shown.message
         create("nobody", "NGINX", "http://127.0.0.1:1/")
         odd = {"name": "jobs.done!", "type": "METRIC_TYPE_COUNTER", "series": [{"labels": {"é": "\n"}, "number": 1.0}]}
         operator.ReportMetrics(target_id="reports", metrics=[odd])
