@@ -114,8 +114,10 @@ def test_the_strict_parser_takes_every_page_and_no_series_is_there_twice(server:
 
 def test_a_real_prometheus_scrapes_it_without_a_warning(server: RunningServer, tmp_path: Path) -> None:
     with scraping(server.ready["metrics"], tmp_path) as prometheus:
-        eventually(lambda: len(prometheus.query("count_over_time(up[1m]) >= 5")) == 1, "it was scraped five times")
-        assert [value for _, value in prometheus.query("min_over_time(up[1m])")] == [1.0]
+        eventually(
+            lambda: len(prometheus.query('count_over_time(up{target=""}[1m]) >= 5')) == 1, "it was scraped five times"
+        )
+        assert [value for _, value in prometheus.query('min_over_time(up{target=""}[1m])')] == [1.0]
         found = {labels["exported_target"] if "exported_target" in labels else labels["target"]: value
                  for labels, value in prometheus.query("retinue_adapter_up")}  # fmt: skip
         assert found["redis"] == found["memcached"] == found["json"] == 1.0
