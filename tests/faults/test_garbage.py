@@ -131,6 +131,7 @@ def _attacked(server: RunningServer, leaves: Leaves, web: Lines) -> Iterator[Att
         Client(server.control) as operator,
         Client(server.address, services=SCATTER) as scatterer,
         Client(server.control, services=AMBASSADOR) as ambassador,
+        Client(server.control, services=ADAPTER) as adapter,
     ):
         line = new_line(app)
         line.put(priority=-5, labels={"a": "b"}, idempotency_key="k")
@@ -139,6 +140,7 @@ def _attacked(server: RunningServer, leaves: Leaves, web: Lines) -> Iterator[Att
         line.take_one(lease_duration=seconds(3600))
         kept = {"upstream_id": "kept", "protocol": "PROTOCOL_TCP", "static": {"endpoints": [{"address": web.address}]}}
         ambassador.DeclareUpstream(upstream=kept, wait_duration=seconds(15))
+        adapter.CreateTarget(target={"target_id": "kept", "kind": "TARGET_KIND_REPORT"})
         leaves.nobodys.says["*"] = garbled_reply
         made = Attacked(server, app, operator, line, line.tasks(), scatterer, ambassador, leaves, leaves.play())
         yield made
