@@ -162,7 +162,7 @@ async def test_a_worker_that_is_stuck_is_ended(work: ProcessWork) -> None:
     os.kill(stuck, signal.SIGSTOP)
     with pytest.raises(SourceError, match="started again"):
         await asyncio.wait_for(work.take("shop", PAGE, 2), 20)
-    work.working._patience_s = 60.0
+    work.working._patience_s = 300.0
     assert (await work.take("shop", PAGE, 3)).failure == ""
 
 

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 _PREFIX = 4
 _PIPE_BYTES = 1 << 20
-_PATIENCE_S = 60.0
-"""Without any answer, while some are awaited: then it is stuck. 64 MiB take less."""
+_PATIENCE_S = 300.0
+"""Without any answer, while some are awaited: then it is stuck. On a busy machine 64 MiB take two minutes."""
 
 
 class WorkerGone(Exception):
