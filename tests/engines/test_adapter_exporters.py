@@ -27,7 +27,7 @@ from retinue_server.adapter import packfile
 from retinue_server.adapter.core.points import Family
 from retinue_server.adapter.core.spec import Spec
 from retinue_server.adapter.engines import sources
-from retinue_server.adapter.worker import Declare, Take, Worker
+from retinue_server.adapter.worker import Declare, Take, Taken, Worker
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -164,9 +164,9 @@ async def ours(app: App) -> Series:
     answer = await source.collect()
     await source.close()
     worker = Worker()
-    worker.do(Declare("it", spec.own_labels, spec.limits, pack))
-    taken = worker.do(Take("it", b"", "", answer.document, None, 1))
-    assert taken is not None
+    worker.told(Declare("it", spec.own_labels, spec.limits, pack))
+    taken = worker.answer(Take(1, "it", answer.text, answer.content_type, answer.document, None, 1))
+    assert isinstance(taken, Taken)
     assert not taken.rejected
     return {key: value for family in taken.families for key, value in _samples(family).items()}
 

@@ -119,12 +119,12 @@ class Taking:
         self._source = source(wanted)
         self._worker = Worker()
         pack = PACKS.get(wanted.rule_pack or wanted.kind.name.lower())
-        self._worker.do(Declare("it", wanted.own_labels, wanted.limits, pack))
+        self._worker.told(Declare("it", wanted.own_labels, wanted.limits, pack))
 
     async def __call__(self) -> Taken:
         answer: Answer = await self._source.collect()
-        taken = self._worker.do(Take("it", answer.text, answer.content_type, answer.document, None, 1))
-        assert taken is not None
+        taken = self._worker.answer(Take(1, "it", answer.text, answer.content_type, answer.document, None, 1))
+        assert isinstance(taken, Taken)
         return taken
 
     async def close(self) -> None:

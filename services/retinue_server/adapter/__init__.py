@@ -31,7 +31,8 @@ What each failure does
 App slow: its timeout ends the collection; no other target waits. App down: STALE, then DOWN. App says nonsense:
 MISCONFIGURED, and what was there stands. App says too much: known series stay, new ones are left out (LIMITED). Two
 apps say different things by one name: who came first has it, the other's points are refused. Counter falls: a reset,
-since then it counts anew. Worker dies: the next collection starts another; counters begin anew. Rule pack broken: the
-last good one stands, the log says so; at start the server refuses. StatsD comes too fast: the kernel drops datagrams,
-and how many is told.
+since then it counts anew. Worker dies, or is silent for five minutes and is ended: the next collection starts
+another; counters begin anew. A page of 64 MiB: its own target waits, those of others are read between (threads of the
+worker share the processor). Rule pack broken: the last good one stands, the log says so; at start the server refuses.
+StatsD comes too fast: the kernel drops datagrams, and how many is told.
 """

@@ -27,7 +27,7 @@ class Answer(msgspec.Struct, array_like=True):
     """What an app said: one of these."""
 
     text: bytes = b""
-    """Prometheus' text format or OpenMetrics, of this `content_type`."""
+    """Prometheus' text format or OpenMetrics, of this `content_type`; or JSON."""
     content_type: str = ""
     document: Any = None
     """Names and values, nested; the rule pack finds its way in it."""

@@ -36,7 +36,9 @@ _SIGNALS = {
 }
 
 
-def families(targets: Targets, packs_ok: Callable[[], bool], restarts: Callable[[], int]) -> Iterable[own.Family]:
+def families(
+    targets: Targets, packs_ok: Callable[[], bool], file_ok: Callable[[], bool], restarts: Callable[[], int]
+) -> Iterable[own.Family]:
     """Targets by state, what collecting them takes, and what of them is refused."""
     known = list(targets.all())
 
@@ -76,6 +78,12 @@ def families(targets: Targets, packs_ok: Callable[[], bool], restarts: Callable[
             f"{name}dropped_datagrams_total", "Datagrams that the kernel dropped.", "counter", counted("dropped")
         ),
         own.Family(f"{name}rule_packs_ok", "0 while a rule pack is wrong.", "gauge", [own.Sample({}, int(packs_ok()))]),
+        own.Family(
+            f"{name}target_file_ok",
+            "0 while the file of targets is wrong.",
+            "gauge",
+            [own.Sample({}, int(file_ok()))],
+        ),
         own.Family(
             f"{name}worker_restarts_total",
             "Times the worker was started anew.",

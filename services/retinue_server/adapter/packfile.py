@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from retinue_server.adapter.core import packs
+from retinue_server.adapter.core import limits, packs
 from retinue_server.adapter.core.packs import Pack
 from retinue_server.adapter.core.spec import Kind
 from retinue_server.runtime import strict_yaml
 from retinue_server.runtime.addresses import StartError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,11 @@ def shipped() -> dict[str, Pack]:
 def of_directory(path: Path) -> dict[str, Pack]:
     """Those of a directory; raises PackError."""
     found = {}
+    if not path.is_dir():
+        raise PackError("it is no directory")
     for file in sorted(path.glob("*.yaml")):
+        if not limits.PACK.fullmatch(file.stem):
+            raise PackError(f"{file.name}: a pack's name must be 1 to 63 of a-z 0-9 _ -")
         data = file.read_bytes()
         if len(data) > _MAX_BYTES:
             raise PackError(f"{file.name}: it is longer than {_MAX_BYTES} bytes")
@@ -76,12 +80,12 @@ class PackFiles:
         self.ok = True
         self._stamp: object = None
         self._looking: asyncio.Task[None] | None = None
-        self.changed: Callable[[], object] = lambda: None
+        self.changed: Callable[[], Awaitable[None]] | None = None
 
     def load(self) -> Mapping[str, Pack]:
         """At the start; raises StartError."""
         try:
-            self._read()
+            self._use(self._read())
         except (OSError, PackError) as error:
             raise StartError(f"cannot use the rule packs in {self._directory}: {error}") from None
         return self.packs
@@ -96,11 +100,14 @@ class PackFiles:
             looking.cancel()
             await asyncio.wait({looking})
 
-    def _read(self) -> None:
+    def _read(self) -> Mapping[str, Pack]:
         found = shipped()
         if self._directory is not None:
             self._stamp = self._stamped()
             found |= of_directory(self._directory)
+        return found
+
+    def _use(self, found: Mapping[str, Pack]) -> None:
         self.packs.clear()
         self.packs.update(found)
 
@@ -115,12 +122,14 @@ class PackFiles:
             try:
                 if await asyncio.to_thread(self._stamped) == self._stamp:
                     continue
-                self._read()
+                found = await asyncio.to_thread(self._read)
             except (OSError, PackError) as error:
                 if self.ok:
                     log.error("cannot use the rule packs in %s: %s; the former stand", self._directory, error)  # noqa: TRY400
                 self.ok = False
                 continue
             self.ok = True
+            self._use(found)
             log.info("read %d rule packs", len(self.packs))
-            self.changed()
+            if self.changed is not None:
+                await self.changed()

@@ -9,11 +9,11 @@ from retinue_server.adapter import metrics
 from retinue_server.adapter.core import exposition
 from retinue_server.adapter.core.collection import Collector, Limits, Registry, by_name
 from retinue_server.adapter.core.packs import Reject
+from retinue_server.adapter.core.points import Family
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from retinue_server.adapter.core.points import Family
     from retinue_server.adapter.core.target import Target
     from retinue_server.adapter.core.targets import Targets
 
@@ -43,7 +43,13 @@ class MetricPages:
 
 
 def _page(shown: Iterable[Sequence[Family]], targets: Iterable[Target], *, open_metrics: bool) -> tuple[str, bytes]:
+    """What two say of one name, or what bears the name of another's lines, is shown of the first alone: what is shown
+    of a target may be older than what the next one was told it may call itself."""
     families = by_name(chain(shown, [list(metrics.signals(targets))]))
-    alike = [[one for one in same if (one.type, one.unit) == (same[0].type, same[0].unit)] for same in families]
+    names, alike = Registry(), list[list[Family]]()
+    for same in families:
+        first = same[0]
+        if not names.claim(first.name, first.type, first.unit, ""):
+            alike.append([one for one in same if (one.type, one.unit) == (first.type, first.unit)])
     text = exposition.document(alike, open_metrics=open_metrics)
     return exposition.OPEN_METRICS if open_metrics else exposition.TEXT, text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,14 @@ _LATEST_S = 1e11
 def parse(text: bytes, content_type: str, reject: Reject) -> Iterator[RawFamily]:
     """Raises Unexpected for what neither parser takes; a family that makes no sense is refused alone."""
     return of_metrics(_parsed(text, content_type), reject)
+
+
+def json_document(text: bytes) -> Any:
+    """Raises Unexpected."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unexpected(f"its answer is no JSON: {str(error)[:300]}") from None
 
 
 def of_metrics(metrics: Iterable[Any], reject: Reject) -> Iterator[RawFamily]:
@@ -64,7 +73,7 @@ def _parsed(text: bytes, content_type: str) -> Iterable[Any]:
     try:
         parser: Any = open_metrics if content_type.startswith("application/openmetrics-text") else plain
         yield from parser(text.decode())
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:  # the parsers' own
+    except Exception as error:  # noqa: BLE001 - whatever makes the parsers stumble
         raise Unexpected(f"its metrics can't be read: {str(error)[:300]}") from None
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from retinue.adapter.v1 import adapter_service_pb2 as api
 from retinue.adapter.v1 import metric_pb2 as metric_pb
 from retinue_server.adapter import translate
-from retinue_server.adapter.core import exposition, limits, packs
-from retinue_server.adapter.core.collection import Collector, Registry, fault
+from retinue_server.adapter.core import limits
+from retinue_server.adapter.core.collection import Collector, Registry, sift
 from retinue_server.adapter.core.matching import select
-from retinue_server.adapter.core.points import RawFamily
-from retinue_server.adapter.core.spec import TOLD, Kind
+from retinue_server.adapter.core.spec import TOLD
+from retinue_server.adapter.core.target import Shown
 from retinue_server.runtime import wire
 from retinue_server.runtime.dispatch import Role
 from retinue_server.runtime.errors import (
@@ -29,11 +29,9 @@ if TYPE_CHECKING:
 
     from retinue.adapter.v1 import target_pb2 as pb
     from retinue_server.adapter.core.matching import Match
-    from retinue_server.adapter.core.points import Labels, Series
-    from retinue_server.adapter.core.spec import Spec
+    from retinue_server.adapter.core.points import Family, Labels, Series
     from retinue_server.adapter.core.target import Target
     from retinue_server.adapter.core.targets import Targets
-    from retinue_server.adapter.engine import Answer
     from retinue_server.runtime.dispatch import Call
 
 DESCRIPTOR = api.DESCRIPTOR.services_by_name["AdapterService"]
@@ -41,7 +39,8 @@ ROLES = dict.fromkeys(("CreateTarget", "UpdateTarget", "DeleteTarget", "TestTarg
 
 _PAGES: wire.PageTokens[str] = wire.PageTokens("targets", 1, str)
 _MAX_BYTES = 3 * 1024 * 1024
-_MAX_TESTED = 1000
+_LEAST_BYTES = 80
+"""Of a series, whose four labels are ours: what is too large is refused before it is made."""
 _RETRY_MS = 1000
 
 
@@ -92,9 +91,7 @@ class AdapterService:
                 reason=Reason.CAPABILITY_MISSING,
                 capability="TestTarget",
             )
-        found = api.TestTargetResponse()
-        found.failure = await self._targets.try_out(spec, lambda answer, pack: _tested(found, spec, answer, pack))
-        return found
+        return translate.tested(await self._targets.try_out(spec))
 
     def _told(self, target: Target) -> pb.Target:
         source = self._targets.source(target.spec.target_id)
@@ -127,34 +124,38 @@ class AdapterService:
         read = translate.Reader()
         matches = read.matches(request.matches)
         limits.refuse(read.violations, "watch metrics")
-        known: dict[str, dict[tuple[str, Labels], Series]] = {}
+        known: dict[str, _Sent] = {}
         with self._targets.watch() as watcher:
-            first = self._changes(list(self._targets.names()), matches, known)
+            first = self._changes(self._targets.names(), matches, known)
             for index, response in enumerate(first):
                 response.synced = index == len(first) - 1
                 await call.write(response)
-            async for target_ids, coalesced in watcher.news():
-                for response in self._changes(target_ids, matches, known):
+            missed = 0
+            while True:
+                news = {name: times for name, times in (await watcher.news()).items() if _wants(matches, name)}
+                missed += sum(news.values()) - len(news)
+                for response in self._changes(news, matches, known):
                     if response.metrics:
-                        response.coalesced = coalesced
+                        response.coalesced, missed = missed, 0
                         await call.write(response)
 
     def _changes(
-        self, target_ids: Iterable[str], matches: Sequence[Match], known: dict[str, dict[tuple[str, Labels], Series]]
+        self, target_ids: Iterable[str], matches: Sequence[Match], known: dict[str, _Sent]
     ) -> list[api.WatchMetricsResponse]:
         """What changed since `known`, which is brought up to date; one message at least."""
         metrics: list[metric_pb.Metric] = []
         for target_id in target_ids:
             before = known.pop(target_id, {})
-            now: dict[tuple[str, Labels], Series] = {}
+            now: _Sent = {}
             target = self._targets.find(target_id)
-            time_ms = target.shown.time_ms if target else 0
-            for family, series in select(target.shown.families if target else (), matches, target_id):
-                new = [one for one in series if before.get((family.name, one.labels)) != one]
-                now.update(((family.name, one.labels), one) for one in series)
+            shown = target.shown if target and not target.is_stale else Shown()
+            for family, series in select(shown.families, matches, target_id):
+                now[family.name] = family, {one.labels: one for one in series}
+                _, former = before.get(family.name, (family, {}))
+                new = [one for one in series if _differs(former.get(one.labels), one)]
                 if new:
-                    metrics.append(translate.metric(family, new, time_ms=time_ms, stale=False))
-            metrics += _gone(before, now)
+                    metrics.append(translate.metric(family, new, time_ms=shown.time_ms, stale=False))
+            metrics += _gone(before, now, shown.time_ms)
             if now:
                 known[target_id] = now
         return list(_cut(metrics))
@@ -166,6 +167,7 @@ class AdapterService:
         found = {
             family.name: translate.described(family)
             for target in self._wanted(matches)
+            if not target.is_stale
             for family, _ in select(target.shown.families, matches, target.spec.target_id)
         }
         response = api.DescribeMetricsResponse(metrics=[found[name] for name in sorted(found)])
@@ -173,11 +175,7 @@ class AdapterService:
         return response
 
     def _wanted(self, matches: Sequence[Match]) -> list[Target]:
-        return [
-            target
-            for target in self._targets.all()
-            if not matches or any(match.target(target.spec.target_id) for match in matches)
-        ]
+        return [target for target in self._targets.all() if _wants(matches, target.spec.target_id)]
 
     # Signals
 
@@ -194,8 +192,9 @@ class AdapterService:
         shown: dict[str, object] = {}
         with self._targets.watch() as watcher:
             await self._write_signals(names, shown, call)
-            async for target_ids, _ in watcher.news():
-                await self._write_signals([name for name in target_ids if not only or name in only], shown, call)
+            while True:
+                news = await watcher.news()
+                await self._write_signals([name for name in news if not only or name in only], shown, call)
 
     async def _write_signals(self, names: Iterable[str], shown: dict[str, object], call: Call) -> None:
         for name in names:
@@ -215,7 +214,7 @@ class AdapterService:
         for index, name in enumerate(target_ids):
             limits.check_id(name, read.violations, f"target_ids[{index}]")
         limits.refuse(read.violations, "find the targets")
-        names = list(target_ids) or self._targets.names()
+        names = list(dict.fromkeys(target_ids)) or self._targets.names()
         for name in names:
             self._targets.get(name)
         return names
@@ -227,29 +226,17 @@ class AdapterService:
         families = read.report(request)
         limits.refuse(read.violations, "take the report")
         reports: Any = self._targets.report(request.target_id)
-        reject = packs.Reject()
-        good = [_faultless(family, reject) for family in families]
+        spec = self._targets.get(request.target_id).spec
+        good, reject = sift(Collector(spec.target_id, spec.own_labels, spec.limits, Registry()), families)
         left = reports.put(good)
         self._targets.hurry(request.target_id)
         if left:
             reject("series_limit", request.target_id, left)
-        for reason, count in reject.counts.items():
-            reports.reject(reason, reject.examples[reason], count)
-        taken = sum(len(family.points) for family in good) - left
-        rejections = translate.rejections(reject.counts, reject.examples)
-        return api.ReportMetricsResponse(accepted_points=taken, rejections=rejections)
-
-
-def _faultless(family: RawFamily, reject: packs.Reject) -> RawFamily:
-    """Without the points whose values can't be: who reports them is told, and they replace none that was good."""
-    good = []
-    for point in family.points:
-        why = fault(family.type, point.value)
-        if why:
-            reject(why, f"{family.name} {_shown(point.value)}"[:200])
-        else:
-            good.append(point)
-    return RawFamily(family.name, family.type, good, family.unit, family.help)
+        reports.reject.add(reject)
+        return api.ReportMetricsResponse(
+            accepted_points=sum(len(family.points) for family in good) - left,
+            rejections=translate.rejections(reject.counts, reject.examples),
+        )
 
 
 def _check_age(targets: Iterable[Target], max_age_ms: int) -> None:
@@ -266,10 +253,14 @@ def _check_age(targets: Iterable[Target], max_age_ms: int) -> None:
 
 def _merged(targets: Iterable[Target], matches: Sequence[Match], *, include_stale: bool) -> list[metric_pb.Metric]:
     found: dict[str, metric_pb.Metric] = {}
+    size = 0
     for target in targets:
         if target.is_stale and not include_stale:
             continue
         for family, series in select(target.shown.families, matches, target.spec.target_id):
+            size += len(series) * _LEAST_BYTES
+            if size > _MAX_BYTES:
+                raise _too_large()
             made = translate.metric(family, series, time_ms=target.shown.time_ms, stale=target.is_stale)
             if family.name in found:
                 found[family.name].series.extend(made.series)
@@ -280,17 +271,35 @@ def _merged(targets: Iterable[Target], matches: Sequence[Match], *, include_stal
 
 def _check_size(response: Any) -> None:
     if response.ByteSize() > _MAX_BYTES:
-        raise ResourceExhausted(
-            f"cannot answer: it is more than {_MAX_BYTES} bytes; match less", reason=Reason.MESSAGE_TOO_LARGE
-        )
+        raise _too_large()
 
 
-def _gone(
-    before: dict[tuple[str, Labels], Series], now: dict[tuple[str, Labels], Series]
-) -> Iterator[metric_pb.Metric]:
-    """Series that were there and are not any more."""
-    for name, labels in before.keys() - now.keys():
-        yield metric_pb.Metric(name=name, series=[metric_pb.Series(labels=dict(labels), stale=True)])
+def _too_large() -> ResourceExhausted:
+    return ResourceExhausted(
+        f"cannot answer: it is more than {_MAX_BYTES} bytes; match less", reason=Reason.MESSAGE_TOO_LARGE
+    )
+
+
+_Sent = dict[str, tuple["Family", dict["Labels", "Series"]]]
+"""What a watcher was told of a target: families by name, with their series by labels."""
+
+
+def _wants(matches: Sequence[Match], target_id: str) -> bool:
+    return not matches or any(match.target(target_id) for match in matches)
+
+
+def _differs(before: Series | None, now: Series) -> bool:
+    """Two that are no number are the same."""
+    return before is None or (before != now and str(before) != str(now))
+
+
+def _gone(before: _Sent, now: _Sent, time_ms: int) -> Iterator[metric_pb.Metric]:
+    """Series that were there and are not any more, with what they were last."""
+    for name, (family, series) in before.items():
+        _, left = now.get(name, (family, {}))
+        gone = [one for labels, one in series.items() if labels not in left]
+        if gone:
+            yield translate.metric(family, gone, time_ms=time_ms, stale=True)
 
 
 def _cut(metrics: Sequence[metric_pb.Metric]) -> Iterator[api.WatchMetricsResponse]:
@@ -304,34 +313,3 @@ def _cut(metrics: Sequence[metric_pb.Metric]) -> Iterator[api.WatchMetricsRespon
         response.metrics.append(one)
         size += more
     yield response
-
-
-def _tested(found: api.TestTargetResponse, spec: Spec, answer: Answer, pack: packs.Pack | None) -> None:
-    """Each point alone, so that what becomes of it can be told; then all of them together, for the signals."""
-    from retinue_server.adapter import parsing  # noqa: PLC0415 - where it is asked for
-
-    whole = Collector(spec.target_id, spec.own_labels, spec.limits, Registry())
-    if spec.kind is Kind.PROMETHEUS:
-        raw = list(parsing.parse(answer.text, answer.content_type, whole.reject))
-    else:
-        raw = packs.apply(pack, answer.document, whole.reject) if pack else []
-    families = whole.take(raw, 0)
-    found.signals.extend(translate.tested_signals(packs.signals(pack, {one.name: one for one in families})))
-    alone = Collector(spec.target_id, spec.own_labels, spec.limits, Registry())
-    for family in raw:
-        for point in family.points:
-            if len(found.points) >= _MAX_TESTED:
-                found.omitted_points += 1
-                continue
-            labels = ",".join(f"{name}={value!r}" for name, value in point.labels.items())
-            told = api.TestedPoint(raw=f"{family.name}{{{labels}}} {_shown(point.value)}"[:1000])
-            before = dict(alone.reject.counts)
-            taken = alone.take([type(family)(family.name, family.type, [point], family.unit, family.help)], 0)
-            told.normalised = "".join(one.text.decode() for one in taken)[:4000]
-            refused = [reason for reason, count in alone.reject.counts.items() if count != before.get(reason, 0)]
-            told.rejection = refused[0] if refused else ""
-            found.points.append(told)
-
-
-def _shown(value: object) -> str:
-    return exposition.number(value) if isinstance(value, int | float) else type(value).__name__.lower()

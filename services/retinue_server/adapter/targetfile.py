@@ -117,9 +117,15 @@ def read(path: Path) -> list[Spec]:
         raise TargetFileError(str(error)) from None
     if said is None:
         return []
-    if not isinstance(said, dict) or set(said) != {"targets"} or not isinstance(said["targets"] or [], list):
+    if not isinstance(said, dict) or set(said) != {"targets"} or not isinstance(said["targets"], list | None):
         raise TargetFileError("it must have `targets:`, a list, and nothing else")
-    return [_spec(index, entry) for index, entry in enumerate(said["targets"] or [])]
+    found = [_spec(index, entry) for index, entry in enumerate(said["targets"] or [])]
+    known: set[str] = set()
+    for index, spec in enumerate(found):
+        if spec.target_id in known:
+            raise TargetFileError(f"targets[{index}]: {spec.target_id} is there twice")
+        known.add(spec.target_id)
+    return found
 
 
 def _spec(index: int, entry: Any) -> Spec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from retinue.adapter.v1 import adapter_service_pb2 as api
 from retinue.adapter.v1 import metric_pb2 as metric_pb
 from retinue.adapter.v1 import target_pb2 as pb
 from retinue_server.adapter.core import limits
@@ -11,6 +12,7 @@ from retinue_server.adapter.core.collection import Limits
 from retinue_server.adapter.core.matching import Match
 from retinue_server.adapter.core.points import Histogram, Raw, RawFamily, Summary, Type, Value
 from retinue_server.adapter.core.spec import Kind, Spec
+from retinue_server.adapter.core.target import Shown
 from retinue_server.runtime import wire
 from retinue_server.runtime.errors import Violation
 
@@ -19,9 +21,9 @@ if TYPE_CHECKING:
 
     from google.protobuf.duration_pb2 import Duration
 
-    from retinue.adapter.v1 import adapter_service_pb2 as api
     from retinue_server.adapter.core.points import Family, Series, Signal
-    from retinue_server.adapter.core.target import Shown, Target
+    from retinue_server.adapter.core.target import Target
+    from retinue_server.adapter.core.targets import Trial
 
 MAX_WAIT_MS = 60_000
 _HOUR_MS = 3_600_000
@@ -242,8 +244,15 @@ def _signal(index: int, one: Signal, shown: Shown) -> metric_pb.Signal:
     return found
 
 
-def tested_signals(found: Sequence[Signal]) -> list[metric_pb.Signal]:
-    """Of a dry run."""
-    from retinue_server.adapter.core.target import Shown as Known  # noqa: PLC0415 - a record
-
-    return [_signal(index, one, Known()) for index, one in enumerate(found)]
+def tested(found: Trial | str) -> api.TestTargetResponse:
+    """What each point of a dry run would become; or why there are none."""
+    if isinstance(found, str):
+        return api.TestTargetResponse(failure=found)
+    return api.TestTargetResponse(
+        failure=found.failure,
+        points=[
+            api.TestedPoint(raw=one.raw, normalised=one.normalised, rejection=one.rejection) for one in found.points
+        ],
+        omitted_points=found.omitted,
+        signals=[_signal(index, one, Shown()) for index, one in enumerate(found.signals)],
+    )

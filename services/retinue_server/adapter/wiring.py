@@ -36,10 +36,12 @@ async def wire(settings: Settings, section: AdapterSettings) -> Pattern:
         return _relay(settings.upstream)
     directory = settings.data_dir.absolute() / NAME
     packs, work = PackFiles(section.rule_packs), ProcessWork()
+    objection = _endpoint_policy(section.endpoints).objection
     targets = Targets(
         work,
-        partial(sources.make, _endpoint_policy(section.endpoints).objection),
+        partial(sources.make, objection),
         packs.load(),
+        objection=objection,
         most=section.max_targets,
         stale_intervals=section.stale_intervals,
         max_watchers=section.max_watchers,
@@ -54,7 +56,9 @@ async def wire(settings: Settings, section: AdapterSettings) -> Pattern:
         parts=(DataDirLock(directory), packs, work, targets, file),
         health_of=targets.health_of,
         quiesce=targets.quiesce,
-        metrics=partial(metrics.families, targets, lambda: packs.ok and file.ok, lambda: max(work.working.restarts, 0)),
+        metrics=partial(
+            metrics.families, targets, lambda: packs.ok, lambda: file.ok, lambda: max(work.working.restarts, 0)
+        ),
         resources=partial(metrics.resources, targets),
         metric_pages=MetricPages(targets),
         notices=lambda: [f"{len(targets.names())} targets; rule packs {', '.join(sorted(packs.packs))}", _of_otlp()],

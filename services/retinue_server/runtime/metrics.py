@@ -168,8 +168,7 @@ class Exposition:
             self._registry.register(self)
             prometheus_client.ProcessCollector(registry=self._registry)
         if self._pages is not None:
-            wanted = "application/openmetrics-text" in accept
-            return self._pages.page(self._registry.collect(), name, open_metrics=wanted)
+            return self._pages.page(self._registry.collect(), name, open_metrics=prefers_open_metrics(accept))
         return None if name else (self.content_type, prometheus_client.generate_latest(self._registry))
 
     def text(self) -> bytes:
@@ -185,6 +184,24 @@ class Exposition:
     def collect(self) -> Iterable[Any]:
         """The library's form of the families."""
         return [_to_prometheus(family) for family in self._metrics.families()]
+
+
+def prefers_open_metrics(accept: str) -> bool:
+    """Whether a reader that sends this `Accept` would rather have OpenMetrics 1.0 than the text format."""
+    shares = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for one in accept.split(","):
+        kind, *said = [part.strip().lower() for part in one.split(";")]
+        named = dict(part.partition("=")[::2] for part in said)
+        if kind in shares and not named.get("version", "1").startswith("2"):
+            shares[kind] = max(shares[kind], _share(named.get("q", "1")))
+    return 0 < shares["application/openmetrics-text"] >= shares["text/plain"]
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
 
 
 def _to_prometheus(family: Family) -> Any:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -36,6 +37,17 @@ RESERVED = ("instance", "kind", "service", "target")
 """Labels that are ours; a source's own are called `exported_…`."""
 _OWN_SUFFIX = {Type.COUNTER: "_total", Type.INFO: "_info"}
 """What the exposition adds; sources that say it themselves do not get it twice."""
+_RESERVED_NAMES = frozenset(
+    name
+    for base, kind in (
+        ("app_requests", Type.COUNTER),
+        ("app_errors", Type.COUNTER),
+        ("app_request_duration_seconds", Type.HISTOGRAM),
+        ("app_saturation_ratio", Type.GAUGE),
+    )
+    for name in exposition.taken_names(base, kind)
+)
+"""Names of the golden signals: a source's own are called `exported_…`, as those of our own metrics are."""
 _MAX_LABEL = 1024
 """Characters of a label's value; the rest is cut off."""
 
@@ -49,15 +61,21 @@ class Limits(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Registry:
-    """Which names are in use, of what type, by which targets; and which family each exposed name belongs to."""
+    """Which names are in use, of what type, by which targets; and which family each exposed name belongs to. For
+    several threads."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._types: dict[str, tuple[Type, str]] = {}
         self._users: dict[str, set[str]] = {}
         self._exposed: dict[str, str] = {}
 
     def claim(self, name: str, kind: Type, unit: str, target: str) -> str:
         """Why the target can't use the name so; empty if it can, and then it does."""
+        with self._lock:
+            return self._claim(name, kind, unit, target)
+
+    def _claim(self, name: str, kind: Type, unit: str, target: str) -> str:
         known = self._types.get(name)
         if known is not None:
             if known != (kind, unit) and self._users[name] != {target}:
@@ -75,11 +93,12 @@ class Registry:
 
     def release(self, names: Iterable[str], target: str) -> None:
         """The target uses these no more."""
-        for name in names:
-            users = self._users.get(name, set())
-            users.discard(target)
-            if not users and name in self._types:
-                self._free(name)
+        with self._lock:
+            for name in names:
+                users = self._users.get(name, set())
+                users.discard(target)
+                if not users and name in self._types:
+                    self._free(name)
 
     def _free(self, name: str) -> None:
         kind, _ = self._types.pop(name)
@@ -143,6 +162,10 @@ class Collector:
         unit, factor = "", 1.0
         if kind is not Type.INFO:
             base, unit, factor = naming.based(base, raw.unit)
+        if self._own and not _RESERVED_NAMES.isdisjoint(exposition.taken_names(base, kind)):
+            base = f"exported_{base}"
+        if self._own and base.startswith("retinue_adapter_"):
+            base = f"exported_{base}"
         if not base:
             self.reject("bad_name", repr(raw.name)[:200], len(raw.points))
             return
@@ -280,6 +303,20 @@ def _fell(before: Value, now: Value) -> bool:
     if isinstance(before, Histogram | Summary) or isinstance(now, Histogram | Summary):
         return isinstance(before, type(now)) and now.count < before.count  # type: ignore[union-attr]
     return now < before
+
+
+def sift(collector: Collector, families: Iterable[RawFamily]) -> tuple[list[RawFamily], Reject]:
+    """Points that can be taken, each by itself; and what is wrong with the others. For a collector of its own."""
+    found = []
+    for family in families:
+        good = []
+        for point in family.points:
+            alone = msgspec.structs.replace(family, points=[point])
+            if collector.take([alone], 0):
+                good.append(point)
+        if good:
+            found.append(msgspec.structs.replace(family, points=good))
+    return found, collector.reject
 
 
 def by_name(targets: Iterable[Sequence[Family]]) -> list[list[Family]]:

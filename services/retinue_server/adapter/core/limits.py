@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
 
-from retinue_server.adapter.core.spec import Kind
+from retinue_server.adapter.core.spec import TOLD, Kind
 from retinue_server.runtime.errors import InvalidArgument, NotFound, Reason, Violation
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ MAX_MATCHES = 100
 MAX_REPORTED = 1000
 MAX_BYTES, MAX_SERIES, MAX_LABELS = 64 << 20, 100_000, 100
 _MAX_TEXT = 1024
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "postgres": 5432}
 
 
 def check(spec: Spec, violations: MutableSequence[Violation], at: str = "target.") -> None:
@@ -48,16 +50,18 @@ def _endpoint(spec: Spec) -> str:
     try:
         url = urlsplit(spec.endpoint)
         has_password = url.password is not None
+        _ = url.port
     except ValueError:
         return "is not an address"
-    if has_password:
+    if has_password or ("@" in spec.endpoint and spec.kind is not Kind.POSTGRESQL):
         return "must have no password: use credentials_file"
     well_formed, form = _FORMS[spec.kind]
     return "" if well_formed(spec.endpoint, url) else f"must be {form}"
 
 
-def _is_http(_: str, url: SplitResult) -> bool:
-    return url.scheme in ("http", "https") and bool(url.hostname) and not url.fragment
+def _is_http(text: str, url: SplitResult) -> bool:
+    plain = text.isascii() and " " not in text
+    return plain and url.scheme in ("http", "https") and bool(url.hostname) and not url.fragment and url.port != 0
 
 
 def _is_database(_: str, url: SplitResult) -> bool:
@@ -88,6 +92,19 @@ _FORMS: dict[Kind, tuple[Callable[[str, SplitResult], bool], str]] = {
 def _is_host_port(text: str, lowest: int = 1) -> bool:
     host, colon, port = text.rpartition(":")
     return bool(colon and host) and port.isascii() and port.isdecimal() and lowest <= int(port) <= 65535  # noqa: PLR2004
+
+
+def address(spec: Spec) -> str:
+    """Of an endpoint, `IP:PORT`, or `[IP]:PORT`; empty where it has a name, or is not dialled."""
+    if spec.kind in TOLD:
+        return ""
+    url = urlsplit(spec.endpoint if "//" in spec.endpoint else f"//{spec.endpoint}")
+    try:
+        ip = ipaddress.ip_address(url.hostname or "")
+    except ValueError:
+        return ""
+    port = url.port or _PORTS.get(url.scheme, 0)
+    return f"[{ip}]:{port}" if ip.version == 6 else f"{ip}:{port}"  # noqa: PLR2004 - IPv6
 
 
 def check_id(target_id: str, violations: MutableSequence[Violation], field: str = "target_id") -> None:

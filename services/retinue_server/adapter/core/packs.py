@@ -8,6 +8,7 @@ for every name or index in its place; `$1`, `$2` ... are what they stood for, an
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -92,8 +93,11 @@ class Pack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 def check(pack: Pack, faults: MutableSequence[str]) -> None:
     """What the schema does not say."""
+    meanings: dict[str, tuple[str, str]] = {}
     for number, rule in enumerate(pack.metrics):
         at = f"metrics[{number}]"
+        if meanings.setdefault(rule.metric, (rule.type, rule.unit)) != (rule.type, rule.unit):
+            faults.append(f"{at}: {rule.metric} has another type or unit before")
         if not rule.path.startswith("/"):
             faults.append(f"{at}.path must begin with /")
         stars = tokens(rule.path).count(_ANY)
@@ -210,6 +214,11 @@ class Reject:
         self.counts[reason] = self.counts.get(reason, 0) + points
         self.examples[reason] = example[:_EXAMPLE]
 
+    def add(self, other: Reject) -> None:
+        """What another has counted, too."""
+        for reason, count in other.counts.items():
+            self(reason, other.examples[reason], count)
+
 
 # Families to signals
 
@@ -256,7 +265,10 @@ def _signal(rule: SignalRule | None, families: Mapping[str, Family]) -> Signal:
     for names in rule.sums:
         numbers = [one for name in names for one in _plain(name, families)]
         if numbers or all(Selector.parse(name).name in families for name in names):
-            return Signal(sum(numbers), "", " + ".join(names))
+            total = sum(numbers)
+            if 0 <= total < math.inf:
+                return Signal(total, "", " + ".join(names))
+            return Signal(None, f"{' + '.join(names)} is {total:g}, which counts nothing", "")
     for name in rule.histograms:
         found = [one.value for one in Selector.parse(name).of(families) if isinstance(one.value, Histogram)]
         if found:
@@ -282,6 +294,8 @@ def _fullest(rule: SignalRule, families: Mapping[str, Family]) -> Signal:
             why = ratio.unlimited or why
             continue
         share = sum(used) / total
+        if not math.isfinite(share):
+            continue
         found.append((min(max(share, 0.0), 1.0), f"{ratio.used} / {ratio.of}"))
     if not found:
         return Signal(None, why, "")
@@ -290,10 +304,11 @@ def _fullest(rule: SignalRule, families: Mapping[str, Family]) -> Signal:
 
 
 def _added(found: Sequence[Histogram]) -> Histogram:
-    """Of histograms with the same bounds; of others, those that are like the first."""
-    bounds = [bound for bound, _ in found[0].buckets]
-    same = [one for one in found if [bound for bound, _ in one.buckets] == bounds]
-    counts = [sum(one.buckets[place][1] for one in same) for place in range(len(bounds))]
+    """By the bounds that all of them have, at which cumulative counts add up exactly; the last is one."""
+    counts = [dict(one.buckets) for one in found]
+    bounds = [bound for bound, _ in found[0].buckets if all(bound in one for one in counts)]
     return Histogram(
-        tuple(zip(bounds, counts, strict=True)), sum(one.sum for one in same), sum(one.count for one in same)
+        tuple((bound, sum(one[bound] for one in counts)) for bound in bounds),
+        sum(one.sum for one in found),
+        sum(one.count for one in found),
     )

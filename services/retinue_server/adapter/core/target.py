@@ -27,11 +27,13 @@ class Shown(msgspec.Struct, frozen=True):
     time_ms: int = 0
     rates: Sequence[float | None] = (None, None)
     """Of requests and errors, per second."""
+    stale: bool = True
+    """Too old for `/metrics`, or there never was any."""
 
     @property
     def series(self) -> int:
-        """How many."""
-        return sum(len(family.series) for family in self.families)
+        """How many are shown."""
+        return 0 if self.stale else sum(len(family.series) for family in self.families)
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -64,7 +66,7 @@ class Target:
     @property
     def is_stale(self) -> bool:
         """Whether nothing of it is shown on `/metrics`."""
-        return self.status.state in (State.DOWN, State.PENDING)
+        return self.shown.stale
 
     def succeeded(
         self,
@@ -78,14 +80,15 @@ class Target:
         limited: bool,
     ) -> None:
         """A collection brought these."""
-        new = sum(rejected.values()) - sum(self.status.rejected.values())
+        total, before = sum(rejected.values()), sum(self.status.rejected.values())
+        new = total - before if total >= before else total  # a new worker counts anew
         state = State.LIMITED if limited else State.DEGRADED if new > 0 else State.UP
         why = ""
         if state is not State.UP:
             why = "; ".join(
                 f"{reason}: {count}, such as {examples.get(reason, '')}" for reason, count in rejected.items()
             )
-        self.shown = Shown(families, signals, now_ms, self._rates(signals, now_ms))
+        self.shown = Shown(families, signals, now_ms, self._rates(signals, now_ms), stale=False)
         self.status = Status(
             state, why[:1000], now_ms, now_ms, took_ms, rejected, examples, address=self.status.address
         )
@@ -97,7 +100,8 @@ class Target:
         gone = not before.success_ms or now_ms - before.success_ms >= stale_after_ms
         state = State.MISCONFIGURED if misconfigured else State.DOWN if gone else State.STALE
         if gone:
-            self.shown = Shown(signals=[Signal(None, f"it is not collected: {why}"[:300], "") for _ in SIGNALS])
+            absent = [Signal(None, f"it is not collected: {why}"[:300], "") for _ in SIGNALS]
+            self.shown = Shown(self.shown.families, absent, self.shown.time_ms)
         self.status = msgspec.structs.replace(before, state=state, message=why, last_ms=now_ms, took_ms=took_ms)
         self._end()
 
@@ -109,7 +113,7 @@ class Target:
         """How fast requests and errors grew since the last good collection; after a reset, nothing is known."""
         before, rates = self.shown, list[float | None]()
         for index in range(2):
-            now, then = signals[index].value, before.signals[index].value if before.time_ms else None
+            now, then = signals[index].value, before.signals[index].value
             known = isinstance(now, float | int) and isinstance(then, float | int) and now_ms > before.time_ms
             grown = now - then if known else -1  # type: ignore[operator] # both are numbers
             rates.append(grown * 1000 / (now_ms - before.time_ms) if grown >= 0 else None)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import secrets
 import time
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -21,13 +22,15 @@ from retinue_server.runtime.errors import (
     Aborted,
     AlreadyExists,
     FailedPrecondition,
+    PermissionDenied,
     Reason,
     ResourceExhausted,
+    RetinueError,
     Unavailable,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from retinue_server.adapter.core.packs import Pack
     from retinue_server.adapter.core.points import Family, RawFamily, Signal
@@ -39,6 +42,8 @@ log = logging.getLogger(__name__)
 _RETRY_MS = 1000
 _SHORTEST_S = 1.0
 """Between two collections of what tells."""
+_ASKED_BY_PACK = frozenset({Kind.JSON, Kind.POSTGRESQL})
+"""Kinds whose pack says what to ask for, not only what the answer means."""
 _AGAIN_S = 1.0
 """After a collection that broke in a way nobody foresaw."""
 
@@ -54,6 +59,26 @@ class Outcome(Protocol):
     failure: str
 
 
+class TestedPoint(Protocol):
+    """A point as it came, the lines that it becomes, and why it was refused."""
+
+    raw: str
+    normalised: str
+    rejection: str
+
+
+class Trial(Protocol):
+    """What each point would become; the worker's `Tried`."""
+
+    omitted: int
+    signals: list[Signal]
+    failure: str
+
+    @property
+    def points(self) -> Sequence[TestedPoint]:
+        """In the order in which they came."""
+
+
 class Work(Protocol):
     """Makes families and signals of answers, elsewhere."""
 
@@ -64,7 +89,10 @@ class Work(Protocol):
         """No longer."""
 
     async def take(self, target_id: str, answer: Answer | list[RawFamily], now_ms: int) -> Outcome:
-        """Raises WorkerGone, which is an Exception."""
+        """Raises SourceError if nobody can do it now."""
+
+    async def try_out(self, spec: Spec, pack: Pack | None, answer: Answer) -> Trial:
+        """What would become of it; keeps nothing. Raises as `take`."""
 
 
 class Targets:
@@ -76,6 +104,7 @@ class Targets:
         make: Callable[[Spec, Pack | None], Source | Listener],
         packs: Mapping[str, Pack],
         *,
+        objection: Callable[[str], str] = lambda _: "",
         most: int = 100,
         stale_intervals: int = 5,
         max_watchers: int = 1000,
@@ -83,11 +112,12 @@ class Targets:
     ) -> None:
         self._work, self._make, self._packs = work, make, packs
         self._most, self._stale, self._max_watchers = most, stale_intervals, max_watchers
-        self._allow_override = allow_override
+        self._allow_override, self._objection = allow_override, objection
         self._targets: dict[str, Target] = {}
         self._sources: dict[str, Source | Listener] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._generation = 0
+        self._generation, self._epoch = 0, secrets.token_hex(4)
+        self._changing = asyncio.Lock()
         self._watchers: set[Watcher] = set()
         self._stopping = False
         self.collections = {"succeeded": 0, "failed": 0}
@@ -105,25 +135,34 @@ class Targets:
         """Ends the watching."""
         self._stopping = True
         for watcher in self._watchers:
-            watcher.wake("")
+            watcher.woken.set()
 
     def health_of(self, name: str) -> bool | None:
         """Of `target/NAME`, for grpc.health.v1: whether its last collection succeeded."""
         target = self._targets.get(name.removeprefix("target/")) if name.startswith("target/") else None
         return None if target is None else target.status.state in (State.UP, State.DEGRADED, State.LIMITED)
 
-    def packs_changed(self) -> None:
+    async def packs_changed(self) -> None:
         """What is declared gets the rule packs as they are now, from its next collection on."""
-        for target in self._targets.values():
+        for target in list(self._targets.values()):
             try:
                 pack = self.pack_of(target.spec)
             except FailedPrecondition as error:
                 log.warning("target %s keeps its former rules: %s", target.spec.target_id, error)
                 continue
+            if target.spec.kind in _ASKED_BY_PACK:
+                await self._asked_anew(target)
+                continue
             self._work.declare(target.spec, pack)
             use = getattr(self._sources[target.spec.target_id], "use", None)
             if use is not None:
                 use(pack)
+
+    async def _asked_anew(self, known: Target) -> None:
+        """By the pack as it is now."""
+        async with self._changing:
+            if self._targets.get(known.spec.target_id) is known:
+                await self._replace(known, known.spec, from_file=known.from_file)
 
     # Declarations
 
@@ -152,14 +191,19 @@ class Targets:
 
     def etag(self, target: Target) -> str:
         """Of it as it is."""
-        return str(target.generation)
+        return f"{self._epoch}-{target.generation}"
 
     async def create(self, spec: Spec, *, from_file: bool = False) -> Target:
         """Raises as CreateTarget does."""
+        async with self._changing:
+            return await self._create(spec, from_file=from_file)
+
+    async def _create(self, spec: Spec, *, from_file: bool) -> Target:
         known = self._targets.get(spec.target_id)
         if known is not None:
-            if known.spec == spec and known.from_file == from_file:
+            if known.spec == spec:
                 return known
+            self._check(known, "", from_file=from_file)
             raise AlreadyExists(
                 f"cannot create target {spec.target_id}: there is another one of that name; update it",
                 reason=Reason.TARGET_EXISTS,
@@ -170,10 +214,14 @@ class Targets:
                 f"cannot create target {spec.target_id}: there are {self._most} already; raise adapter.max_targets",
                 reason=Reason.TARGET_LIMIT,
             )
-        return await self._begin(spec, from_file=from_file)
+        return await self._begin(spec, self._source(spec), from_file=from_file)
 
     async def update(self, spec: Spec, *, etag: str = "", from_file: bool = False) -> Target:
         """Raises as UpdateTarget does. What is shown stays until the next collection."""
+        async with self._changing:
+            return await self._update(spec, etag, from_file=from_file)
+
+    async def _update(self, spec: Spec, etag: str, *, from_file: bool) -> Target:
         known = self.get(spec.target_id)
         self._check(known, etag, from_file=from_file)
         if known.spec.kind is not spec.kind:
@@ -182,23 +230,42 @@ class Targets:
                 reason=Reason.TARGET_IMMUTABLE,
             )
         if known.spec == spec:
+            known.from_file = known.from_file or from_file
             return known
-        self.pack_of(spec)
-        await self._end(spec.target_id, forget=False)
+        return await self._replace(known, spec, from_file=from_file or known.from_file)
+
+    async def _replace(self, known: Target, spec: Spec, *, from_file: bool) -> Target:
+        """By another of its name; if that can't be, it goes on."""
+        source = self._source(spec)
+        await self._rest(spec.target_id)
         try:
-            return await self._begin(spec, from_file=from_file or known.from_file, former=known)
-        except Exception:
-            await self._begin(known.spec, from_file=known.from_file, former=known)  # as it was
+            return await self._begin(spec, source, from_file=from_file, former=known)
+        except RetinueError:  # such as a port that is taken
+            await self._begin(known.spec, self._source(known.spec), from_file=known.from_file, former=known)
             raise
 
     async def delete(self, target_id: str, *, etag: str = "", from_file: bool = False) -> bool:
         """Whether there was one."""
-        known = self._targets.get(target_id)
-        if known is None:
-            return False
-        self._check(known, etag, from_file=from_file)
-        await self._end(target_id)
-        return True
+        async with self._changing:
+            known = self._targets.get(target_id)
+            if known is None:
+                return False
+            self._check(known, etag, from_file=from_file)
+            await self._end(target_id)
+            return True
+
+    def _source(self, spec: Spec) -> Source | Listener:
+        """Raises ENDPOINT_FORBIDDEN for an address that may not be dialled; names are looked up at each collection."""
+        pack = self.pack_of(spec)
+        address = limits.address(spec)
+        why = self._objection(address) if address else ""
+        if why:
+            raise PermissionDenied(
+                f"cannot collect {address}: {why}; the setting adapter.endpoints.allow makes exceptions",
+                reason=Reason.ENDPOINT_FORBIDDEN,
+                address=address,
+            )
+        return self._make(spec, pack)
 
     def _check(self, known: Target, etag: str, *, from_file: bool) -> None:
         if etag and etag != self.etag(known):
@@ -217,6 +284,8 @@ class Targets:
         """Raises RULE_PACK_NOT_FOUND for one that is named and not there; what has no usual pack has none."""
         name = spec.rule_pack or spec.kind.name.lower()
         pack = self._packs.get(name)
+        if pack is not None and not spec.rule_pack and pack.kind != name:
+            return None
         if spec.rule_pack and (pack is None or pack.kind != spec.kind.name.lower()):
             has = f"is for {pack.kind}" if pack else "is not loaded"
             raise FailedPrecondition(
@@ -226,29 +295,36 @@ class Targets:
             )
         return pack
 
-    async def _begin(self, spec: Spec, *, from_file: bool, former: Target | None = None) -> Target:
-        pack = self.pack_of(spec)
-        source = self._make(spec, pack)
+    async def _begin(
+        self, spec: Spec, source: Source | Listener, *, from_file: bool, former: Target | None = None
+    ) -> Target:
         if hasattr(source, "open"):
             await source.open()
         self._generation += 1
         target = Target(spec, from_file=from_file, generation=self._generation)
         if former is not None:
             target.shown, target.status = former.shown, former.status
+            if former.spec == spec:
+                target.generation = former.generation
         self._targets[spec.target_id], self._sources[spec.target_id] = target, source
-        self._work.declare(spec, pack)
+        self._work.declare(spec, self.pack_of(spec))
         self._tasks[spec.target_id] = asyncio.create_task(self._run(target, source), name=f"adapter-{spec.target_id}")
         return target
 
-    async def _end(self, target_id: str, *, forget: bool = True) -> None:
-        task, source = self._tasks.pop(target_id), self._sources.pop(target_id)
+    async def _end(self, target_id: str) -> None:
+        await self._rest(target_id)
         self._targets.pop(target_id)
-        task.cancel()
-        await asyncio.wait({task})
-        await source.close()
-        if forget:
-            self._work.forget(target_id)
-            self._tell(target_id)
+        self._work.forget(target_id)
+        self._tell(target_id)
+
+    async def _rest(self, target_id: str) -> None:
+        """It is not collected any more, and what was shown still is."""
+        task, source = self._tasks.pop(target_id, None), self._sources.pop(target_id, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+        if source is not None:
+            await source.close()
 
     # Collections
 
@@ -279,6 +355,9 @@ class Targets:
             self._failed(target, f"it did not answer within {spec.timeout_s:g} s", began)
         except SourceError as error:
             self._failed(target, str(error), began, misconfigured=error.misconfigured)
+        except Exception as error:
+            log.exception("cannot collect target %s", spec.target_id)
+            self._failed(target, f"it can't be collected: {type(error).__name__}", began)
         else:
             if outcome.failure:
                 self._failed(target, outcome.failure, began, misconfigured=True)
@@ -307,22 +386,23 @@ class Targets:
         took = round((time.monotonic() - began) * 1000)
         target.failed(why, now_ms=_now_ms(), took_ms=took, misconfigured=misconfigured, stale_after_ms=stale)
 
-    async def try_out(self, spec: Spec, probe: Callable[[Answer, Pack | None], None]) -> str:
-        """Asks once and keeps nothing; why that failed, empty if it did not."""
-        pack = self.pack_of(spec)
-        source = self._make(spec, pack)
+    async def try_out(self, spec: Spec) -> Trial | str:
+        """Asks once and keeps nothing; why that failed, if it did."""
+        source = self._source(spec)
         try:
             async with asyncio.timeout(spec.timeout_s):
                 answer = await _ask(source)
             assert isinstance(answer, Answer)
-            probe(answer, pack)
+            return await self._work.try_out(spec, self.pack_of(spec), answer)
         except TimeoutError:
             return f"it did not answer within {spec.timeout_s:g} s"
         except SourceError as error:
             return str(error)
+        except Exception as error:
+            log.exception("cannot test target %s", spec.target_id)
+            return f"it can't be collected: {type(error).__name__}"
         finally:
             await source.close()
-        return ""
 
     def hurry(self, target_id: str) -> None:
         """It has told something: it is collected as soon as a second has gone since the last time."""
@@ -343,7 +423,7 @@ class Targets:
     # Watching
 
     def watch(self) -> Watcher:
-        """Hears of what happens from now on; raises WATCHER_LIMIT. The caller closes it."""
+        """From now on, as a context; raises WATCHER_LIMIT."""
         if len(self._watchers) >= self._max_watchers:
             raise ResourceExhausted(
                 f"cannot watch: the server has {self._max_watchers} watchers already",
@@ -358,12 +438,12 @@ class Targets:
 
 
 class Watcher:
-    """Hears of collections from its making to its end, as a context; who is slow hears of several at once."""
+    """Hears of collections since it was made; who is slow hears of several at once."""
 
     def __init__(self, among: set[Watcher], stopping: Callable[[], bool]) -> None:
         self._among, self._stopping = among, stopping
         self._news: dict[str, int] = {}
-        self._woken = asyncio.Event()
+        self.woken = asyncio.Event()
         among.add(self)
 
     def __enter__(self) -> Self:
@@ -373,23 +453,22 @@ class Watcher:
         self._among.discard(self)
 
     def wake(self, target_id: str) -> None:
-        """A target was collected, or has gone; empty = the server stops."""
-        if target_id:
-            self._news[target_id] = self._news.get(target_id, 0) + 1
-        self._woken.set()
+        """A target was collected, or has gone."""
+        self._news[target_id] = self._news.get(target_id, 0) + 1
+        self.woken.set()
 
-    async def news(self) -> AsyncGenerator[tuple[Sequence[str], int], None]:
-        """Targets that changed, and how many collections were passed over; UNAVAILABLE at the end."""
+    async def news(self) -> Mapping[str, int]:
+        """How often each target was collected since the last time, once one was; UNAVAILABLE at the end."""
         while True:
-            await self._woken.wait()
-            self._woken.clear()
             if self._stopping():
                 raise Unavailable(
                     "cannot go on: the server is stopping", reason=Reason.SHUTTING_DOWN, retry_ms=_RETRY_MS
                 )
-            news, self._news = self._news, {}
-            if news:
-                yield list(news), sum(news.values()) - len(news)
+            if self._news:
+                news, self._news = self._news, {}
+                return news
+            self.woken.clear()
+            await self.woken.wait()
 
 
 async def _ask(source: Source | Listener) -> Answer | list[RawFamily]:
