@@ -47,7 +47,7 @@ def exported() -> tuple[list[Exported], list[Exported]]:
     ]
     own = [
         Exported(one.name, one.type, one.help, tuple(next(iter(one.samples)).labels))
-        for one in metrics.families(targets, lambda: True, lambda: 0)
+        for one in metrics.families(targets, lambda: True, lambda: True, lambda: 0)
     ]
     return golden, own
 

@@ -568,7 +568,9 @@ def test_an_app_reports_and_what_cannot_be_taken_is_named(create: Create, adapte
         return values(adapter.GetMetrics(**of(name)).metrics)
 
     eventually(lambda: shown() == {"depth": 5.0, "pause_seconds": 0.25}, "it is shown")
-    assert adapter.GetTarget(target_id=name).target.status.state == UP
+    refused = {"negative_counter": 2, "bad_name": 2}
+    told = adapter.GetTarget(target_id=name).target.status.rejections
+    assert {one.reason: one.points for one in told} == refused
     adapter.ReportMetrics(target_id=name, metrics=[reported("depth", 6.0)])
     eventually(lambda: shown() == {"depth": 6.0, "pause_seconds": 0.25}, "it is replaced")
 
