@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from retinue_server.adapter.core.points import Histogram, Raw, RawFamily, Summary, Type
 from retinue_server.adapter.engine import Unexpected
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from retinue_server.adapter.core.packs import Reject
 
@@ -21,6 +22,8 @@ _TYPES = {
     "info": Type.INFO,
 }
 _NOT_SHOWN = "_created"
+_REMEMBERED, _LONG = 1 << 16, 512
+"""Texts of labels that are kept, and characters of one that is not: some MiB, some dozen at worst."""
 
 
 def parse(text: bytes, content_type: str, reject: Reject) -> Iterator[RawFamily]:
@@ -46,14 +49,36 @@ def of_metrics(metrics: Iterable[Any], reject: Reject) -> Iterator[RawFamily]:
 
 
 def _parsed(text: bytes, content_type: str) -> Iterable[Any]:
-    from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics  # noqa: PLC0415
-    from prometheus_client.parser import text_string_to_metric_families as plain  # noqa: PLC0415 - where it is asked for
-
+    open_metrics, plain = _parsers()
     try:
         parser: Any = open_metrics if content_type.startswith("application/openmetrics-text") else plain
-        yield from parser(text.decode())
+        yield from parser.text_string_to_metric_families(text.decode())
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:  # the parsers' own
         raise Unexpected(f"its metrics can't be read: {str(error)[:300]}") from None
+
+
+@lru_cache(1)
+def _parsers() -> tuple[Any, Any]:
+    """Two thirds of what they take is reading labels, character by character, and from one collection to the next those
+    are the same; so these remember what became of a text."""
+    from prometheus_client import parser as plain  # noqa: PLC0415 - where it is asked for
+    from prometheus_client.openmetrics import parser as open_metrics  # noqa: PLC0415 - as above
+
+    remembering = _remembering(plain.parse_labels)
+    for module in (plain, open_metrics):
+        vars(module)["parse_labels"] = remembering
+    return open_metrics, plain
+
+
+def _remembering(parse: Callable[[str, bool], dict[str, str]]) -> Callable[[str, bool], dict[str, str]]:
+    kept = lru_cache(_REMEMBERED)(parse)
+
+    def parse_labels(labels_string: str, openmetrics: bool = False) -> dict[str, str]:  # noqa: FBT001, FBT002 - as theirs
+        if len(labels_string) > _LONG:
+            return parse(labels_string, openmetrics)
+        return kept(labels_string, openmetrics).copy()  # callers take a name out of it
+
+    return parse_labels
 
 
 def _grouped(samples: Iterable[Any], name: str, kind: Type, reject: Reject) -> Iterator[Raw]:
