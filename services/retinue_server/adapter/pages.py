@@ -13,7 +13,7 @@ from retinue_server.adapter.core.packs import Reject
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from retinue_server.adapter.core.points import Family
+    from retinue_server.adapter.core.points import AnyFamily, Family
     from retinue_server.adapter.core.target import Target
     from retinue_server.adapter.core.targets import Targets
 
@@ -42,7 +42,7 @@ class MetricPages:
         return self._own.take(parsing.of_metrics(own, Reject()), 0)
 
 
-def _page(shown: Iterable[Sequence[Family]], targets: Iterable[Target], *, open_metrics: bool) -> tuple[str, bytes]:
+def _page(shown: Iterable[Sequence[AnyFamily]], targets: Iterable[Target], *, open_metrics: bool) -> tuple[str, bytes]:
     families = by_name(chain(shown, [list(metrics.signals(targets))]))
     alike = [[one for one in same if (one.type, one.unit) == (same[0].type, same[0].unit)] for same in families]
     text = exposition.document(alike, open_metrics=open_metrics)

@@ -13,6 +13,7 @@ from retinue_server.adapter.core import exposition, limits, packs
 from retinue_server.adapter.core.collection import Collector, Registry
 from retinue_server.adapter.core.matching import select
 from retinue_server.adapter.core.spec import TOLD, Kind
+from retinue_server.adapter.watching import NOTHING, Feeds, cut
 from retinue_server.runtime import wire
 from retinue_server.runtime.dispatch import Role
 from retinue_server.runtime.errors import (
@@ -23,16 +24,16 @@ from retinue_server.runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from retinue.adapter.v1 import metric_pb2 as metric_pb
     from retinue.adapter.v1 import target_pb2 as pb
     from retinue_server.adapter.core.matching import Match
-    from retinue_server.adapter.core.points import Labels, Series
     from retinue_server.adapter.core.spec import Spec
     from retinue_server.adapter.core.target import Target
     from retinue_server.adapter.core.targets import Targets
     from retinue_server.adapter.engine import Answer
+    from retinue_server.adapter.watching import Change, Feed, Sent
     from retinue_server.runtime.dispatch import Call
 
 DESCRIPTOR = api.DESCRIPTOR.services_by_name["AdapterService"]
@@ -49,6 +50,7 @@ class AdapterService:
 
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
+        self._feeds = Feeds()
 
     # Targets
 
@@ -127,40 +129,43 @@ class AdapterService:
         matches = read.matches(request.matches)
         limits.refuse(read.violations, "watch metrics")
         watcher = self._targets.watch()
-        news = watcher.news()
-        known: dict[str, dict[tuple[str, Labels], Series]] = {}
+        news, feed = watcher.news(), self._feeds.of(matches)
+        sent: dict[str, Sent] = {}
         try:
-            first = self._changes(list(self._targets.names()), matches, known)
+            first = list(cut(self._changes(self._targets.names(), feed, sent)))
             for index, response in enumerate(first):
                 response.synced = index == len(first) - 1
                 await call.write(response)
             async for target_ids, coalesced in news:
-                for response in self._changes(target_ids, matches, known):
-                    if response.metrics:
-                        response.coalesced = coalesced
-                        await call.write(response)
+                for response in self._news(target_ids, coalesced, feed, sent):
+                    await call.write(response)
         finally:
             await news.aclose()
 
-    def _changes(
-        self, target_ids: Iterable[str], matches: Sequence[Match], known: dict[str, dict[tuple[str, Labels], Series]]
-    ) -> list[api.WatchMetricsResponse]:
-        """What changed since `known`, which is brought up to date; one message at least."""
-        metrics: list[metric_pb.Metric] = []
-        for target_id in target_ids:
-            before = known.pop(target_id, {})
-            now: dict[tuple[str, Labels], Series] = {}
-            target = self._targets.find(target_id)
-            time_ms = target.shown.time_ms if target else 0
-            for family, series in select(target.shown.families if target else (), matches, target_id):
-                new = [one for one in series if before.get((family.name, one.labels)) != one]
-                now.update(((family.name, one.labels), one) for one in series)
-                if new:
-                    metrics.append(translate.metric(family, new, time_ms=time_ms, stale=False))
-            metrics += _gone(before, now)
-            if now:
-                known[target_id] = now
-        return list(_cut(metrics))
+    def _news(
+        self, target_ids: Sequence[str], coalesced: int, feed: Feed, sent: dict[str, Sent]
+    ) -> Iterable[api.WatchMetricsResponse]:
+        """Messages that others get, too, for a reader that keeps up; else its own."""
+        if len(target_ids) == 1 and not coalesced:
+            return self._change(target_ids[0], feed, sent).messages
+        metrics = self._changes(target_ids, feed, sent)
+        responses = list(cut(metrics)) if metrics else []
+        for response in responses:
+            response.coalesced = coalesced
+        return responses
+
+    def _changes(self, target_ids: Iterable[str], feed: Feed, sent: dict[str, Sent]) -> list[metric_pb.Metric]:
+        wanted = [target_id for target_id in target_ids if feed.wants(target_id)]
+        return [one for target_id in wanted for one in self._change(target_id, feed, sent).metrics]
+
+    def _change(self, target_id: str, feed: Feed, sent: dict[str, Sent]) -> Change:
+        """Since what was sent, which is brought up to date."""
+        target = self._targets.find(target_id)
+        shown = target.shown if target and not target.is_stale else None
+        change = feed.change(target_id, shown, sent.pop(target_id, NOTHING))
+        if change.now:
+            sent[target_id] = change.now
+        return change
 
     async def DescribeMetrics(self, request: api.DescribeMetricsRequest, call: Call) -> api.DescribeMetricsResponse:
         read = translate.Reader()
@@ -272,29 +277,6 @@ def _check_size(response: Any) -> None:
         raise ResourceExhausted(
             f"cannot answer: it is more than {_MAX_BYTES} bytes; match less", reason=Reason.MESSAGE_TOO_LARGE
         )
-
-
-def _gone(
-    before: dict[tuple[str, Labels], Series], now: dict[tuple[str, Labels], Series]
-) -> Iterator[metric_pb.Metric]:
-    """Series that were there and are not any more."""
-    from retinue.adapter.v1 import metric_pb2  # noqa: PLC0415 - a message
-
-    for name, labels in before.keys() - now.keys():
-        yield metric_pb2.Metric(name=name, series=[metric_pb2.Series(labels=dict(labels), stale=True)])
-
-
-def _cut(metrics: Sequence[metric_pb.Metric]) -> Iterator[api.WatchMetricsResponse]:
-    """Into messages that are not too long."""
-    response, size = api.WatchMetricsResponse(), 0
-    for one in metrics:
-        more = one.ByteSize()
-        if size and size + more > _MAX_BYTES // 2:
-            yield response
-            response, size = api.WatchMetricsResponse(), 0
-        response.metrics.append(one)
-        size += more
-    yield response
 
 
 def _tested(found: api.TestTargetResponse, spec: Spec, answer: Answer, pack: packs.Pack | None) -> None:

@@ -16,7 +16,7 @@ import msgspec
 from retinue_server.adapter import parsing
 from retinue_server.adapter.core import packs
 from retinue_server.adapter.core.collection import Collector, Limits, Registry
-from retinue_server.adapter.core.points import Family, RawFamily, Signal  # noqa: TC001 - fields are read at run time
+from retinue_server.adapter.core.points import Packed, RawFamily, Signal  # noqa: TC001 - fields are read at run time
 from retinue_server.adapter.engine import SourceError
 
 
@@ -49,7 +49,7 @@ class Take(msgspec.Struct, tag="take", array_like=True):
 class Taken(msgspec.Struct, array_like=True):
     """What became of it."""
 
-    families: list[Family]
+    families: list[Packed]
     signals: list[Signal]
     rejected: dict[str, int]
     """Since the target was declared."""
@@ -98,7 +98,7 @@ class Worker:
             failure = str(error)
         known = {family.name: family for family in families}
         return Taken(
-            families,
+            [family.packed() for family in families],
             packs.signals(declared.pack, known) if not failure else [],
             collector.reject.counts,
             collector.reject.examples,

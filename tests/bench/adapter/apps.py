@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LINES = 2000
-_VERSIONS = 16
+VERSIONS = 16
 _BOUNDS = ("0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "+Inf")
 _COUNTERS, _GAUGES, _HISTOGRAMS = 1000, 800, 200
 """Lines of each."""
@@ -27,7 +27,7 @@ _COUNTERS, _GAUGES, _HISTOGRAMS = 1000, 800, 200
 
 def page(app: int, version: int) -> bytes:
     """In the text format; counters and buckets grow with the version."""
-    dice = random.Random(app * 1000 + version)  # noqa: S311 - numbers for a page
+    dice = random.Random(app * 1000 + version)
     return "".join(_lines(app, version, dice)).encode()
 
 
@@ -65,8 +65,10 @@ class _App(socketserver.ThreadingTCPServer):
 
     def __init__(self, number: int) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
-        head = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain; version=0.0.4; charset=utf-8\r\ncontent-length: %d\r\n\r\n"
-        pages = [page(number, version) for version in range(_VERSIONS)]
+        head = (
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/plain; version=0.0.4; charset=utf-8\r\ncontent-length: %d\r\n\r\n"
+        )
+        pages = [page(number, version) for version in range(VERSIONS)]
         self.answers = itertools.cycle([head % len(text) + text for text in pages])
 
 

@@ -27,7 +27,7 @@ from retinue_server.adapter.core.points import CUMULATIVE, Family, Histogram, La
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from retinue_server.adapter.core.points import Raw, RawFamily
+    from retinue_server.adapter.core.points import AnyFamily, Raw, RawFamily
 
 RESERVED = ("instance", "kind", "service", "target")
 """Labels that are ours; a source's own are called `exported_…`."""
@@ -272,9 +272,9 @@ def _fell(before: Value, now: Value) -> bool:
     return now < before
 
 
-def by_name(targets: Iterable[Sequence[Family]]) -> list[list[Family]]:
+def by_name(targets: Iterable[Sequence[AnyFamily]]) -> list[list[AnyFamily]]:
     """Families of all targets, those of one name together."""
-    found: dict[str, list[Family]] = {}
+    found: dict[str, list[AnyFamily]] = {}
     for families in targets:
         for family in families:
             found.setdefault(family.name, []).append(family)

@@ -13,7 +13,7 @@ from retinue_server.adapter.core.points import Histogram, Summary, Type
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from retinue_server.adapter.core.points import Family, Labels, Value
+    from retinue_server.adapter.core.points import AnyFamily, Labels, Value
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -89,7 +89,7 @@ def number(value: float) -> str:
     return repr(float(value))
 
 
-def document(families: Iterable[Sequence[Family]], *, open_metrics: bool) -> bytes:
+def document(families: Iterable[Sequence[AnyFamily]], *, open_metrics: bool) -> bytes:
     """Families of one name together, in the order given; of what they say of themselves the first counts."""
     parts: list[bytes] = []
     for same in families:
@@ -100,7 +100,7 @@ def document(families: Iterable[Sequence[Family]], *, open_metrics: bool) -> byt
     return b"".join(parts)
 
 
-def _header(family: Family, *, open_metrics: bool) -> str:
+def _header(family: AnyFamily, *, open_metrics: bool) -> str:
     name, kind = family.name, _NAMES[family.type]
     if not open_metrics:
         name = sample_name(name, family.type)

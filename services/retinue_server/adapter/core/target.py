@@ -13,7 +13,7 @@ from retinue_server.adapter.core.spec import State
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from retinue_server.adapter.core.points import Family
+    from retinue_server.adapter.core.points import AnyFamily
     from retinue_server.adapter.core.spec import Spec
 
 _UNASKED = [Signal(None, "nothing was collected yet", "") for _ in SIGNALS]
@@ -22,7 +22,7 @@ _UNASKED = [Signal(None, "nothing was collected yet", "") for _ in SIGNALS]
 class Shown(msgspec.Struct, frozen=True):
     """What a collection left: the latest that is good."""
 
-    families: Sequence[Family] = ()
+    families: Sequence[AnyFamily] = ()
     signals: Sequence[Signal] = ()
     time_ms: int = 0
     rates: Sequence[float | None] = (None, None)
@@ -31,7 +31,7 @@ class Shown(msgspec.Struct, frozen=True):
     @property
     def series(self) -> int:
         """How many."""
-        return sum(len(family.series) for family in self.families)
+        return sum(family.count for family in self.families)
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -66,7 +66,7 @@ class Target:
 
     def succeeded(
         self,
-        families: Sequence[Family],
+        families: Sequence[AnyFamily],
         signals: Sequence[Signal],
         *,
         now_ms: int,
