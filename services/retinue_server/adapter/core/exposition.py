@@ -46,11 +46,11 @@ def prefix(name: str, labels: Labels) -> str:
 def lines(name: str, kind: Type, labels: Labels, value: Value) -> str:
     """All lines of a series."""
     if isinstance(value, Histogram):
-        bounds = [f"{name}_bucket{_braced(labels, 'le', number(b))} {number(n)}\n" for b, n in value.buckets]
-        return "".join(bounds) + _sums(name, labels, value)
+        head = _open(f"{name}_bucket", labels, "le")
+        return "".join([f'{head}{number(b)}"}} {number(n)}\n' for b, n in value.buckets]) + _sums(name, labels, value)
     if isinstance(value, Summary):
-        shares = [f"{name}{_braced(labels, 'quantile', number(q))} {number(v)}\n" for q, v in value.quantiles]
-        return "".join(shares) + _sums(name, labels, value)
+        head = _open(name, labels, "quantile")
+        return "".join([f'{head}{number(q)}"}} {number(v)}\n' for q, v in value.quantiles]) + _sums(name, labels, value)
     return f"{prefix(sample_name(name, kind), labels)}{number(value)}\n"
 
 
@@ -66,11 +66,17 @@ def _sums(name: str, labels: Labels, value: Histogram | Summary) -> str:
     return f"{name}_count{braced} {number(value.count)}\n{name}_sum{braced} {number(value.sum)}\n"
 
 
-def _braced(labels: Labels, last: str = "", value: str = "") -> str:
-    pairs = [f'{name}="{escape(text)}"' for name, text in labels]
-    if last:
-        pairs.append(f'{last}="{value}"')
-    return "{" + ",".join(pairs) + "}" if pairs else ""
+def _open(name: str, labels: Labels, last: str) -> str:
+    """A line up to the value of its last label; worked out once for all lines of a series."""
+    return f'{name}{{{"".join([f"{_pair(*one)}," for one in labels])}{last}="'
+
+
+def _braced(labels: Labels) -> str:
+    return "{" + ",".join([_pair(*one) for one in labels]) + "}" if labels else ""
+
+
+def _pair(name: str, text: str) -> str:
+    return f'{name}="{escape(text)}"'
 
 
 def escape(text: str) -> str:
