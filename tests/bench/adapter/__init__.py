@@ -9,11 +9,13 @@ labels, and histograms, 140 KiB a page. Every value differs from one page to the
 are collected once a second, as often as the contract lets.
 
 A scrape is timed by who asks, from the connection to the last byte of 1.1 MiB, at random times or ten times a second;
-each answer must have every line of every app. CPU is what the kernel counts for all threads of the server and its
+each answer must have every line of every app. `the same bytes from memory` is a server that does nothing else, on the
+same core, asked between scrapes of ours: what it takes is the machine's. CPU is what the kernel counts for all threads of the server and its
 worker. `prometheus_client` is its parser alone over the same pages, in a process on the same core with Python's usual
 garbage collection, in turns with ours; while it runs, our targets are gone.
 
-The sender of StatsD (`statsd.c`) sends datagrams of so many lines, counters, gauges and timers with tags, as fast as
+What StatsD takes of a core is lines by CPU, of server and worker, while more comes than can be taken: on a machine that
+others use, too, the core is not ours alone. The sender (`statsd.c`) sends datagrams of so many lines, counters, gauges and timers with tags, as fast as
 it can or at a pace. Datagrams received and dropped are what `retinue_adapter_datagrams_total` and
 `retinue_adapter_dropped_datagrams_total` say; besides, the counters on `/metrics` must have grown by what the received
 datagrams say, or the cell is void.

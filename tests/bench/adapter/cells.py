@@ -30,8 +30,8 @@ CELLS = {
     ),
     "hung": Cell(
         "Ten hung apps among five good ones",
-        f"{_FIVE}, timeout 1 s; 2 turns of 4 s each",
-        {ALL: Player(hung, 2)},
+        f"{_FIVE}, timeout 1 s; 4 turns of 2.5 s each",
+        {ALL: Player(hung, 4)},
     ),
     "watchers": Cell(
         "100 watchers of one match",

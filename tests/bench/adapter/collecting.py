@@ -13,31 +13,32 @@ from bench.figures import percentile
 from bench.processes import SERVER_CORE, Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+BARE = "the same bytes from memory"
 OURS, PARSER = "retinue", "prometheus_client"
 RANDOM, OFTEN = "at random times", "ten a second"
 WITHOUT, WITH = "without them", "with them"
-_COST_S, _HUNG_S = 5.0, 4.0
+_COST_S, _HUNG_S = 5.0, 2.5
 
 
 def scrapes(_: str, seconds: int) -> Mapping[str, Figures]:
-    """Two kinds of scrapers, one after the other."""
+    """Two kinds of scrapers, one after the other; and scrapes of who does nothing else, between those of ours."""
     with Apps() as apps, ours() as server:
         server.declare(apps.good)
-        return {
-            RANDOM: _scraped(server, seconds, 0.0),
-            OFTEN: _scraped(server, seconds, 0.1),
-        }
+        with program("bare", str(len(server.page())), core=SERVER_CORE) as (_process, said):
+            at_random, bare = _scraped(server, seconds, 0.0, said["port"])
+            often, bare_often = _scraped(server, seconds, 0.1, said["port"])
+        return {RANDOM: at_random, OFTEN: often, BARE: times([*bare, *bare_often])}
 
 
-def _scraped(server: Ours, seconds: float, every_s: float) -> Figures:
+def _scraped(server: Ours, seconds: float, every_s: float, beside: int) -> tuple[Figures, Sequence[float]]:
     began, before = time.perf_counter(), server.collections()
-    took = server.scrapes(seconds, every_s)
+    took, theirs = server.scrapes(seconds, every_s, beside)
     rate = (server.collections() - before) / (time.perf_counter() - began)
     if rate < GOOD * 0.8:
         raise Failure(f"{rate:.1f} collections a second, not {GOOD}")
-    return times(took) | {"collections": rate}
+    return times(took) | {"collections": rate}, theirs
 
 
 def cost(_: str, turns: int) -> Mapping[str, Figures]:
@@ -45,7 +46,7 @@ def cost(_: str, turns: int) -> Mapping[str, Figures]:
     found: dict[str, list[float]] = {OURS: [], PARSER: []}
     with ExitStack() as stack:
         apps, server = stack.enter_context(Apps()), stack.enter_context(ours())
-        parser = stack.enter_context(program("parse", str(GOOD), core=SERVER_CORE))
+        parser, _said = stack.enter_context(program("parse", str(GOOD), core=SERVER_CORE))
         for _turn in range(turns):
             server.declare(apps.good)
             before, cpu = server.collections(), server.cpu()
@@ -71,7 +72,7 @@ def hung(_: str, turns: int) -> Mapping[str, Figures]:
                 if name == WITH:
                     server.declare(apps.hung, wait=False)
                 began, before = time.perf_counter(), server.collections()
-                took[name] += server.scrapes(_HUNG_S, 0.05)
+                took[name] += server.scrapes(_HUNG_S, 0.05)[0]
                 rate = (server.collections() - before) / (time.perf_counter() - began)
                 found[name].append({"collections": rate})
             failed = server.metric("retinue_adapter_collections_total", outcome="failed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import socket
 import subprocess
@@ -34,7 +35,7 @@ from retinue.adapter.v1 import target_pb2 as pb
 from retinue.adapter.v1.adapter_service_pb2_grpc import AdapterServiceStub
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 Figures: TypeAlias = dict[str, float]
@@ -107,15 +108,7 @@ class Ours:
 
     def page(self) -> bytes:
         """`/metrics`, to the last byte."""
-        with socket.create_connection(("127.0.0.1", self.metrics_port), timeout=PATIENCE) as link:
-            link.sendall(b"GET /metrics HTTP/1.1\r\nhost: bench\r\naccept: text/plain\r\n\r\n")
-            parts = []
-            while some := link.recv(1 << 20):
-                parts.append(some)
-        head, _, body = b"".join(parts).partition(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 200 "):
-            raise Failure(f"/metrics answers {head[:100]!r}")
-        return body
+        return page(self.metrics_port)
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of the samples that have these labels."""
@@ -128,20 +121,42 @@ class Ours:
         """That succeeded so far."""
         return self.metric("retinue_adapter_collections_total", outcome="succeeded")
 
-    def scrapes(self, seconds: float, every_s: float = 0.0) -> list[float]:
-        """How long each took, in milliseconds; at random times, or so often. Each must have all of all good apps."""
-        dice, took = random.Random(1), list[float]()
+    def scrapes(self, seconds: float, every_s: float = 0.0, beside: int = 0) -> tuple[list[float], list[float]]:
+        """How long each took, in milliseconds; at random times, or so often. Each must have all of all good apps. After
+        each one comes one to the port `beside`, whose times are the second list."""
+        dice, took, theirs = random.Random(1), list[float](), list[float]()
         began = due = time.perf_counter()
         while due < began + seconds:
             time.sleep(max(due - time.perf_counter(), 0))
-            asked = time.perf_counter()
-            text = self.page()
-            took.append((time.perf_counter() - asked) * 1000)
-            lines = text.count(b"\nshop_")
-            if lines < GOOD * LINES:
-                raise Failure(f"/metrics has {lines} lines of {GOOD * LINES}")
+            took.append(_timed(self.metrics_port, whole=True))
             due = due + every_s if every_s else time.perf_counter() + _PACE_S * dice.uniform(0.5, 1.5)
-        return took
+            if beside:
+                time.sleep(_PACE_S * dice.uniform(0.5, 1.5))
+                theirs.append(_timed(beside))
+        return took, theirs
+
+
+def _timed(port: int, *, whole: bool = False) -> float:
+    asked = time.perf_counter()
+    text = page(port)
+    took = (time.perf_counter() - asked) * 1000
+    lines = text.count(b"\nshop_")
+    if whole and lines < GOOD * LINES:
+        raise Failure(f"/metrics has {lines} lines of {GOOD * LINES}")
+    return took
+
+
+def page(port: int) -> bytes:
+    """`/metrics` of whoever listens there, to the last byte."""
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as link:
+        link.sendall(b"GET /metrics HTTP/1.1\r\nhost: bench\r\naccept: text/plain\r\n\r\n")
+        parts = []
+        while some := link.recv(1 << 20):
+            parts.append(some)
+    head, _, body = b"".join(parts).partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 200 "):
+        raise Failure(f"/metrics answers {head[:100]!r}")
+    return body
 
 
 def times(took: Sequence[float]) -> Figures:
@@ -177,8 +192,6 @@ def ours(name: str = "server") -> Iterator[Ours]:
 
 def _short(path: Path) -> str:
     """A socket's name is short."""
-    import os  # noqa: PLC0415 - here alone
-
     return os.path.relpath(path)
 
 
@@ -192,13 +205,12 @@ def _address(process: subprocess.Popen[bytes], ready: Path, where: Path) -> str:
 
 
 @contextmanager
-def program(module: str, *arguments: str, core: str = LOAD_CORE) -> Iterator[Adapter]:
-    """A program of this bench that speaks JSON lines."""
+def program(module: str, *arguments: str, core: str = LOAD_CORE) -> Iterator[tuple[Adapter, Mapping[str, Any]]]:
+    """A program of this bench that speaks JSON lines, and what it said first."""
     paths = retinue_environment()["PYTHONPATH"] + f":{_ROOT / 'tests'}"
     command: list[Any] = [sys.executable, "-m", f"bench.adapter.{module}", *arguments]
     process = Adapter(command, fresh(f"adapter-{module}"), core, **clean_environment({}) | {"PYTHONPATH": paths})
     try:
-        process.answer(PATIENCE)
-        yield process
+        yield process, process.answer(PATIENCE)
     finally:
         process.close()

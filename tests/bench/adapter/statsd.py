@@ -64,7 +64,7 @@ def _sent(server: Ours, sender: Path, seconds: int, pace: int) -> Figures:
         "sent_rate": said["sent"] * said["lines"] / said["seconds"],
         "dropped_share": dropped / said["sent"],
         "unaccounted": float(said["sent"] - received - dropped),
-        "cpu_line_us": cpu / max(received * said["lines"], 1) * 1e6,
+        "per_core": received * said["lines"] / cpu,
     }
 
 

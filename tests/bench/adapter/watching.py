@@ -26,7 +26,7 @@ def watchers(_: str, turns: int) -> Mapping[str, Figures]:
         server.declare(apps.good)
         for _turn in range(turns):
             without.append(_cores(server.cpu, _TURN_S))
-            with program("watchers", server.address, str(_WATCHERS), _NAME, *_TARGETS) as process:
+            with program("watchers", server.address, str(_WATCHERS), _NAME, *_TARGETS) as (process, _told):
                 before = process.ask(PATIENCE)
                 began = time.perf_counter()
                 among.append(_cores(server.cpu, _TURN_S))
