@@ -7,6 +7,7 @@ the server declares them anew, and their counters begin anew.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import IO, Any
@@ -62,6 +63,8 @@ class Taken(msgspec.Struct, array_like=True):
 
 Request = Declare | Forget | Take
 _PREFIX = 4
+_NICE = 10
+"""Whoever scrapes waits for the server; nobody waits for this process."""
 
 
 class Worker:
@@ -129,6 +132,7 @@ def framed(data: bytes) -> bytes:
 
 def main() -> None:
     """Until the input ends."""
+    os.nice(_NICE)
     worker, decoder, encoder = Worker(), msgspec.msgpack.Decoder(Request), msgspec.msgpack.Encoder()
     while (data := read(sys.stdin.buffer)) is not None:
         answer = worker.do(decoder.decode(data))

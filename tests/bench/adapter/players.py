@@ -151,7 +151,7 @@ def page(port: int) -> bytes:
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as link:
         link.sendall(b"GET /metrics HTTP/1.1\r\nhost: bench\r\naccept: text/plain\r\n\r\n")
         parts = []
-        while some := link.recv(1 << 20):
+        while some := link.recv(1 << 16):
             parts.append(some)
     head, _, body = b"".join(parts).partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 200 "):

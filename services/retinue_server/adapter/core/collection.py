@@ -96,6 +96,8 @@ class _Known(msgspec.Struct):
     value: Value
     start_ms: int
     seen: int
+    text: str = ""
+    """Its lines, where they are several; they stand as long as the value does."""
 
 
 class Collector:
@@ -169,7 +171,8 @@ class Collector:
                 self.reject("duplicate_series", known.prefix or family.name)
                 continue
             value = point.value if factor == 1.0 else _scaled(point.value, factor)
-            why = _fault(kind, value)
+            same = known.text and value == known.value
+            why = "" if same else _fault(kind, value)
             if why:
                 self.reject(why, f"{family.name} {value}"[:200])
                 continue
@@ -181,7 +184,9 @@ class Collector:
             if plain:
                 text.append(f"{known.prefix}{number(value)}\n")  # type: ignore[arg-type]
             else:
-                text.append(exposition.lines(family.name, kind, known.labels, value))
+                if not same:
+                    known.text = exposition.lines(family.name, kind, known.labels, value)
+                text.append(known.text)
 
     def _new(self, key: _Key, point: Raw, family: Family, now_ms: int) -> _Known | None:
         labels = self._labels(point.labels, family.type)
