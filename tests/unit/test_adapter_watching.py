@@ -119,6 +119,23 @@ up{{a="{long}"}} 2
     assert found[1:] == found[:1] * 2
 
 
+def test_the_library_that_is_pinned_remembers_and_looks_at_a_text_once() -> None:
+    looked = []
+
+    def parse(text: str, *_: bool) -> dict[str, str]:
+        looked.append(text)
+        return {"a": text}
+
+    parse_labels = parsing.remembered(parse)
+    found = [parse_labels(text) for text in ("x", "y", "x")]
+    found[0].clear()
+    assert parse_labels("x") == {"a": "x"}
+    assert looked == ["x", "y"]
+    open_metrics, plain = parsing._parsers()
+    assert plain.parse_labels is open_metrics.parse_labels
+    assert plain.parse_labels.__module__ == parsing.__name__
+
+
 def test_what_the_library_refuses_stays_refused() -> None:
     for _ in range(2):
         parsing._parsers()  # from now on it remembers

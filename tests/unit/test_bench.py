@@ -6,6 +6,12 @@ from pathlib import Path
 
 import pytest
 from bench import turns
+from bench.adapter import cells as adapter_cells
+from bench.adapter import page as adapter_page
+from bench.adapter.apps import LINES
+from bench.adapter.apps import page as app_page
+from bench.adapter.collecting import OURS as ADAPTER
+from bench.adapter.collecting import PARSER
 from bench.elections import cells, page
 from bench.figures import Spread, percentile, ratio, spread, undelivered
 from bench.goals import Goal, judged, outcome
@@ -143,6 +149,31 @@ def test_the_page_of_scatter_gather_says_what_was_met_in_the_rounds_that_were_pl
     assert "| CPU per leaf, fan-out 32 | ≤ 1.5× bare loop | 1.42× (1.33-1.5) | met |" in text
     assert "| requests/s, fan-out 32 | ≥ 1.5× root on Node | 1.33× (1.33-1.33) | **missed** by 11% |" in text
     assert "overload: goodput" not in text, "what was not played is no goal that was met or missed"
+
+
+@pytest.mark.parametrize("goal", adapter_page.GOALS, ids=lambda goal: goal.what)
+def test_every_goal_of_the_adapter_is_about_a_cell_and_a_figure_that_is_shown(goal: Goal) -> None:
+    assert goal.cell in adapter_cells.CELLS
+    assert goal.figure in adapter_page.FIGURES
+
+
+def test_the_page_of_the_adapter_says_what_was_met_in_the_rounds_that_were_played_together() -> None:
+    costs = {ADAPTER: (26.0, 10.0), PARSER: (20.0, 20.0)}
+    systems = {name: Played(3, [{"cpu_us": cost} for cost in each]) for name, each in costs.items()}
+    text = adapter_page.page(Results(cells={"cost": PlayedCell("What it costs", "five apps", systems, "now")}))
+    assert "| CPU per collected series | ≤ 1.3× prometheus_client | 0.9× (0.5-1.3) | met |" in text
+    assert "watchers of 100 series" not in text, "what was not played is no goal that was met or missed"
+
+
+def test_an_app_of_the_adapter_shows_so_many_lines_and_all_values_change() -> None:
+    before, after = (
+        dict(line.rsplit(" ", 1) for line in app_page(1, version).decode().splitlines() if not line.startswith("#"))
+        for version in (0, 1)
+    )
+    assert len(before) == LINES
+    assert before.keys() == after.keys()
+    same = [line for line, value in before.items() if after[line] == value]
+    assert len(same) < LINES / 100
 
 
 def test_a_system_that_fails_is_void_and_the_others_play_on() -> None:

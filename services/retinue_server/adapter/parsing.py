@@ -64,19 +64,22 @@ def _parsers() -> tuple[Any, Any]:
     from prometheus_client import parser as plain  # noqa: PLC0415 - where it is asked for
     from prometheus_client.openmetrics import parser as open_metrics  # noqa: PLC0415 - as above
 
-    remembering = _remembering(plain.parse_labels)
-    for module in (plain, open_metrics):
-        vars(module)["parse_labels"] = remembering
+    known = getattr(plain, "parse_labels", None)  # a release that has none by this name is slower, and that is all
+    if known is not None:
+        remembering = remembered(known)
+        for module in (plain, open_metrics):
+            vars(module)["parse_labels"] = remembering
     return open_metrics, plain
 
 
-def _remembering(parse: Callable[[str, bool], dict[str, str]]) -> Callable[[str, bool], dict[str, str]]:
+def remembered(parse: Callable[..., dict[str, str]]) -> Callable[..., dict[str, str]]:
+    """The same, which looks at a text once."""
     kept = lru_cache(_REMEMBERED)(parse)
 
-    def parse_labels(labels_string: str, openmetrics: bool = False) -> dict[str, str]:  # noqa: FBT001, FBT002 - as theirs
+    def parse_labels(labels_string: str, *more: bool) -> dict[str, str]:
         if len(labels_string) > _LONG:
-            return parse(labels_string, openmetrics)
-        return kept(labels_string, openmetrics).copy()  # callers take a name out of it
+            return parse(labels_string, *more)
+        return kept(labels_string, *more).copy()  # callers take a name out of it
 
     return parse_labels
 
