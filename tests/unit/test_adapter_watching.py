@@ -1,13 +1,16 @@
 """Claims about what watchers are told, and about what crosses the pipe from the worker."""
 
+import math
+
 import msgspec
 import pytest
 from prometheus_client import parser as library
 
 from retinue_server.adapter import parsing
+from retinue_server.adapter.core.collection import Collector, Limits, Registry
 from retinue_server.adapter.core.matching import Match
 from retinue_server.adapter.core.packs import Reject
-from retinue_server.adapter.core.points import Family, Packed, Series, Type
+from retinue_server.adapter.core.points import Family, Histogram, Packed, Raw, RawFamily, Series, Type
 from retinue_server.adapter.core.target import Shown
 from retinue_server.adapter.watching import NOTHING, Change, Feeds
 
@@ -96,6 +99,25 @@ def test_a_family_crosses_the_pipe_unopened_and_is_the_same_then() -> None:
     assert came.count == len(series)
     assert came.series == series
     assert msgspec.msgpack.encode(came) == sent
+
+
+def test_lines_of_a_histogram_stand_with_its_value_and_change_with_it() -> None:
+    collector = Collector("shop", {"target": "shop"}, Limits(), Registry())
+
+    def lines(*counts: float, total: float) -> bytes:
+        value = Histogram(((0.1, counts[0]), (math.inf, counts[1])), total, counts[1])
+        [family] = collector.take([RawFamily("wait_seconds", Type.HISTOGRAM, [Raw({"path": 'a"b'}, value)])], 1)
+        return family.text
+
+    first = lines(1, 2, total=0.5)
+    assert lines(1, 2, total=0.5) == first
+    assert lines(1, 3, total=0.5) == first.replace(b" 2.0\n", b" 3.0\n")
+    assert first == (
+        b'wait_seconds_bucket{path="a\\"b",target="shop",le="0.1"} 1.0\n'
+        b'wait_seconds_bucket{path="a\\"b",target="shop",le="+Inf"} 2.0\n'
+        b'wait_seconds_count{path="a\\"b",target="shop"} 2.0\n'
+        b'wait_seconds_sum{path="a\\"b",target="shop"} 0.5\n'
+    )
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/openmetrics-text"])
