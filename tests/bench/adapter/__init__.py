@@ -12,7 +12,7 @@ A scrape is timed by who asks, from the connection to the last byte of 1.6 MB, a
 each answer must have every line of every app. `the same bytes from memory` is a server that does nothing else, on the
 same core, asked between scrapes of ours: what it takes is the machine's. CPU is what the kernel counts for all threads
 of the server and its worker. `prometheus_client` is its parser alone over the same pages, in a process on the same core
-with Python's usual garbage collection, in turns with ours; while it runs, our targets are gone.
+with Python's usual garbage collection, in the same seconds.
 
 What StatsD takes of a core is lines by CPU, of server and worker, while more comes than can be taken: on a machine that
 others use, too, the core is not ours alone. The sender (`statsd.c`) sends datagrams of so many lines, counters, gauges

@@ -20,8 +20,8 @@ CELLS = {
     ),
     "cost": Cell(
         "CPU of a collected series",
-        f"{_FIVE}; 3 turns, of 5 s and of as many pages",
-        {ALL: Player(cost, 3)},
+        f"{_FIVE}, and the parser alone over the same pages in the same 15 s",
+        {ALL: Player(cost, 15)},
     ),
     "statsd": Cell(
         "StatsD",
@@ -30,8 +30,8 @@ CELLS = {
     ),
     "hung": Cell(
         "Ten hung apps among five good ones",
-        f"{_FIVE}, timeout 1 s; 4 turns of 2.5 s each",
-        {ALL: Player(hung, 4)},
+        f"{_FIVE}, timeout 1 s; 3 turns of 4 s each",
+        {ALL: Player(hung, 3)},
     ),
     "watchers": Cell(
         "100 watchers of one match",
