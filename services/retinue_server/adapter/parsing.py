@@ -59,7 +59,7 @@ def _parsed(text: bytes, content_type: str) -> Iterable[Any]:
 
 @lru_cache(1)
 def _parsers() -> tuple[Any, Any]:
-    """Two thirds of what they take is reading labels, character by character, and from one collection to the next those
+    """Most of what they take is reading labels, character by character, and from one collection to the next those
     are the same; so these remember what became of a text."""
     from prometheus_client import parser as plain  # noqa: PLC0415 - where it is asked for
     from prometheus_client.openmetrics import parser as open_metrics  # noqa: PLC0415 - as above
