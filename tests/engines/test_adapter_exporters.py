@@ -24,7 +24,7 @@ from support.apps import App
 from support.postgres import Postgres, free_port
 
 from retinue_server.adapter import packfile
-from retinue_server.adapter.core.points import Family
+from retinue_server.adapter.core.points import AnyFamily
 from retinue_server.adapter.core.spec import Spec
 from retinue_server.adapter.engines import sources
 from retinue_server.adapter.worker import Declare, Take, Taken, Worker
@@ -171,7 +171,7 @@ async def ours(app: App) -> Series:
     return {key: value for family in taken.families for key, value in _samples(family).items()}
 
 
-def _samples(family: Family) -> Series:
+def _samples(family: AnyFamily) -> Series:
     own = {"service", "instance", "target", "kind"}
     parsed = text_string_to_metric_families(family.text.decode())
     return {

@@ -65,7 +65,7 @@ class PlayedWork:
             raise self.error
         count = self.counts[target_id] = self.counts.get(target_id, 0) + 1
         family = Family("x", Type.GAUGE, "", "", [Series((("target", target_id),), float(count))])
-        families = [] if self.failure else [family]
+        families = [] if self.failure else [family.packed()]
         return Taken(0, families, absent(), {}, {}, limited=False, failure=self.failure, cpu_s=0.0)
 
     async def try_out(self, spec: Spec, pack: Pack | None, answer: Answer) -> Tried:

@@ -13,6 +13,7 @@ from retinue_server.runtime import metrics as own
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from retinue_server.adapter.core.points import AnyFamily
     from retinue_server.adapter.core.target import Target
     from retinue_server.adapter.core.targets import Targets
 
@@ -121,7 +122,7 @@ def resources(targets: Targets) -> Iterator[own.Resource]:
         yield own.Resource(attributes, found, target.shown.time_ms * _NS)
 
 
-def _otlp(family: Family) -> Iterator[own.Family]:
+def _otlp(family: AnyFamily) -> Iterator[own.Family]:
     """As OTLP's SDK sends it: of a summary, its quantiles, its sum and its count."""
     name, unit = exposition.sample_name(family.name, family.type), _UCUM.get(family.unit, "")
     each = [({key: text for key, text in one.labels if key not in RESERVED}, one) for one in family.series]

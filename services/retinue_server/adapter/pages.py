@@ -9,11 +9,11 @@ from retinue_server.adapter import metrics
 from retinue_server.adapter.core import exposition
 from retinue_server.adapter.core.collection import Collector, Limits, Registry, by_name
 from retinue_server.adapter.core.packs import Reject
-from retinue_server.adapter.core.points import Family
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from retinue_server.adapter.core.points import AnyFamily, Family
     from retinue_server.adapter.core.target import Target
     from retinue_server.adapter.core.targets import Targets
 
@@ -42,11 +42,12 @@ class MetricPages:
         return self._own.take(parsing.of_metrics(own, Reject()), 0)
 
 
-def _page(shown: Iterable[Sequence[Family]], targets: Iterable[Target], *, open_metrics: bool) -> tuple[str, bytes]:
+def _page(shown: Iterable[Sequence[AnyFamily]], targets: Iterable[Target], *, open_metrics: bool) -> tuple[str, bytes]:
     """What two say of one name, or what bears the name of another's lines, is shown of the first alone: what is shown
     of a target may be older than what the next one was told it may call itself."""
     families = by_name(chain(shown, [list(metrics.signals(targets))]))
-    names, alike = Registry(), list[list[Family]]()
+    names = Registry()
+    alike: list[list[AnyFamily]] = []
     for same in families:
         first = same[0]
         if not names.claim(first.name, first.type, first.unit, ""):

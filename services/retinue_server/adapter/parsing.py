@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from retinue_server.adapter.core.points import CUMULATIVE, Histogram, Raw, RawFamily, Summary, Type
 from retinue_server.adapter.engine import Unexpected
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from retinue_server.adapter.core.packs import Reject
 
@@ -24,6 +25,8 @@ _TYPES = {
 _NOT_SHOWN = "_created"
 """It is the start of a series."""
 _LATEST_S = 1e11
+_REMEMBERED, _LONG = 1 << 16, 512
+"""Texts of labels that are kept, and characters of one that is not: some MiB, some dozen at worst."""
 
 
 def parse(text: bytes, content_type: str, reject: Reject) -> Iterator[RawFamily]:
@@ -67,14 +70,39 @@ def of_metrics(metrics: Iterable[Any], reject: Reject) -> Iterator[RawFamily]:
 
 
 def _parsed(text: bytes, content_type: str) -> Iterable[Any]:
-    from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_metrics  # noqa: PLC0415
-    from prometheus_client.parser import text_string_to_metric_families as plain  # noqa: PLC0415 - where it is asked for
-
+    open_metrics, plain = _parsers()
     try:
         parser: Any = open_metrics if content_type.startswith("application/openmetrics-text") else plain
-        yield from parser(text.decode())
+        yield from parser.text_string_to_metric_families(text.decode())
     except Exception as error:  # noqa: BLE001 - whatever makes the parsers stumble
         raise Unexpected(f"its metrics can't be read: {str(error)[:300]}") from None
+
+
+@lru_cache(1)
+def _parsers() -> tuple[Any, Any]:
+    """Most of what they take is reading labels, character by character, and from one collection to the next those
+    are the same; so these remember what became of a text."""
+    from prometheus_client import parser as plain  # noqa: PLC0415 - where it is asked for
+    from prometheus_client.openmetrics import parser as open_metrics  # noqa: PLC0415 - as above
+
+    known = getattr(plain, "parse_labels", None)  # a release that has none by this name is slower, and that is all
+    if known is not None:
+        remembering = remembered(known)
+        for module in (plain, open_metrics):
+            vars(module)["parse_labels"] = remembering
+    return open_metrics, plain
+
+
+def remembered(parse: Callable[..., dict[str, str]]) -> Callable[..., dict[str, str]]:
+    """The same, which looks at a text once."""
+    kept = lru_cache(_REMEMBERED)(parse)
+
+    def parse_labels(labels_string: str, *more: bool) -> dict[str, str]:
+        if len(labels_string) > _LONG:
+            return parse(labels_string, *more)
+        return kept(labels_string, *more).copy()  # callers take a name out of it
+
+    return parse_labels
 
 
 def _grouped(samples: Iterable[Any], name: str, kind: Type, reject: Reject) -> Iterator[Raw]:

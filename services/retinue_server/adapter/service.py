@@ -14,7 +14,7 @@ from retinue_server.adapter.core import limits
 from retinue_server.adapter.core.collection import Collector, Registry, sift
 from retinue_server.adapter.core.matching import select
 from retinue_server.adapter.core.spec import TOLD
-from retinue_server.adapter.core.target import Shown
+from retinue_server.adapter.watching import NOTHING, Feeds, cut
 from retinue_server.runtime import wire
 from retinue_server.runtime.dispatch import Role
 from retinue_server.runtime.errors import (
@@ -25,13 +25,13 @@ from retinue_server.runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from retinue.adapter.v1 import target_pb2 as pb
     from retinue_server.adapter.core.matching import Match
-    from retinue_server.adapter.core.points import Family, Labels, Series
     from retinue_server.adapter.core.target import Target
     from retinue_server.adapter.core.targets import Targets
+    from retinue_server.adapter.watching import Change, Feed, Sent
     from retinue_server.runtime.dispatch import Call
 
 DESCRIPTOR = api.DESCRIPTOR.services_by_name["AdapterService"]
@@ -49,6 +49,7 @@ class AdapterService:
 
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
+        self._feeds = Feeds()
 
     # Targets
 
@@ -124,41 +125,45 @@ class AdapterService:
         read = translate.Reader()
         matches = read.matches(request.matches)
         limits.refuse(read.violations, "watch metrics")
-        known: dict[str, _Sent] = {}
+        feed = self._feeds.of(matches)
+        sent: dict[str, Sent] = {}
         with self._targets.watch() as watcher:
-            first = self._changes(self._targets.names(), matches, known)
+            first = list(cut(self._changes(self._targets.names(), feed, sent)))
             for index, response in enumerate(first):
                 response.synced = index == len(first) - 1
                 await call.write(response)
             missed = 0
             while True:
-                news = {name: times for name, times in (await watcher.news()).items() if _wants(matches, name)}
+                news = {name: times for name, times in (await watcher.news()).items() if feed.wants(name)}
                 missed += sum(news.values()) - len(news)
-                for response in self._changes(news, matches, known):
-                    if response.metrics:
-                        response.coalesced, missed = missed, 0
-                        await call.write(response)
+                for response in self._news(list(news), missed, feed, sent):
+                    missed = 0
+                    await call.write(response)
 
-    def _changes(
-        self, target_ids: Iterable[str], matches: Sequence[Match], known: dict[str, _Sent]
-    ) -> list[api.WatchMetricsResponse]:
-        """What changed since `known`, which is brought up to date; one message at least."""
-        metrics: list[metric_pb.Metric] = []
-        for target_id in target_ids:
-            before = known.pop(target_id, {})
-            now: _Sent = {}
-            target = self._targets.find(target_id)
-            shown = target.shown if target and not target.is_stale else Shown()
-            for family, series in select(shown.families, matches, target_id):
-                now[family.name] = family, {one.labels: one for one in series}
-                _, former = before.get(family.name, (family, {}))
-                new = [one for one in series if _differs(former.get(one.labels), one)]
-                if new:
-                    metrics.append(translate.metric(family, new, time_ms=shown.time_ms, stale=False))
-            metrics += _gone(before, now, shown.time_ms)
-            if now:
-                known[target_id] = now
-        return list(_cut(metrics))
+    def _news(
+        self, target_ids: Sequence[str], coalesced: int, feed: Feed, sent: dict[str, Sent]
+    ) -> Iterable[api.WatchMetricsResponse]:
+        """Messages that others get, too, for a reader that keeps up; else its own."""
+        if len(target_ids) == 1 and not coalesced:
+            return self._change(target_ids[0], feed, sent).messages
+        metrics = self._changes(target_ids, feed, sent)
+        responses = list(cut(metrics)) if metrics else []
+        if responses:
+            responses[0].coalesced = coalesced
+        return responses
+
+    def _changes(self, target_ids: Iterable[str], feed: Feed, sent: dict[str, Sent]) -> list[metric_pb.Metric]:
+        wanted = [target_id for target_id in target_ids if feed.wants(target_id)]
+        return [one for target_id in wanted for one in self._change(target_id, feed, sent).metrics]
+
+    def _change(self, target_id: str, feed: Feed, sent: dict[str, Sent]) -> Change:
+        """Since what was sent, which is brought up to date."""
+        target = self._targets.find(target_id)
+        shown = target.shown if target and not target.is_stale else None
+        change = feed.change(target_id, shown, sent.pop(target_id, NOTHING))
+        if change.now:
+            sent[target_id] = change.now
+        return change
 
     async def DescribeMetrics(self, request: api.DescribeMetricsRequest, call: Call) -> api.DescribeMetricsResponse:
         read = translate.Reader()
@@ -175,7 +180,8 @@ class AdapterService:
         return response
 
     def _wanted(self, matches: Sequence[Match]) -> list[Target]:
-        return [target for target in self._targets.all() if _wants(matches, target.spec.target_id)]
+        feed = self._feeds.of(matches)
+        return [target for target in self._targets.all() if feed.wants(target.spec.target_id)]
 
     # Signals
 
@@ -278,38 +284,3 @@ def _too_large() -> ResourceExhausted:
     return ResourceExhausted(
         f"cannot answer: it is more than {_MAX_BYTES} bytes; match less", reason=Reason.MESSAGE_TOO_LARGE
     )
-
-
-_Sent = dict[str, tuple["Family", dict["Labels", "Series"]]]
-"""What a watcher was told of a target: families by name, with their series by labels."""
-
-
-def _wants(matches: Sequence[Match], target_id: str) -> bool:
-    return not matches or any(match.target(target_id) for match in matches)
-
-
-def _differs(before: Series | None, now: Series) -> bool:
-    """Two that are no number are the same."""
-    return before is None or (before != now and str(before) != str(now))
-
-
-def _gone(before: _Sent, now: _Sent, time_ms: int) -> Iterator[metric_pb.Metric]:
-    """Series that were there and are not any more, with what they were last."""
-    for name, (family, series) in before.items():
-        _, left = now.get(name, (family, {}))
-        gone = [one for labels, one in series.items() if labels not in left]
-        if gone:
-            yield translate.metric(family, gone, time_ms=time_ms, stale=True)
-
-
-def _cut(metrics: Sequence[metric_pb.Metric]) -> Iterator[api.WatchMetricsResponse]:
-    """Into messages that are not too long."""
-    response, size = api.WatchMetricsResponse(), 0
-    for one in metrics:
-        more = one.ByteSize()
-        if size and size + more > _MAX_BYTES // 2:
-            yield response
-            response, size = api.WatchMetricsResponse(), 0
-        response.metrics.append(one)
-        size += more
-    yield response

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from google.protobuf.duration_pb2 import Duration
 
-    from retinue_server.adapter.core.points import Family, Series, Signal
+    from retinue_server.adapter.core.points import AnyFamily, Series, Signal
     from retinue_server.adapter.core.target import Target
     from retinue_server.adapter.core.targets import Trial
 
@@ -180,14 +180,14 @@ def rejections(counts: dict[str, int] | object, examples: dict[str, str] | objec
     return [pb.Rejection(reason=name, points=count, example=examples.get(name, "")) for name, count in ordered]
 
 
-def metric(family: Family, series: Iterable[Series], *, time_ms: int, stale: bool) -> metric_pb.Metric:
+def metric(family: AnyFamily, series: Iterable[Series], *, time_ms: int, stale: bool) -> metric_pb.Metric:
     """A metric with some of its series."""
     found = described(family)
     found.series.extend(_series(one, time_ms, stale=stale) for one in series)
     return found
 
 
-def described(family: Family) -> metric_pb.Metric:
+def described(family: AnyFamily) -> metric_pb.Metric:
     """A metric without its series."""
     return metric_pb.Metric(
         name=family.name, type=metric_pb.MetricType.ValueType(family.type), unit=family.unit, help=family.help

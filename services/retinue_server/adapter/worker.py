@@ -25,7 +25,7 @@ from retinue_server.adapter import parsing
 from retinue_server.adapter.core import exposition, packs
 from retinue_server.adapter.core.collection import Collector, Limits, Registry
 from retinue_server.adapter.core.packs import Reject
-from retinue_server.adapter.core.points import Family, Raw, RawFamily, Signal
+from retinue_server.adapter.core.points import Packed, Raw, RawFamily, Signal
 from retinue_server.adapter.engine import SourceError
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Taken(msgspec.Struct, tag="taken", array_like=True):
     """What became of it."""
 
     number: int
-    families: list[Family]
+    families: list[Packed]
     signals: list[Signal]
     rejected: dict[str, int]
     """Since the target was declared."""
@@ -109,6 +109,8 @@ Question = Take | Try
 Request = Declare | Forget | Take | Try
 Response = Taken | Tried
 _PREFIX = 4
+_NICE = 10
+"""Whoever scrapes waits for the server; nobody waits for this process."""
 
 
 class _Known:
@@ -166,7 +168,9 @@ class Worker:
             limited = collector.limited
         found = packs.signals(declared.pack, {family.name: family for family in families})
         cpu_s = time.thread_time() - began
-        return Taken(asked.number, families, found, counts, examples, limited, "", cpu_s)
+        return Taken(
+            asked.number, [family.packed() for family in families], found, counts, examples, limited, "", cpu_s
+        )
 
 
 def _raw(asked: Question, declared: Declare, reject: Reject) -> list[RawFamily]:
@@ -242,6 +246,7 @@ def encoded(asked: Question, answer: Response) -> bytes:
 
 def main() -> None:
     """Until the input ends."""
+    os.nice(_NICE)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's, which drains
     worker, decoder, writing = Worker(), msgspec.msgpack.Decoder(Request), threading.Lock()
     small, large = ThreadPoolExecutor(_THREADS), ThreadPoolExecutor(1)

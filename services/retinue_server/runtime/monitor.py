@@ -90,8 +90,8 @@ class MonitorListener:
         writer.write(
             f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: {kind}\r\n{allow}"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
-            + body
         )
+        writer.write(body)  # not in one piece with its head: it may have MiB
         await writer.drain()
 
     def _answer(self, verb: str, path: str, accept: str) -> tuple[HTTPStatus, str, bytes]:

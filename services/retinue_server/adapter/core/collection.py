@@ -31,7 +31,7 @@ from retinue_server.adapter.core.points import CUMULATIVE, Family, Histogram, La
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from retinue_server.adapter.core.points import Raw, RawFamily
+    from retinue_server.adapter.core.points import AnyFamily, Raw, RawFamily
 
 RESERVED = ("instance", "kind", "service", "target")
 """Labels that are ours; a source's own are called `exported_…`."""
@@ -120,6 +120,8 @@ class _Known(msgspec.Struct):
     value: Value
     start_ms: int
     seen: int
+    text: str = ""
+    """Its lines, where they are several; they stand as long as the value does."""
 
 
 class Collector:
@@ -199,7 +201,8 @@ class Collector:
                 self.reject("duplicate_series", known.prefix or family.name)
                 continue
             value = point.value if factor == 1.0 else _scaled(point.value, factor)
-            why = fault(kind, value)
+            same = known.text and value == known.value
+            why = "" if same else fault(kind, value)
             if why:
                 self.reject(why, f"{family.name} {value}"[:200])
                 continue
@@ -213,7 +216,9 @@ class Collector:
             if plain:
                 text.append(f"{known.prefix}{number(value)}\n")  # type: ignore[arg-type]
             else:
-                text.append(exposition.lines(family.name, kind, known.labels, value))
+                if not same:
+                    known.text = exposition.lines(family.name, kind, known.labels, value)
+                text.append(known.text)
 
     def _new(self, key: _Key, point: Raw, family: Family, now_ms: int) -> _Known | None:
         labels = self._labels(point.labels, family.type)
@@ -319,9 +324,9 @@ def sift(collector: Collector, families: Iterable[RawFamily]) -> tuple[list[RawF
     return found, collector.reject
 
 
-def by_name(targets: Iterable[Sequence[Family]]) -> list[list[Family]]:
+def by_name(targets: Iterable[Sequence[AnyFamily]]) -> list[list[AnyFamily]]:
     """Families of all targets, those of one name together."""
-    found: dict[str, list[Family]] = {}
+    found: dict[str, list[AnyFamily]] = {}
     for families in targets:
         for family in families:
             found.setdefault(family.name, []).append(family)

@@ -13,7 +13,7 @@ from retinue_server.adapter.core.points import Histogram, Summary, Type
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from retinue_server.adapter.core.points import Family, Labels, Value
+    from retinue_server.adapter.core.points import AnyFamily, Labels, Value
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -46,11 +46,11 @@ def prefix(name: str, labels: Labels) -> str:
 def lines(name: str, kind: Type, labels: Labels, value: Value) -> str:
     """All lines of a series."""
     if isinstance(value, Histogram):
-        bounds = [f"{name}_bucket{_braced(labels, 'le', number(b))} {number(n)}\n" for b, n in value.buckets]
-        return "".join(bounds) + _sums(name, labels, value)
+        head = _open(f"{name}_bucket", labels, "le")
+        return "".join([f'{head}{number(b)}"}} {number(n)}\n' for b, n in value.buckets]) + _sums(name, labels, value)
     if isinstance(value, Summary):
-        shares = [f"{name}{_braced(labels, 'quantile', number(q))} {number(v)}\n" for q, v in value.quantiles]
-        return "".join(shares) + _sums(name, labels, value)
+        head = _open(name, labels, "quantile")
+        return "".join([f'{head}{number(q)}"}} {number(v)}\n' for q, v in value.quantiles]) + _sums(name, labels, value)
     return f"{prefix(sample_name(name, kind), labels)}{number(value)}\n"
 
 
@@ -66,11 +66,17 @@ def _sums(name: str, labels: Labels, value: Histogram | Summary) -> str:
     return f"{name}_count{braced} {number(value.count)}\n{name}_sum{braced} {number(value.sum)}\n"
 
 
-def _braced(labels: Labels, last: str = "", value: str = "") -> str:
-    pairs = [f'{name}="{escape(text)}"' for name, text in labels]
-    if last:
-        pairs.append(f'{last}="{value}"')
-    return "{" + ",".join(pairs) + "}" if pairs else ""
+def _open(name: str, labels: Labels, last: str) -> str:
+    """A line up to the value of its last label; worked out once for all lines of a series."""
+    return f'{name}{{{"".join([f"{_pair(*one)}," for one in labels])}{last}="'
+
+
+def _braced(labels: Labels) -> str:
+    return "{" + ",".join([_pair(*one) for one in labels]) + "}" if labels else ""
+
+
+def _pair(name: str, text: str) -> str:
+    return f'{name}="{escape(text)}"'
 
 
 def escape(text: str) -> str:
@@ -89,7 +95,7 @@ def number(value: float) -> str:
     return repr(float(value))
 
 
-def document(families: Iterable[Sequence[Family]], *, open_metrics: bool) -> bytes:
+def document(families: Iterable[Sequence[AnyFamily]], *, open_metrics: bool) -> bytes:
     """Families of one name together, in the order given; of what they say of themselves the first counts."""
     parts: list[bytes] = []
     for same in families:
@@ -100,7 +106,7 @@ def document(families: Iterable[Sequence[Family]], *, open_metrics: bool) -> byt
     return b"".join(parts)
 
 
-def _header(family: Family, *, open_metrics: bool) -> str:
+def _header(family: AnyFamily, *, open_metrics: bool) -> str:
     name, kind = family.name, _NAMES[family.type]
     if not open_metrics:
         name = sample_name(name, family.type)

@@ -9,7 +9,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from retinue_server.adapter.core.points import Family, Labels, Series
+    from retinue_server.adapter.core.points import AnyFamily, Labels, Series
 
 
 class Match(msgspec.Struct, frozen=True):
@@ -34,7 +34,9 @@ class Match(msgspec.Struct, frozen=True):
         return not self.labels or set(self.labels) <= set(labels)
 
 
-def select(families: Iterable[Family], matches: Sequence[Match], target: str) -> Iterator[tuple[Family, list[Series]]]:
+def select(
+    families: Iterable[AnyFamily], matches: Sequence[Match], target: str
+) -> Iterator[tuple[AnyFamily, list[Series]]]:
     """Of one target's families, those with series that any of the matches wants."""
     wanting = [match for match in matches if match.target(target)]
     if matches and not wanting:

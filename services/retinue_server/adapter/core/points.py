@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import cached_property
 
 import msgspec
 
@@ -80,6 +81,39 @@ class Family(msgspec.Struct, array_like=True):
     help: str
     series: list[Series]
     text: bytes = b""
+
+    @property
+    def count(self) -> int:
+        """Of series."""
+        return len(self.series)
+
+    def packed(self) -> Packed:
+        """For the pipe."""
+        series = msgspec.Raw(msgspec.msgpack.encode(self.series))
+        return Packed(self.name, self.type, self.unit, self.help, self.count, series, self.text)
+
+
+class Packed(msgspec.Struct, array_like=True, dict=True):
+    """A family that has crossed the pipe: `/metrics` needs its lines alone, and whoever needs its series unpacks
+    them."""
+
+    name: str
+    type: Type
+    unit: str
+    help: str
+    count: int
+    packed_series: msgspec.Raw
+    text: bytes
+
+    @cached_property
+    def series(self) -> list[Series]:
+        """Unpacked once."""
+        return _unpack(self.packed_series)
+
+
+_unpack = msgspec.msgpack.Decoder(list[Series]).decode
+AnyFamily = Family | Packed
+"""As it was made, or as it came."""
 
 
 class Signal(msgspec.Struct, array_like=True):

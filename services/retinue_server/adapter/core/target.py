@@ -13,7 +13,7 @@ from retinue_server.adapter.core.spec import State
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from retinue_server.adapter.core.points import Family
+    from retinue_server.adapter.core.points import AnyFamily
     from retinue_server.adapter.core.spec import Spec
 
 _UNASKED = [Signal(None, "nothing was collected yet", "") for _ in SIGNALS]
@@ -22,7 +22,7 @@ _UNASKED = [Signal(None, "nothing was collected yet", "") for _ in SIGNALS]
 class Shown(msgspec.Struct, frozen=True):
     """What a collection left: the latest that is good."""
 
-    families: Sequence[Family] = ()
+    families: Sequence[AnyFamily] = ()
     signals: Sequence[Signal] = ()
     time_ms: int = 0
     rates: Sequence[float | None] = (None, None)
@@ -33,7 +33,7 @@ class Shown(msgspec.Struct, frozen=True):
     @property
     def series(self) -> int:
         """How many are shown."""
-        return 0 if self.stale else sum(len(family.series) for family in self.families)
+        return 0 if self.stale else sum(family.count for family in self.families)
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -70,7 +70,7 @@ class Target:
 
     def succeeded(
         self,
-        families: Sequence[Family],
+        families: Sequence[AnyFamily],
         signals: Sequence[Signal],
         *,
         now_ms: int,

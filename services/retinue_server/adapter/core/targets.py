@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from retinue_server.adapter.core.packs import Pack
-    from retinue_server.adapter.core.points import Family, RawFamily, Signal
+    from retinue_server.adapter.core.points import AnyFamily, RawFamily, Signal
     from retinue_server.adapter.core.spec import Spec
     from retinue_server.adapter.engine import Listener, Source
 
@@ -51,7 +51,10 @@ _AGAIN_S = 1.0
 class Outcome(Protocol):
     """What a collection left; the worker's `Taken`."""
 
-    families: list[Family]
+    @property
+    def families(self) -> Sequence[AnyFamily]:
+        """Normalised."""
+
     signals: list[Signal]
     rejected: dict[str, int]
     examples: dict[str, str]
