@@ -135,6 +135,8 @@ class Collector:
         """By name and labels as they are shown: an empty value is none, an odd name becomes another, a long value is
         cut."""
         self._names: set[str] = set()
+        self._texts: dict[str, list[str]] = {}
+        """Lines of this turn by family; one that nobody gave a type comes point by point."""
         self._turn = 0
         self.reject = Reject()
         self.limited = False
@@ -144,8 +146,11 @@ class Collector:
         self._turn += 1
         self.limited = False
         taken: dict[str, Family] = {}
+        self._texts = {}
         for raw in families:
             self._family(raw, now_ms, taken)
+        for name, family in taken.items():
+            family.text = "".join(self._texts[name]).encode()
         if len(self._known) > sum(len(family.series) for family in taken.values()):
             self._known = {key: one for key, one in self._known.items() if one.seen == self._turn}
             self._same = {(key[0], key[1], one.labels): one for key, one in self._known.items()}
@@ -181,10 +186,9 @@ class Collector:
             return
         if family is None:
             family = Family(base, kind, unit, raw.help, [])
-        text = [family.text.decode()] if family.text else []
+        text = self._texts.setdefault(base, [])
         self._points(raw, family, factor, now_ms, text)
         if family.series:
-            family.text = "".join(text).encode()
             taken[base] = family
         else:
             self._registry.release((base,), self.target)
