@@ -8,7 +8,7 @@ PROTOS := $(shell find protos -name '*.proto' | sort)
 export PYTHONDONTWRITEBYTECODE := # compiled modules are kept: tests start hundreds of processes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run demo test etcd kubernetes generate check-generated proto lint types contract faults e2e bench bench-profile bench-elections bench-scatter bench-ambassador check lock clean
+.PHONY: help setup setup-dev run demo test etcd kubernetes generate check-generated proto lint types contract faults e2e bench bench-profile bench-elections bench-scatter bench-ambassador bench-adapter check lock clean
 
 help: ## Shows this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  \033[1m%-16s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,9 +43,9 @@ check-generated: ## Fails if the committed stubs differ from what the protos giv
 run: $(VENV)/.run ## Starts the whole suite on loopback and prints lines to try, until Ctrl-C
 	@exec $(BIN)/python deploy/local/run.py
 
-DEMO ?= workqueue
-demo: $(VENV)/.run ## Shows each pattern on real input (DEMO=pattern for one)
-	@exec $(BIN)/python deploy/demo/$(DEMO).py
+DEMO ?= workqueue adapter
+demo: $(VENV)/.run ## Shows patterns on real input (DEMO=pattern for one)
+	@for demo in $(DEMO); do $(BIN)/python deploy/demo/$$demo.py || exit 1; done
 
 PARALLEL := -n 4 --dist worksteal # also on two cores: tests wait about as long as they compute
 
@@ -93,6 +93,9 @@ bench-scatter: $(VENV)/.dev ## Measures scatter/gather beside a bare loop and No
 
 bench-ambassador: $(VENV)/.dev ## Measures hops through the ambassador beside nutcracker, HAProxy and Envoy by hand (CELLS="memcached_get_64 http" ROUNDS=3)
 	@PYTHONPATH=tests $(BIN)/python -m bench.ambassador $(if $(CELLS),--cells $(CELLS)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(REFERENCE),--reference)
+
+bench-adapter: $(VENV)/.dev ## Measures the adapter: scrapes, CPU per series beside prometheus_client, StatsD, hung apps, watchers (CELLS="scrapes cost" ROUNDS=3)
+	@PYTHONPATH=tests $(BIN)/python -m bench.adapter $(if $(CELLS),--cells $(CELLS)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(REFERENCE),--reference)
 
 proto: $(VENV)/.dev ## Lints and formats the contract, and compares it with the last release
 	@$(BIN)/buf lint

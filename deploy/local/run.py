@@ -21,12 +21,13 @@ HERE = Path(__file__).parent
 BIN = Path(".venv/bin")
 ALLOWED = {"RETINUE_AMBASSADOR__ENDPOINTS__ALLOW": "127.0.0.1:1024-65535"}
 """On a laptop what stands behind an ambassador is often on loopback, too, which is forbidden otherwise."""
+METRICS = {"RETINUE_METRICS": "127.0.0.1:7090"}
 
 
 def main() -> int:
     """Starts the server, prints the guide when it is ready, and ends with it."""
     command = [sys.executable, "-m", "retinue_server", *sys.argv[1:]]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ALLOWED | os.environ)
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ALLOWED | METRICS | os.environ)
     assert server.stdout is not None
     try:
         ready = server.stdout.readline()
@@ -46,6 +47,7 @@ def guide(ready: dict[str, object]) -> str:
     words = {
         "{listen}": listen[0],
         "{http}": str(ready["http"]),
+        "{metrics}": str(ready["metrics"]),
         "{control}": control,
         "{state}": state,
         "{grpcurl}": str(BIN / "grpcurl"),
@@ -53,7 +55,7 @@ def guide(ready: dict[str, object]) -> str:
         "{python}": str(BIN / "python"),
         "{curl}": "curl",
     }
-    words |= dict(zip(("{one}", "{two}", "{three}", "{web}"), free_ports(4), strict=True))
+    words |= dict(zip(("{one}", "{two}", "{three}", "{web}", "{app}", "{other}"), free_ports(6), strict=True))
     lines = [line for file in files(str(ready["control"])) for line in [*(HERE / file).read_text().splitlines(), ""]]
     if not shutil.which("curl"):
         lines = [line for line in lines if "{curl}" not in line]
@@ -64,12 +66,18 @@ def guide(ready: dict[str, object]) -> str:
     return f"\n{text}\n{page} lists every method with a curl line; all state is in {state}/. Ctrl-C stops it.\n"
 
 
-def files(control: str) -> tuple[str, str]:
-    """Those of the guide: what can be tried of the ambassador depends on what carries the bytes."""
+def files(control: str) -> tuple[str, ...]:
+    """Those of the guide: what can be tried of the ambassador depends on what carries the bytes, and of the adapter on
+    which app is here."""
     with grpc.insecure_channel(control) as channel:
         planes = AmbassadorServiceStub(channel).GetDataPlane(GetDataPlaneRequest(), timeout=10).data_planes
     has_envoy = any(plane.kind != DATA_PLANE_KIND_NATIVE for plane in planes)
-    return "guide.txt", "guide-envoy.txt" if has_envoy else "guide-native.txt"
+    has_redis = shutil.which("redis-server") and shutil.which("redis-cli")
+    return (
+        "guide.txt",
+        "guide-envoy.txt" if has_envoy else "guide-native.txt",
+        "guide-adapter-redis.txt" if has_redis else "guide-adapter.txt",
+    )
 
 
 def free_ports(count: int) -> list[str]:

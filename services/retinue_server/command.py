@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from retinue_server.runtime.lifecycle import Process
 
 PATTERNS = {
+    "adapter": "retinue_server.adapter.wiring",
     "ambassador": "retinue_server.ambassador.wiring",
     "leaderelection": "retinue_server.leaderelection.wiring",
     "scattergather": "retinue_server.scattergather.wiring",
@@ -60,6 +61,19 @@ Settings come from --config FILE (YAML), then RETINUE_… variables, then flags:
 """
 
 _ABOUT = {
+    "adapter": """\
+
+The file of targets says which apps are collected, and counts anew when it changes. adapter.targets names it, or
+RETINUE_ADAPTER__TARGETS; otherwise it is DATA_DIR/adapter/targets.yaml:
+
+  targets:
+    - {target_id: cache, kind: REDIS, endpoint: "127.0.0.1:6379"}
+    - {target_id: shop, kind: PROMETHEUS, endpoint: "http://127.0.0.1:8000/metrics", interval_duration: 5s}
+
+Rule packs of your own stand in the directory adapter.rule_packs; look one over before it is used:
+
+  retinue-server --check-pack shop.yaml
+""",
     "scattergather": """\
 
 The pool file says which shards there are, and counts anew when it changes. scattergather.pools names it, or
@@ -118,6 +132,12 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     p.add_argument("--upstream", metavar="ADDRESS", help="relay to this server instead of serving")
     p.add_argument("--token-file", metavar="FILE", help="lines `ROLE TOKEN`; ROLE is app, diagnostics or operator")
     p.add_argument("--ready-file", metavar="FILE", help="write the line `ready` there too, when ready")
+    p.add_argument(
+        "--check-pack",
+        action="append",
+        metavar="FILE",
+        help="look over a rule pack of the adapter, or all of a directory, and end: 0 = nothing is wrong",
+    )
     p.add_argument("--version", action="version", version=f"retinue-server {__version__}")
     return p
 
@@ -199,9 +219,13 @@ def say(*lines: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 after a signal, 1 when it cannot start, 2 for wrong settings."""
+    """Exit codes: 0 after a signal, 1 when it cannot start or a pack is wrong, 2 for wrong settings."""
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = parser(arguments).parse_args(arguments)
+    if flags.check_pack:
+        from retinue_server.adapter import lint  # noqa: PLC0415 - for who writes packs
+
+        return lint.check(flags.check_pack, say)
     _choose_transport(os.environ)
     try:
         settings, loaded = load(flags, dict(os.environ))

@@ -12,6 +12,7 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc import code_pb2, error_details_pb2
 from google.rpc.status_pb2 import Status
 
+from retinue.adapter.v1 import adapter_service_pb2, adapter_service_pb2_grpc
 from retinue.ambassador.v1 import ambassador_service_pb2, ambassador_service_pb2_grpc
 from retinue.leaderelection.v1 import leaderelection_service_pb2, leaderelection_service_pb2_grpc
 from retinue.scattergather.v1 import (
@@ -41,6 +42,7 @@ METHODS = {method.name: method for service in SERVICES for method in service.met
 ELECTION = {
     leaderelection_service_pb2.DESCRIPTOR.services_by_name["LeaderElectionService"]: leaderelection_service_pb2_grpc
 }
+ADAPTER = {adapter_service_pb2.DESCRIPTOR.services_by_name["AdapterService"]: adapter_service_pb2_grpc}
 AMBASSADOR = {ambassador_service_pb2.DESCRIPTOR.services_by_name["AmbassadorService"]: ambassador_service_pb2_grpc}
 SCATTER = {
     scattergather_service_pb2.DESCRIPTOR.services_by_name["ScatterGatherService"]: scattergather_service_pb2_grpc,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from contract import pools
-from contract.client import AMBASSADOR, ELECTION, SCATTER, Client
+from contract.client import ADAPTER, AMBASSADOR, ELECTION, SCATTER, Client
 from contract.line import Line
 from contract.plays import Leaves, Play
 from servers import RunningServer, start_server
@@ -67,6 +67,22 @@ def ambassador_operator(target: Target) -> Iterator[Client]:
     if not target.control:
         pytest.skip("needs the role operator: give --control ADDRESS beside --target")
     with Client(target.control, services=AMBASSADOR) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def adapter(target: Target) -> Iterator[Client]:
+    """Calls of the adapter with the role app."""
+    with Client(target.address, services=ADAPTER) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def adapter_operator(target: Target) -> Iterator[Client]:
+    """Calls of the adapter with the role operator."""
+    if not target.control:
+        pytest.skip("needs the role operator: give --control ADDRESS beside --target")
+    with Client(target.control, services=ADAPTER) as client:
         yield client
 
 

@@ -132,6 +132,14 @@ UNREACHABLE = {
         "the ambassador's: test_ambassador_errors.py",
     ),
     **dict.fromkeys(
+        {
+            name.removeprefix("ERROR_REASON_")
+            for name, number in error_reason_pb2.ErrorReason.items()
+            if 120 <= number < 140
+        },
+        "the adapter's: test_adapter_errors.py",
+    ),
+    **dict.fromkeys(
         (
             "POOL_NOT_FOUND",
             "POOL_EMPTY",

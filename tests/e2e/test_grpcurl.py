@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from e2e.pods import await_true
 from servers import RunningServer, start_server
 
 QUEUE = "retinue.workqueue.v1.WorkQueueService"
@@ -89,4 +91,39 @@ def test_it_decodes_why_an_upstream_is_refused(server: RunningServer) -> None:
     assert "PermissionDenied" in grpcurl(server, *words, ok=False), "apps may not"
     told = grpcurl(server, *words, ok=False, operator=True)
     for word in ("Unimplemented", "ErrorInfo", "CAPABILITY_MISSING", "pip install 'retinue-server[envoy]'"):
+        assert word in told
+
+
+ADAPTER = "retinue.adapter.v1.AdapterService"
+
+
+def test_it_creates_a_target_reports_to_it_reads_it_and_forgets_it(server: RunningServer) -> None:
+    said = {"target": {"target_id": "shop", "kind": "TARGET_KIND_REPORT", "interval_duration": "1s"}}
+    created = grpcurl(server, "-d", json.dumps(said), f"{ADAPTER}/CreateTarget", operator=True)
+    assert json.loads(created)["target"]["target_id"] == "shop"
+    metric = {"name": "orders", "type": "METRIC_TYPE_COUNTER", "series": [{"labels": {"shop": "north"}, "number": 3}]}
+    report = json.dumps({"target_id": "shop", "metrics": [metric, {**metric, "name": "!"}]})
+    grpcurl(server, "-d", report, f"{ADAPTER}/ReportMetrics")
+    wanted = json.dumps({"matches": [{"name": "orders"}]})
+    found: dict[str, Any] = {}
+
+    def is_there() -> bool:
+        found.update(json.loads(grpcurl(server, "-d", wanted, f"{ADAPTER}/GetMetrics")))
+        return bool(found)
+
+    await_true(is_there, "what was reported is there")
+    [series] = found["metrics"][0]["series"]
+    assert (series["number"], series["labels"]["shop"], series["labels"]["kind"]) == (3, "north", "report")
+    signals = json.loads(grpcurl(server, "-d", '{"target_ids": ["shop"]}', f"{ADAPTER}/GetSignals"))
+    assert all(one["absent_reason"] for one in signals["signals"][0]["signals"])
+    gone = grpcurl(server, "-d", '{"target_id": "shop"}', f"{ADAPTER}/DeleteTarget", operator=True)
+    assert json.loads(gone) == {"deleted": True}
+
+
+def test_it_decodes_why_a_target_is_refused(server: RunningServer) -> None:
+    said = {"target": {"target_id": "Shop", "kind": "TARGET_KIND_JSON", "endpoint": "ftp://127.0.0.1"}}
+    words = ("-d", json.dumps(said), f"{ADAPTER}/CreateTarget")
+    assert "PermissionDenied" in grpcurl(server, *words, ok=False), "apps may not"
+    told = grpcurl(server, *words, ok=False, operator=True)
+    for word in ("InvalidArgument", "BadRequest", "target.target_id", "target.endpoint", "target.rule_pack"):
         assert word in told

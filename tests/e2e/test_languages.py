@@ -23,7 +23,7 @@ from e2e.languages import CLIENTS, need, run, running_server
 from pace import undisturbed
 from servers import RunningServer
 
-PATTERNS = ("workqueue", "leaderelection", "scattergather", "ambassador")
+PATTERNS = ("workqueue", "leaderelection", "scattergather", "ambassador", "adapter")
 GO, NODE = CLIENTS / "go", CLIENTS / "node"
 AMBASSADOR = {"RETINUE_AMBASSADOR__DATA_PLANE": "envoy", "RETINUE_AMBASSADOR__ENDPOINTS__ALLOW": "127.0.0.1"}
 
@@ -92,7 +92,7 @@ def test_the_go_client_keeps_its_promises(server: RunningServer) -> None:
     assert run("go", "test", "-count=1", "./client", cwd=GO, server=server).startswith("ok")
 
 
-@pytest.mark.parametrize("name", ["worker", "deadline", "election", "leaf", "scatter", "ambassador"])
+@pytest.mark.parametrize("name", ["worker", "deadline", "election", "leaf", "scatter", "ambassador", "adapter"])
 def test_the_typescript_client_keeps_its_promises(server: RunningServer, node_programs: Path, name: str) -> None:
     assert "\n# fail 0\n" in node_tests(node_programs, name, server)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -211,3 +213,65 @@ def test_a_taken_port_is_answered_with_its_owner(suite: Running, tmp_path: Path)
     assert second.returncode == 1
     assert "pid" in second.stderr, second.stderr
     assert "Traceback" not in second.stderr
+
+
+# The adapter
+
+
+@pytest.fixture(autouse=True)
+def _metrics_at_a_free_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETINUE_METRICS", "127.0.0.1:0")
+
+
+@pytest.fixture
+def without_redis(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine that has all that this one has, but Redis."""
+    for directory in os.environ["PATH"].split(os.pathsep):
+        for program in Path(directory).glob("*"):
+            link = tmp_path / program.name
+            if not program.name.startswith("redis-") and not link.is_symlink():
+                link.symlink_to(program.absolute())
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def run_those_of_the_adapter(suite: Running) -> str:
+    """What they say; none of them fails, and the app that they start is gone."""
+    lines = list(dropwhile(lambda line: not line.startswith("# The adapter"), suite.guide))
+    lines = [line for line in lines if not line.startswith("http://")]
+    script = "set -eo pipefail\ntrap 'kill $SERVERS 2>/dev/null || true' EXIT\n" + "\n".join(lines)
+    words = ["bash", "-c", script]
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment(suite), capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_printed_lines_watch_the_golden_signals_of_a_redis_whose_end_is_told(suite: Running) -> None:
+    if shutil.which("redis-server") is None:
+        pytest.skip("needs redis-server: apt-get install redis-server")
+    said = run_those_of_the_adapter(suite)
+    assert '"state": "TARGET_STATE_UP"' in said
+    rates = [
+        float(rate) for rate in re.findall(r'"kind": "SIGNAL_KIND_REQUESTS",\s+"number": \S+\s+"rate": (\S+),', said)
+    ]
+    assert max(rates) > 1, "Redis is asked for more than what it says of itself"
+    assert "which cannot be added up to a histogram" in said, "why there is no duration"
+    assert_told_to_prometheus(said, "redis", {"requests", "errors", "saturation"}, errors=1)
+
+
+def test_the_printed_lines_need_no_redis(without_redis: None, suite: Running) -> None:
+    said = run_those_of_the_adapter(suite)
+    assert re.search(r'"kind": "SIGNAL_KIND_DURATION",\s+"histogram"', said)
+    assert_told_to_prometheus(said, "prometheus", {"requests", "errors", "request_duration", "saturation"}, errors=0)
+
+
+def assert_told_to_prometheus(said: str, kind: str, signals: set[str], errors: int) -> None:
+    """What the pages have, and that the app's end is seen."""
+    lines = re.findall(r"^app_([a-z_]+?)(?:_total|_seconds\w*|_ratio)\{(.*)\} (\S+)$", said, re.MULTILINE)
+    assert {name for name, _, _ in lines} == signals
+    assert all(f'kind="{kind}"' in labels and 'target="cache"' in labels for _, labels, _ in lines)
+    assert [float(value) for name, _, value in lines if name == "errors"] == [errors], "as many as were provoked"
+    assert re.search(r'^retinue_adapter_up\{.*target="cache".*\} 1.0$', said, re.MULTILINE)
+    assert '"state": "TARGET_STATE_STALE"' in said
+    assert '"deleted": true' in said

@@ -11,6 +11,7 @@ import pytest
 from servers import RunningServer, environment, start_server
 
 from retinue.client import sync
+from retinue.client.adapter import target
 from retinue.client.ambassador import upstream
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ def test_the_python_program_of_a_readme_prints_its_result(tmp_path: Path, readme
 
 
 def test_the_leaf_of_the_readme_answers_its_question(tmp_path: Path) -> None:
-    _, leaf, question, _ = blocks("clients/README.md", "python")
+    _, leaf, question, *_ = blocks("clients/README.md", "python")
     pools, *_ = blocks("clients/README.md", "yaml")
     port, socket = "127.0.0.1:9000", f"unix:{tmp_path}/leaf.sock"
     assert port in leaf
@@ -51,7 +52,7 @@ def test_the_leaf_of_the_readme_answers_its_question(tmp_path: Path) -> None:
 
 
 def test_the_app_of_the_readme_waits_for_its_upstream(tmp_path: Path) -> None:
-    *_, program = blocks("clients/README.md", "python")
+    [program] = [text for text in blocks("clients/README.md", "python") if "upstream_address" in text]
     server = start_server(tmp_path, "ambassador")
     try:
         with sync.Ambassador(server.control) as operator:
@@ -60,6 +61,18 @@ def test_the_app_of_the_readme_waits_for_its_upstream(tmp_path: Path) -> None:
     finally:
         assert server.stop() == 0
     assert done.stdout == f"dial {declared.status.address}\n", done.stderr
+
+
+def test_what_the_report_of_the_readme_tells_is_watched(tmp_path: Path) -> None:
+    [program] = [text for text in blocks("clients/README.md", "python") if "adapter.report" in text]
+    server = start_server(tmp_path, "adapter")
+    try:
+        with sync.Adapter(server.control) as operator:
+            operator.create(target("shop", "REPORT", interval=1))
+        done = run(program, server)
+    finally:
+        assert server.stop() == 0
+    assert done.stdout == "2 points taken\ncart_age_seconds is 2.5\norders is 17.0\n", done.stderr
 
 
 def blocks(readme: str, language: str) -> list[str]:

@@ -26,7 +26,7 @@ import hpack
 import pytest
 from behind import Lines, say
 from contract import pools
-from contract.client import AMBASSADOR, SCATTER, SERVICES, Client, Refused, refused
+from contract.client import ADAPTER, AMBASSADOR, SCATTER, SERVICES, Client, Refused, refused
 from contract.conftest import new_line
 from contract.line import Line, seconds
 from contract.plays import Call, Fail, Leaves, Play, Raw
@@ -53,7 +53,7 @@ SETTINGS: Any = {
     "derandomize": not LONG,
     "suppress_health_check": list(HealthCheck),
 }
-METHODS = {method.name: method for service in SERVICES | SCATTER | AMBASSADOR for method in service.methods}
+METHODS = {method.name: method for service in SERVICES | SCATTER | AMBASSADOR | ADAPTER for method in service.methods}
 """All doors."""
 ANSWERS = {
     "retinue.workqueue.v1": {"OK", *ALLOWED},
@@ -67,9 +67,13 @@ ANSWERS = {
         "UNIMPLEMENTED",
         "PERMISSION_DENIED",
     },
+    "retinue.adapter.v1": {"OK", *ALLOWED, "UNAVAILABLE", "ABORTED", "UNIMPLEMENTED", "PERMISSION_DENIED"},
 }
 """How calls may end, by package."""
-OPERATORS = {"DeclareUpstream", "SetEndpoints", "DrainUpstream", "RemoveUpstream"}
+OPERATORS = {
+    "DeclareUpstream", "SetEndpoints", "DrainUpstream", "RemoveUpstream",
+    "CreateTarget", "UpdateTarget", "DeleteTarget", "TestTarget",
+}  # fmt: skip
 OF_REPLIES = {"COVERAGE_NOT_MET", "MERGE_FAILED"}
 """What the contract of scatter/gather calls INTERNAL: the leaves' fault."""
 GARBLED_REPLIES: list[Any] = [b"", b"1", b"[]", b"{}", b"\xff", Raw(b"\xff"), Raw(b"\x12\x02\x08\x01"), Fail("ABORTED")]
@@ -127,6 +131,7 @@ def _attacked(server: RunningServer, leaves: Leaves, web: Lines) -> Iterator[Att
         Client(server.control) as operator,
         Client(server.address, services=SCATTER) as scatterer,
         Client(server.control, services=AMBASSADOR) as ambassador,
+        Client(server.control, services=ADAPTER) as adapter,
     ):
         line = new_line(app)
         line.put(priority=-5, labels={"a": "b"}, idempotency_key="k")
@@ -135,6 +140,7 @@ def _attacked(server: RunningServer, leaves: Leaves, web: Lines) -> Iterator[Att
         line.take_one(lease_duration=seconds(3600))
         kept = {"upstream_id": "kept", "protocol": "PROTOCOL_TCP", "static": {"endpoints": [{"address": web.address}]}}
         ambassador.DeclareUpstream(upstream=kept, wait_duration=seconds(15))
+        adapter.CreateTarget(target={"target_id": "kept", "kind": "TARGET_KIND_REPORT"})
         leaves.nobodys.says["*"] = garbled_reply
         made = Attacked(server, app, operator, line, line.tasks(), scatterer, ambassador, leaves, leaves.play())
         yield made
@@ -258,7 +264,7 @@ def test_no_bytes_make_an_app_an_operator(it: Attacked, rpc: str) -> None:
 
 TOO_LARGE = (
     "EnqueueTasks", "StreamTasks", "UploadBlob", "Scatter", "ScatterStream", "GetTopology", "Query", "QueryStream",
-    "Invoke", "WatchUpstreams",
+    "Invoke", "WatchUpstreams", "ReportMetrics", "WatchMetrics",
 )  # fmt: skip
 
 
@@ -364,6 +370,7 @@ PATHS = (
     "/retinue.scattergather.v1.LeafService/Query",
     "/retinue.scattergather.v1.LeafService/QueryStream",
     "/retinue.ambassador.v1.AmbassadorService/WatchUpstreams",
+    "/retinue.adapter.v1.AdapterService/WatchMetrics",
 )
 """As many kinds of RPC as there are behind other doors."""
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from retinue_server.ambassador.core import limits
-from retinue_server.ambassador.core.endpoints import EndpointPolicy, parse_rule
 from retinue_server.ambassador.core.spec import (
     Balancer,
     Discovery,
@@ -22,6 +21,7 @@ from retinue_server.ambassador.core.spec import (
 )
 from retinue_server.ambassador.core.upstreams import Upstreams
 from retinue_server.ambassador.engine import Assignment, Counts, EndpointHealth, Found, PlaneKind, Refused, State
+from retinue_server.runtime.endpoints import EndpointPolicy, parse_rule
 
 _TURNS = 25
 """More turns of the loop than anything here takes to come to rest."""

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retinue_server.ambassador.core.endpoints import EndpointPolicy, RuleError, parse_rule, split
 from retinue_server.ambassador.core.spec import Endpoint
+from retinue_server.runtime.endpoints import EndpointPolicy, RuleError, parse_rule, split
 
 DEFAULT = EndpointPolicy()
 

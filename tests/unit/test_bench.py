@@ -6,6 +6,12 @@ from pathlib import Path
 
 import pytest
 from bench import turns
+from bench.adapter import cells as adapter_cells
+from bench.adapter import page as adapter_page
+from bench.adapter.apps import LINES
+from bench.adapter.apps import page as app_page
+from bench.adapter.collecting import OURS as ADAPTER
+from bench.adapter.collecting import PARSER
 from bench.ambassador import cells as ambassador_cells
 from bench.ambassador import page as ambassador_page
 from bench.ambassador.declaring import growth
@@ -183,6 +189,31 @@ def test_what_an_upstream_costs_among_500_is_compared_with_what_it_costs_among_1
     assert found["upstream_kib"] == 60 / 400 * 1024
     assert found["memory_of_100"] == (60 / 400) / (8 / 80)
     assert (found["server_mib"], found["envoy_mib"]) == (74.0, 94.0)
+
+
+@pytest.mark.parametrize("goal", adapter_page.GOALS, ids=lambda goal: goal.what)
+def test_every_goal_of_the_adapter_is_about_a_cell_and_a_figure_that_is_shown(goal: Goal) -> None:
+    assert goal.cell in adapter_cells.CELLS
+    assert goal.figure in adapter_page.FIGURES
+
+
+def test_the_page_of_the_adapter_says_what_was_met_in_the_rounds_that_were_played_together() -> None:
+    costs = {ADAPTER: (26.0, 10.0), PARSER: (20.0, 20.0)}
+    systems = {name: Played(3, [{"cpu_us": cost} for cost in each]) for name, each in costs.items()}
+    text = adapter_page.page(Results(cells={"cost": PlayedCell("What it costs", "five apps", systems, "now")}))
+    assert "| CPU per collected series | ≤ 1.3× prometheus_client | 0.9× (0.5-1.3) | met |" in text
+    assert "watchers of 100 series" not in text, "what was not played is no goal that was met or missed"
+
+
+def test_an_app_of_the_adapter_shows_so_many_lines_and_all_values_change() -> None:
+    before, after = (
+        dict(line.rsplit(" ", 1) for line in app_page(1, version).decode().splitlines() if not line.startswith("#"))
+        for version in (0, 1)
+    )
+    assert len(before) == LINES
+    assert before.keys() == after.keys()
+    same = [line for line, value in before.items() if after[line] == value]
+    assert len(same) < LINES / 100
 
 
 def test_a_system_that_fails_is_void_and_the_others_play_on() -> None:

@@ -20,7 +20,6 @@ from retinue_server import command
 from retinue_server.ambassador import metrics as ambassador_metrics
 from retinue_server.ambassador import upstreamfile
 from retinue_server.ambassador.config import AmbassadorSettings
-from retinue_server.ambassador.core.endpoints import EndpointPolicy
 from retinue_server.ambassador.core.spec import Dns, Protocol, Spec, Timeouts
 from retinue_server.ambassador.core.upstreams import Upstreams
 from retinue_server.ambassador.engine import DataPlane
@@ -36,6 +35,7 @@ from retinue_server.leaderelection.core.elections import Elections
 from retinue_server.leaderelection.engine import EndReason
 from retinue_server.leaderelection.engines.memory import MemoryEngine
 from retinue_server.runtime.discovery.kubernetes import KubernetesDiscovery
+from retinue_server.runtime.endpoints import EndpointPolicy
 from retinue_server.runtime.metrics import Exposition, Metrics
 from retinue_server.scattergather import metrics as scatter_metrics
 from retinue_server.scattergather import poolfile

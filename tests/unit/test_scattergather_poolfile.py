@@ -13,8 +13,9 @@ import msgspec
 import pytest
 
 from retinue_server import command
+from retinue_server.runtime import strict_yaml
 from retinue_server.runtime.addresses import StartError
-from retinue_server.scattergather import poolwatch, strict_yaml
+from retinue_server.scattergather import poolwatch
 from retinue_server.scattergather.core.topology import LEAF_METHOD, Hedging, MergeKind, Merging, Pool, PoolLimits, Shard
 from retinue_server.scattergather.engine import Tls
 from retinue_server.scattergather.poolfile import (

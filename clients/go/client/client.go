@@ -1,5 +1,6 @@
 // Package client has what the generated stubs leave to every program: where the server is, how to dial it, what its
-// errors say, the loop of a worker, leadership, both sides of a scatter, and what stands behind localhost.
+// errors say, the loop of a worker, leadership, both sides of a scatter, what stands behind localhost, and watching and
+// telling the adapter.
 package client
 
 import (

@@ -3,6 +3,7 @@ package client
 import (
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/code"
@@ -109,4 +110,13 @@ func (e *Error) passing(tries int) bool {
 // leaseOver tells whether the lease ended, so that nothing more can be said of it.
 func (e *Error) leaseOver() bool {
 	return e.Reason == "LEASE_LOST" || e.Reason == "ALREADY_FINALIZED"
+}
+
+// hopeful tells whether a stream that ended so is worth opening again: it broke, or the server says when to come back.
+func hopeful(err error) bool {
+	if errors.Is(err, io.EOF) {
+		return true
+	}
+	from := FromError(err)
+	return from.Code == codes.Unavailable || from.RetryAfter > 0
 }

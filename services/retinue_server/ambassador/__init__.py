@@ -2,7 +2,7 @@
 
 A declaration goes `service.py` (translate) -> `core/upstreams.py` (what is declared, and what has become of it) ->
 `engines/` (a data plane that carries the bytes). Declarations come by RPC and from a file (`upstreamfile.py`). Who
-serves comes the other way: discovery finds addresses, `core/endpoints.py` says which of them may be dialled, and
+serves comes the other way: discovery finds addresses, `runtime/endpoints.py` says which of them may be dialled, and
 the data plane gets what is left.
 
 States of an upstream

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from retinue_server.ambassador import metrics, service
 from retinue_server.ambassador.config import AmbassadorSettings
-from retinue_server.ambassador.core import endpoints
 from retinue_server.ambassador.core.spec import Endpoint
 from retinue_server.ambassador.core.upstreams import Upstreams
 from retinue_server.ambassador.engines.finding import Finding
@@ -15,6 +14,7 @@ from retinue_server.ambassador.engines.native.plane import NativePlane
 from retinue_server.ambassador.envfile import EnvFile
 from retinue_server.ambassador.ports import HostPorts
 from retinue_server.ambassador.upstreamfile import UpstreamFile
+from retinue_server.runtime import endpoints
 from retinue_server.runtime.config import ConfigError
 from retinue_server.runtime.discovery.kubernetes import KubernetesDiscovery
 from retinue_server.runtime.dispatch import Pattern, Service

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from google.protobuf.descriptor import ServiceDescriptor
     from google.protobuf.message import Message
 
-    from retinue_server.runtime.metrics import Family
+    from retinue_server.runtime.metrics import Family, MetricPages, Resource
 
 Handler = Callable[..., Awaitable[Any]]
 
@@ -149,6 +149,11 @@ class Pattern(msgspec.Struct, frozen=True):
     """Called first on SIGTERM: ends long polls and streams with grace, so that the drain is short."""
     metrics: Callable[[], Iterable[Family]] | None = None
     """What the pattern counts, read when somebody asks; on the event loop, and it must not block."""
+    resources: Callable[[], Iterable[Resource]] | None = None
+    """What the pattern knows of others: goes out by OTLP beside what this process counts. As `metrics`, it must not
+    block."""
+    metric_pages: MetricPages | None = None
+    """What the metrics listener shows instead of the process's metrics alone."""
     pages: Mapping[str, Page] = {}
     """What can be looked up by plain HTTP, by the first part of its path."""
     notices: Callable[[], Sequence[str]] = tuple

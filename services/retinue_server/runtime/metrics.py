@@ -7,9 +7,9 @@ on the event loop, and must not block.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
@@ -37,6 +37,8 @@ class Sample(msgspec.Struct, frozen=True):
 
     labels: Mapping[str, str]
     value: float | Histogram
+    start_ns: int = 0
+    """Since when it counts, since the epoch; 0 = since this process runs."""
 
 
 class Family(msgspec.Struct, frozen=True):
@@ -46,6 +48,17 @@ class Family(msgspec.Struct, frozen=True):
     help: str
     type: Literal["counter", "gauge", "histogram"]
     samples: Iterable[Sample]
+    unit: str = ""
+    """By UCUM, as OTLP has it."""
+
+
+class Resource(msgspec.Struct, frozen=True):
+    """What is known of something else than this process; sent by OTLP, not shown at `/metrics`."""
+
+    attributes: Mapping[str, str]
+    families: Sequence[Family]
+    time_ns: int
+    """Of the values."""
 
 
 Collect = Callable[[], Iterable[Family]]
@@ -76,9 +89,11 @@ class CallStats:
 class Metrics:
     """Every family of the process."""
 
-    def __init__(self, collectors: Iterable[Collect] = ()) -> None:
+    def __init__(
+        self, collectors: Iterable[Collect] = (), others: Iterable[Callable[[], Iterable[Resource]]] = ()
+    ) -> None:
         self._calls: dict[tuple[str, str], CallStats] = {}
-        self._collectors = list(collectors)
+        self._collectors, self._others = list(collectors), list(others)
 
     def method(self, method: Method) -> CallStats:
         """The method's counters, the same for each of its listeners."""
@@ -91,6 +106,15 @@ class Metrics:
     def families(self) -> list[Family]:
         """The present values."""
         return [*self._call_families(), *(family for collect in self._collectors for family in collect())]
+
+    @property
+    def has_others(self) -> bool:
+        """Whether `resources` may have some."""
+        return bool(self._others)
+
+    def resources(self) -> Iterator[Resource]:
+        """What patterns know of others, one after the other: the reader may let the event loop go on between them."""
+        return (one for read in self._others for one in read())
 
     def _call_families(self) -> list[Family]:
         handled, durations = [], []
@@ -118,24 +142,40 @@ def of_limits(limits: Limits) -> Collect:
     return collect
 
 
+class MetricPages(Protocol):
+    """A pattern whose product is metrics: it shows those of others, with the process's own among them."""
+
+    def page(self, own: Iterable[Any], name: str, *, open_metrics: bool) -> tuple[str, bytes] | None:
+        """Content type and text of `/metrics/NAME`, or of `/metrics`, where `own` belong; None = there is no such
+        thing."""
+
+
 class Exposition:
     """The families as text for Prometheus; its library loads on the first reading."""
 
     content_type = "text/plain; version=0.0.4; charset=utf-8"
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: Metrics, pages: MetricPages | None = None) -> None:
+        self._metrics, self._pages = metrics, pages
         self._registry: Any = None
 
-    def text(self) -> bytes:
-        """What `/metrics` answers."""
+    def page(self, name: str, accept: str) -> tuple[str, bytes] | None:
+        """What `/metrics`, or `/metrics/NAME`, answers: content type and text."""
         import prometheus_client  # noqa: PLC0415 - most servers are never asked
 
         if self._registry is None:
             self._registry = prometheus_client.CollectorRegistry()
             self._registry.register(self)
             prometheus_client.ProcessCollector(registry=self._registry)
-        return prometheus_client.generate_latest(self._registry)
+        if self._pages is not None:
+            return self._pages.page(self._registry.collect(), name, open_metrics=prefers_open_metrics(accept))
+        return None if name else (self.content_type, prometheus_client.generate_latest(self._registry))
+
+    def text(self) -> bytes:
+        """Of `/metrics`."""
+        found = self.page("", "")
+        assert found is not None
+        return found[1]
 
     def describe(self) -> list[Any]:
         """Tells the library that names are known only when they are read."""
@@ -144,6 +184,24 @@ class Exposition:
     def collect(self) -> Iterable[Any]:
         """The library's form of the families."""
         return [_to_prometheus(family) for family in self._metrics.families()]
+
+
+def prefers_open_metrics(accept: str) -> bool:
+    """Whether a reader that sends this `Accept` would rather have OpenMetrics 1.0 than the text format."""
+    shares = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for one in accept.split(","):
+        kind, *said = [part.strip().lower() for part in one.split(";")]
+        named = dict(part.partition("=")[::2] for part in said)
+        if kind in shares and not named.get("version", "1").startswith("2"):
+            shares[kind] = max(shares[kind], _share(named.get("q", "1")))
+    return 0 < shares["application/openmetrics-text"] >= shares["text/plain"]
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
 
 
 def _to_prometheus(family: Family) -> Any:

@@ -1,4 +1,4 @@
-"""The metrics listener: `/metrics` and `/healthz` over HTTP/1.1, and nothing else.
+"""The metrics listener: `/metrics`, what a pattern has beneath it, and `/healthz` over HTTP/1.1, and nothing else.
 
 It may bind any address in plaintext, because Prometheus and kubelets dial the pod's; so it takes only GET,
 reads no body, and closes each connection after one answer.
@@ -28,6 +28,7 @@ _TIMEOUT_S = 10.0
 """For a whole exchange; a connection that stalls is closed."""
 _CONNECTIONS = 64
 _TEXT = "text/plain; charset=utf-8"
+_NOT_HERE = HTTPStatus.NOT_FOUND, _TEXT, b"here are /metrics and /healthz\n"
 
 
 class MonitorListener:
@@ -84,29 +85,36 @@ class MonitorListener:
         if len(words) != 3 or not words[2].startswith("HTTP/1."):  # noqa: PLR2004 - method, target, version
             status, kind, body = HTTPStatus.BAD_REQUEST, _TEXT, b"this is HTTP/1.1\n"
         else:
-            status, kind, body = self._answer(words[0], words[1].partition("?")[0])
+            status, kind, body = self._answer(words[0], words[1].partition("?")[0], _accept(head))
         allow = "allow: GET\r\n" if status == HTTPStatus.METHOD_NOT_ALLOWED else ""
         writer.write(
             f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: {kind}\r\n{allow}"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode()
-            + body
         )
+        writer.write(body)  # not in one piece with its head: it may have MiB
         await writer.drain()
 
-    def _answer(self, verb: str, path: str) -> tuple[HTTPStatus, str, bytes]:
-        if path not in ("/metrics", "/healthz"):
-            return HTTPStatus.NOT_FOUND, _TEXT, b"here are /metrics and /healthz\n"
+    def _answer(self, verb: str, path: str, accept: str) -> tuple[HTTPStatus, str, bytes]:
+        if path not in ("/metrics", "/healthz") and not path.startswith("/metrics/"):
+            return _NOT_HERE
         if verb != "GET":
             return HTTPStatus.METHOD_NOT_ALLOWED, _TEXT, b"use GET\n"
-        if path == "/metrics":
-            return self._metrics()
+        if path != "/healthz":
+            return self._metrics(path.removeprefix("/metrics").removeprefix("/"), accept)
         if self._healthy():
             return HTTPStatus.OK, _TEXT, b"serving\n"
         return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"not serving\n"
 
-    def _metrics(self) -> tuple[HTTPStatus, str, bytes]:
+    def _metrics(self, name: str, accept: str) -> tuple[HTTPStatus, str, bytes]:
         try:
-            return HTTPStatus.OK, self._exposition.content_type, self._exposition.text()
+            found = self._exposition.page(name, accept)
         except Exception:
             log.exception("cannot collect metrics")
             return HTTPStatus.INTERNAL_SERVER_ERROR, _TEXT, b"cannot collect metrics: the log says why\n"
+        return (HTTPStatus.OK, *found) if found else _NOT_HERE
+
+
+def _accept(head: bytes) -> str:
+    """What the caller takes."""
+    lines = (line.partition(b":") for line in head.split(b"\r\n")[1:])
+    return ",".join(value.decode("latin-1") for name, _, value in lines if name.strip().lower() == b"accept")

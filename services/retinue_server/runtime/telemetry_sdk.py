@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,10 +13,25 @@ from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExp
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.metrics import Observation
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    DataT,
+    Gauge,
+    HistogramDataPoint,
+    Metric,
+    MetricExportResult,
+    MetricsData,
+    NumberDataPoint,
+    PeriodicExportingMetricReader,
+    ResourceMetrics,
+    ScopeMetrics,
+    Sum,
+)
+from opentelemetry.sdk.metrics.export import Histogram as OtlpHistogram
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from retinue_server.runtime import telemetry
 from retinue_server.runtime.metrics import Histogram
@@ -26,10 +42,13 @@ if TYPE_CHECKING:
     from contextvars import Token
 
     from retinue_server.runtime.metrics import Family, Metrics, Sample
+    from retinue_server.runtime.metrics import Resource as OtherResource
 
 _FLUSH_MS = 3000
 _READ_S = 2.0
 _SCOPE = "retinue_server"
+_BATCH = 2000
+"""Points in one message: collectors take 4 MiB unless they are told otherwise."""
 
 
 class RecordedSpan:
@@ -130,12 +149,65 @@ class Exporter:
         self.tracer = RecordingTracer(provider.get_tracer(_SCOPE))
 
     def _meter(self, resource: Resource, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> None:
-        reader = PeriodicExportingMetricReader(OTLPMetricExporter())
+        exporter = _WithOthers(metrics, loop) if metrics.has_others else OTLPMetricExporter()
+        reader = PeriodicExportingMetricReader(exporter)
         provider = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
         self._closers.append(lambda: provider.shutdown(_FLUSH_MS))
         meter = provider.get_meter(_SCOPE)
         for family in metrics.families():
             _observe(meter, family, _FamilyReader(metrics, family.name, loop))
+
+
+class _WithOthers(OTLPMetricExporter):
+    """Sends what patterns know of others with what this process counts: the SDK's instruments cannot say whose a value
+    is, nor since when it counts."""
+
+    def __init__(self, metrics: Metrics, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(max_export_batch_size=_BATCH)
+        self._patterns, self._patterns_loop = metrics, loop
+
+    def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any) -> MetricExportResult:
+        """As the SDK's."""
+        others = asyncio.run_coroutine_threadsafe(self._read_others(), self._patterns_loop).result(_READ_S)
+        both = MetricsData([*metrics_data.resource_metrics, *map(_resource_metrics, others)])
+        return super().export(both, timeout_millis, **kwargs)
+
+    async def _read_others(self) -> list[OtherResource]:
+        found = []
+        for one in self._patterns.resources():
+            found.append(one)
+            await asyncio.sleep(0)  # others' turn
+        return found
+
+
+def _resource_metrics(one: OtherResource) -> ResourceMetrics:
+    made = [Metric(f.name, f.help, f.unit, _data(f, one.time_ns)) for f in one.families]
+    scope = ScopeMetrics(InstrumentationScope(_SCOPE), made, "")
+    return ResourceMetrics(Resource(dict(one.attributes)), [scope], "")
+
+
+def _data(family: Family, time_ns: int) -> DataT:
+    if family.type == "histogram":
+        return OtlpHistogram([_histogram_point(s, time_ns) for s in family.samples], AggregationTemporality.CUMULATIVE)
+    points = [
+        NumberDataPoint(dict(s.labels), s.start_ns, time_ns, s.value)
+        for s in family.samples
+        if not isinstance(s.value, Histogram)
+    ]
+    if family.type == "gauge":
+        return Gauge(points)
+    return Sum(points, AggregationTemporality.CUMULATIVE, is_monotonic=True)
+
+
+def _histogram_point(sample: Sample, time_ns: int) -> HistogramDataPoint:
+    value = sample.value
+    assert isinstance(value, Histogram)
+    upto = [count for _, count in value.buckets]
+    counts = [count - below for below, count in zip([0, *upto], upto, strict=False)]
+    bounds = [bound for bound, _ in value.buckets[:-1]]
+    return HistogramDataPoint(
+        dict(sample.labels), sample.start_ns, time_ns, upto[-1], value.total, counts, bounds, math.nan, math.nan
+    )
 
 
 @dataclass(frozen=True, slots=True)

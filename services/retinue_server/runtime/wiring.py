@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from retinue_server.runtime.addresses import Address
     from retinue_server.runtime.config import Settings
     from retinue_server.runtime.interceptors import Endpoint
+    from retinue_server.runtime.metrics import MetricPages
     from retinue_server.runtime.tokens import TokenFile
 
 
@@ -38,6 +39,7 @@ class _Shared(msgspec.Struct, frozen=True):
     reflection: ReflectionService
     methods: Sequence[Method]
     pages: Mapping[str, Page]
+    metric_pages: MetricPages | None
     limits: Limits
     metrics: Metrics
     tokens: TokenFile | None
@@ -67,8 +69,9 @@ async def _share(settings: Settings, patterns: Sequence[Pattern]) -> _Shared:
         reflection=ReflectionService([HEALTH.full_name, *(s.descriptor.full_name for s in services)]),
         methods=[method for service in services for method in service.methods()],
         pages={key: page for pattern in patterns for key, page in pattern.pages.items()},
+        metric_pages=next((pattern.metric_pages for pattern in patterns if pattern.metric_pages), None),
         limits=limits,
-        metrics=Metrics(collectors),
+        metrics=Metrics(collectors, [pattern.resources for pattern in patterns if pattern.resources]),
         tokens=_tokens(settings),
         token_required=await _check_exposure(settings) or settings.require_token,
     )
@@ -187,4 +190,4 @@ def _http(shared: _Shared, address: Tcp) -> Listener:
 def _monitor(shared: _Shared, address: Tcp) -> Listener:
     from retinue_server.runtime.monitor import MonitorListener  # noqa: PLC0415 - optional
 
-    return MonitorListener(address, Exposition(shared.metrics), shared.health.serving)
+    return MonitorListener(address, Exposition(shared.metrics, shared.metric_pages), shared.health.serving)

@@ -21,8 +21,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from retinue_server.runtime import addresses
-from retinue_server.scattergather import strict_yaml
+from retinue_server.runtime import addresses, strict_yaml
 from retinue_server.scattergather.core import limits
 from retinue_server.scattergather.core.topology import (
     LEAF_METHOD,

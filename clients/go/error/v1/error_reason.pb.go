@@ -145,7 +145,8 @@ const (
 	ErrorReason_ERROR_REASON_UPSTREAM_REFERENCE ErrorReason = 104
 	// FAILED_PRECONDITION. The upstream is declared by the file of the server's settings; change it there.
 	ErrorReason_ERROR_REASON_UPSTREAM_FROM_FILE ErrorReason = 105
-	// UNIMPLEMENTED. The data plane of the protocol can't do this (`metadata.capability`); GetDataPlane says what it can.
+	// UNIMPLEMENTED. The data plane of the protocol can't do this (`metadata.capability`); GetDataPlane says what it can. Or a
+	// kind of target can't.
 	ErrorReason_ERROR_REASON_CAPABILITY_MISSING ErrorReason = 106
 	// PERMISSION_DENIED. The endpoint policy of the server's settings forbids this address (`metadata.address`).
 	ErrorReason_ERROR_REASON_ENDPOINT_FORBIDDEN ErrorReason = 107
@@ -165,6 +166,24 @@ const (
 	ErrorReason_ERROR_REASON_UPSTREAM_UNHEALTHY ErrorReason = 114
 	// DEADLINE_EXCEEDED. The timeout of the upstream's policy was over before it answered; the caller's deadline was not.
 	ErrorReason_ERROR_REASON_UPSTREAM_TIMEOUT ErrorReason = 115
+	// NOT_FOUND. No target of that name (`metadata.target_id`).
+	ErrorReason_ERROR_REASON_TARGET_NOT_FOUND ErrorReason = 120
+	// ALREADY_EXISTS. Another target has that name (`metadata.target_id`); UpdateTarget changes it.
+	ErrorReason_ERROR_REASON_TARGET_EXISTS ErrorReason = 121
+	// FAILED_PRECONDITION. The target is declared by the file of the server's settings; change it there.
+	ErrorReason_ERROR_REASON_TARGET_FROM_FILE ErrorReason = 122
+	// FAILED_PRECONDITION. The kind of a target can't be changed, and one that came by itself not at all; delete it first.
+	ErrorReason_ERROR_REASON_TARGET_IMMUTABLE ErrorReason = 123
+	// RESOURCE_EXHAUSTED. As many targets as the settings allow.
+	ErrorReason_ERROR_REASON_TARGET_LIMIT ErrorReason = 124
+	// FAILED_PRECONDITION. Only targets of kind REPORT take reports.
+	ErrorReason_ERROR_REASON_TARGET_NOT_REPORT ErrorReason = 125
+	// FAILED_PRECONDITION. No rule pack of that name (`metadata.rule_pack`) is loaded, or it is for another kind.
+	ErrorReason_ERROR_REASON_RULE_PACK_NOT_FOUND ErrorReason = 126
+	// UNAVAILABLE, with RetryInfo. The latest collection of a target (`metadata.target_id`) is older than was asked for.
+	ErrorReason_ERROR_REASON_METRICS_TOO_OLD ErrorReason = 127
+	// RESOURCE_EXHAUSTED, with RetryInfo. This server serves as many watchers as its settings allow.
+	ErrorReason_ERROR_REASON_WATCHER_LIMIT ErrorReason = 128
 )
 
 // Enum value maps for ErrorReason.
@@ -233,6 +252,15 @@ var (
 		113: "ERROR_REASON_UPSTREAM_OVERFLOW",
 		114: "ERROR_REASON_UPSTREAM_UNHEALTHY",
 		115: "ERROR_REASON_UPSTREAM_TIMEOUT",
+		120: "ERROR_REASON_TARGET_NOT_FOUND",
+		121: "ERROR_REASON_TARGET_EXISTS",
+		122: "ERROR_REASON_TARGET_FROM_FILE",
+		123: "ERROR_REASON_TARGET_IMMUTABLE",
+		124: "ERROR_REASON_TARGET_LIMIT",
+		125: "ERROR_REASON_TARGET_NOT_REPORT",
+		126: "ERROR_REASON_RULE_PACK_NOT_FOUND",
+		127: "ERROR_REASON_METRICS_TOO_OLD",
+		128: "ERROR_REASON_WATCHER_LIMIT",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":           0,
@@ -298,6 +326,15 @@ var (
 		"ERROR_REASON_UPSTREAM_OVERFLOW":     113,
 		"ERROR_REASON_UPSTREAM_UNHEALTHY":    114,
 		"ERROR_REASON_UPSTREAM_TIMEOUT":      115,
+		"ERROR_REASON_TARGET_NOT_FOUND":      120,
+		"ERROR_REASON_TARGET_EXISTS":         121,
+		"ERROR_REASON_TARGET_FROM_FILE":      122,
+		"ERROR_REASON_TARGET_IMMUTABLE":      123,
+		"ERROR_REASON_TARGET_LIMIT":          124,
+		"ERROR_REASON_TARGET_NOT_REPORT":     125,
+		"ERROR_REASON_RULE_PACK_NOT_FOUND":   126,
+		"ERROR_REASON_METRICS_TOO_OLD":       127,
+		"ERROR_REASON_WATCHER_LIMIT":         128,
 	}
 )
 
@@ -332,7 +369,7 @@ var File_retinue_error_v1_error_reason_proto protoreflect.FileDescriptor
 
 const file_retinue_error_v1_error_reason_proto_rawDesc = "" +
 	"\n" +
-	"#retinue/error/v1/error_reason.proto\x12\x10retinue.error.v1*\xf4\x10\n" +
+	"#retinue/error/v1/error_reason.proto\x12\x10retinue.error.v1*\xa9\x13\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12#\n" +
@@ -397,7 +434,16 @@ const file_retinue_error_v1_error_reason_proto_rawDesc = "" +
 	" ERROR_REASON_UPSTREAM_NOT_ACTIVE\x10p\x12\"\n" +
 	"\x1eERROR_REASON_UPSTREAM_OVERFLOW\x10q\x12#\n" +
 	"\x1fERROR_REASON_UPSTREAM_UNHEALTHY\x10r\x12!\n" +
-	"\x1dERROR_REASON_UPSTREAM_TIMEOUT\x10sb\x06proto3"
+	"\x1dERROR_REASON_UPSTREAM_TIMEOUT\x10s\x12!\n" +
+	"\x1dERROR_REASON_TARGET_NOT_FOUND\x10x\x12\x1e\n" +
+	"\x1aERROR_REASON_TARGET_EXISTS\x10y\x12!\n" +
+	"\x1dERROR_REASON_TARGET_FROM_FILE\x10z\x12!\n" +
+	"\x1dERROR_REASON_TARGET_IMMUTABLE\x10{\x12\x1d\n" +
+	"\x19ERROR_REASON_TARGET_LIMIT\x10|\x12\"\n" +
+	"\x1eERROR_REASON_TARGET_NOT_REPORT\x10}\x12$\n" +
+	" ERROR_REASON_RULE_PACK_NOT_FOUND\x10~\x12 \n" +
+	"\x1cERROR_REASON_METRICS_TOO_OLD\x10\x7f\x12\x1f\n" +
+	"\x1aERROR_REASON_WATCHER_LIMIT\x10\x80\x01b\x06proto3"
 
 var (
 	file_retinue_error_v1_error_reason_proto_rawDescOnce sync.Once

@@ -1,10 +1,12 @@
 /**
  * What the generated stubs leave to every program: where the server is, its errors, the loop of a worker, leadership, both sides of a
- * scatter, and what stands behind localhost.
+ * scatter, what stands behind localhost, and watching and telling the adapter.
  */
 export { Ambassador, NotActive, upstream, upstreamAddress } from "./ambassador.js";
 export type { AmbassadorOptions, DeclareOptions, LeaveOptions, WaitOptions } from "./ambassador.js";
 export { Code, ConnectError, createClient, type Client, type ConnectRouter } from "@connectrpc/connect";
+export { Adapter, counter, gauge } from "./adapter.js";
+export type { AdapterOptions, MetricChange, Reported } from "./adapter.js";
 export { DEFAULT_ADDRESS, address, connect } from "./connection.js";
 export { Election, TermLost } from "./election.js";
 export type { ElectionEvent, ElectionOptions, Term } from "./election.js";

@@ -15,11 +15,13 @@ Try it:
   retinue elect backup -- ./backup.sh               one of all who run this runs the script
   retinue scatter search --json '{"text": "sea"}'   ask all shards of a pool, get one answer
   retinue ambassador wait db && ./app               start when localhost leads somewhere
+  retinue adapter signals                           how all apps of the pod do, live
 
 \b
 Where the server is:
   RETINUE_WORKQUEUE_ADDRESS, RETINUE_LEADERELECTION_ADDRESS,
-  RETINUE_SCATTERGATHER_ADDRESS or RETINUE_AMBASSADOR_ADDRESS,
+  RETINUE_SCATTERGATHER_ADDRESS, RETINUE_AMBASSADOR_ADDRESS
+  or RETINUE_ADAPTER_ADDRESS,
   then RETINUE_ADDRESS, else 127.0.0.1:7070
   Operators' commands dial RETINUE_CONTROL_ADDRESS, else the nearest
   .retinue/control.sock here or in a directory above.
@@ -66,12 +68,13 @@ app = Branch(
         "scatter": ("scatter:scatter", "Ask all shards of a pool, get one answer; see what became of past requests."),
         "topology": ("topology:topology", "The pools of a root, their shards and who serves them: ls, show, watch."),
         "ambassador": ("ambassador:ambassador", "What stands behind localhost: wait, ls, stats, declare, drain ..."),
+        "adapter": ("adapter:adapter", "What apps of any kind say, in one form: signals, watch, test, create ..."),
         "blob": ("blob:blob", "Content too large for a message: put, get, stat."),
         "call": ("call:call", "Call any method of any server by reflection, with JSON."),
         "status": ("status:status", "The health of every service."),
     },
     name="retinue",
-    help="Queues, workers, elections, scatter/gather, the ambassador and tools for Retinue's servers.",
+    help="Queues, workers, elections, scatter/gather, the ambassador, the adapter and tools for Retinue's servers.",
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     no_args_is_help=True,

@@ -32,6 +32,7 @@ _INTEGERS = frozenset(
     {"lease_epoch", "size_bytes", "max_tasks", "max_payload_bytes", "max_blob_bytes"}
     | {"expected", "answered", "topology_version", "gathered_bytes", "reply_bytes"}
     | {"generation", "active_generation", "active_connections"}
+    | {"count", "cumulative_count", "points", "received", "dropped", "max_bytes"}
 )
 
 
@@ -194,6 +195,12 @@ _COLOURS = {
     "pending": "yellow",
     "healthy": "green",
     "unhealthy": "red",
+    "up": "green",
+    "degraded": "yellow",
+    "limited": "yellow",
+    "stale": "yellow",
+    "down": "red",
+    "misconfigured": "red",
 }
 
 

@@ -39,12 +39,20 @@ _HINTS = {
     "LEAF_REFUSED": "the leaves don't take this question, or not from you: see what they expect",
     "SCATTER_LIMIT": "ask again later, or raise the pool's limits in the pool file",
     "GATHER_TOO_LARGE": "ask for less, or raise the pool's max_gathered_bytes",
+    "TARGET_NOT_FOUND": "see `retinue adapter targets`, or make it with `retinue adapter create`",
+    "TARGET_EXISTS": "add --replace to change it",
+    "TARGET_IMMUTABLE": "`retinue adapter delete` it first: its kind stays what it is",
+    "TARGET_FROM_FILE": "change it in the server's file of targets",
+    "RULE_PACK_NOT_FOUND": "put it in the directory adapter.rule_packs of the server's settings",
+    "ENDPOINT_FORBIDDEN": "only this pod is dialled, unless adapter.endpoints.allow of the server's settings has more",
+    "METRICS_TOO_OLD": "see `retinue adapter targets`, or leave out --max-age",
     "MERGE_FAILED": "see what the leaves reply: the merge of the pool can't use it",
 }
 
 
 _PATTERNS = dict.fromkeys(("elect", "election"), "leaderelection")
 _PATTERNS |= dict.fromkeys(("scatter", "topology"), "scattergather")
+_PATTERNS |= {name: name for name in ("adapter", "ambassador")}
 
 
 def report(error: Exception) -> int:

@@ -1,9 +1,10 @@
-"""Helpers over the generated stubs: queues, workers, elections, scatter/gather, the ambassador, typed errors.
+"""Helpers over the generated stubs: queues, workers, elections, scatter/gather, ambassador, adapter, typed errors.
 
     from retinue.client import Queue, Worker
     from retinue.client import election
     from retinue.client import Pool, serve_leaf
     from retinue.client import Ambassador
+    from retinue.client import Adapter
 
 Names are loaded on first use: `retinue.client.errors` costs no worker, `retinue.client` no command line.
 """
@@ -14,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from retinue.client.adapter import Adapter
     from retinue.client.ambassador import Ambassador, NotActive
     from retinue.client.channel import Connection
     from retinue.client.election import Election, ElectionEvent, NotElected, Term, TermLost
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from retinue.client.worker import Done, Failed, Job, Released, Worker, WorkerEvent
 
 __all__ = [
+    "Adapter",
     "AlreadyExists",
     "Ambassador",
     "Answer",
@@ -79,7 +82,7 @@ __all__ = [
     "serve_merge",
 ]
 
-_HOMES = {"Connection": "channel", "Enqueued": "queue", "Queue": "queue"}
+_HOMES = {"Adapter": "adapter", "Connection": "channel", "Enqueued": "queue", "Queue": "queue"}
 _HOMES |= dict.fromkeys(("Election", "ElectionEvent", "NotElected", "Term", "TermLost"), "election")
 _HOMES |= dict.fromkeys(("Ambassador", "NotActive"), "ambassador")
 _HOMES |= dict.fromkeys(("Answer", "Pool", "ScatterFailed", "ShardFailure", "ShardReply"), "pool")

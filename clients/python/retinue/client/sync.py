@@ -19,8 +19,12 @@
     with Ambassador() as ambassador:
         ambassador.wait("db", "cache", timeout=30)
 
+    with Adapter() as adapter:
+        adapter.report("shop", gauge("cart_size", 3))
+
 Every method takes and raises what that of `retinue.client.queue.Queue`, `retinue.client.election.Election`,
-`retinue.client.pool.Pool` or `retinue.client.ambassador.Ambassador` does. Each may be shared by threads.
+`retinue.client.pool.Pool`, `retinue.client.ambassador.Ambassador` or `retinue.client.adapter.Adapter` does. Each may be
+shared by threads.
 """
 
 from __future__ import annotations
@@ -148,6 +152,15 @@ class Ambassador(_Blocking):
 
     def __init__(self, address: str | None = None, **options: Any) -> None:
         from retinue.client.ambassador import Ambassador as Asynchronous  # noqa: PLC0415 - as above
+
+        super().__init__(Asynchronous, address, **options)
+
+
+class Adapter(_Blocking):
+    """The blocking face of the adapter; see the module."""
+
+    def __init__(self, address: str | None = None, **options: Any) -> None:
+        from retinue.client.adapter import Adapter as Asynchronous  # noqa: PLC0415 - as above
 
         super().__init__(Asynchronous, address, **options)
 

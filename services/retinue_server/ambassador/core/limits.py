@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from retinue_server.ambassador.core import endpoints
 from retinue_server.ambassador.core.spec import (
     HASHING,
     HTTP_LIKE,
@@ -26,6 +25,7 @@ from retinue_server.ambassador.core.spec import (
     Static,
     Timeouts,
 )
+from retinue_server.runtime import endpoints
 from retinue_server.runtime.errors import InvalidArgument, Violation
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ from retinue_server.runtime.errors import (
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 
-    from retinue_server.ambassador.core.endpoints import EndpointPolicy
     from retinue_server.ambassador.engine import Counts, DataPlane, Finder
+    from retinue_server.runtime.endpoints import EndpointPolicy
 
 log = logging.getLogger(__name__)
 

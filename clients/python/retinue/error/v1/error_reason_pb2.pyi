@@ -147,7 +147,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_UPSTREAM_FROM_FILE: _ErrorReason.ValueType  # 105
     """FAILED_PRECONDITION. The upstream is declared by the file of the server's settings; change it there."""
     ERROR_REASON_CAPABILITY_MISSING: _ErrorReason.ValueType  # 106
-    """UNIMPLEMENTED. The data plane of the protocol can't do this (`metadata.capability`); GetDataPlane says what it can."""
+    """UNIMPLEMENTED. The data plane of the protocol can't do this (`metadata.capability`); GetDataPlane says what it can. Or a
+    kind of target can't.
+    """
     ERROR_REASON_ENDPOINT_FORBIDDEN: _ErrorReason.ValueType  # 107
     """PERMISSION_DENIED. The endpoint policy of the server's settings forbids this address (`metadata.address`)."""
     ERROR_REASON_STALE_ETAG: _ErrorReason.ValueType  # 108
@@ -166,6 +168,24 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE, with RetryInfo. No endpoint of the upstream could be reached."""
     ERROR_REASON_UPSTREAM_TIMEOUT: _ErrorReason.ValueType  # 115
     """DEADLINE_EXCEEDED. The timeout of the upstream's policy was over before it answered; the caller's deadline was not."""
+    ERROR_REASON_TARGET_NOT_FOUND: _ErrorReason.ValueType  # 120
+    """NOT_FOUND. No target of that name (`metadata.target_id`)."""
+    ERROR_REASON_TARGET_EXISTS: _ErrorReason.ValueType  # 121
+    """ALREADY_EXISTS. Another target has that name (`metadata.target_id`); UpdateTarget changes it."""
+    ERROR_REASON_TARGET_FROM_FILE: _ErrorReason.ValueType  # 122
+    """FAILED_PRECONDITION. The target is declared by the file of the server's settings; change it there."""
+    ERROR_REASON_TARGET_IMMUTABLE: _ErrorReason.ValueType  # 123
+    """FAILED_PRECONDITION. The kind of a target can't be changed, and one that came by itself not at all; delete it first."""
+    ERROR_REASON_TARGET_LIMIT: _ErrorReason.ValueType  # 124
+    """RESOURCE_EXHAUSTED. As many targets as the settings allow."""
+    ERROR_REASON_TARGET_NOT_REPORT: _ErrorReason.ValueType  # 125
+    """FAILED_PRECONDITION. Only targets of kind REPORT take reports."""
+    ERROR_REASON_RULE_PACK_NOT_FOUND: _ErrorReason.ValueType  # 126
+    """FAILED_PRECONDITION. No rule pack of that name (`metadata.rule_pack`) is loaded, or it is for another kind."""
+    ERROR_REASON_METRICS_TOO_OLD: _ErrorReason.ValueType  # 127
+    """UNAVAILABLE, with RetryInfo. The latest collection of a target (`metadata.target_id`) is older than was asked for."""
+    ERROR_REASON_WATCHER_LIMIT: _ErrorReason.ValueType  # 128
+    """RESOURCE_EXHAUSTED, with RetryInfo. This server serves as many watchers as its settings allow."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason documents every value of `google.rpc.ErrorInfo.reason` whose domain is "retinue".
@@ -299,7 +319,9 @@ protocol, or the upstream that is to be removed is still named by that one.
 ERROR_REASON_UPSTREAM_FROM_FILE: ErrorReason.ValueType  # 105
 """FAILED_PRECONDITION. The upstream is declared by the file of the server's settings; change it there."""
 ERROR_REASON_CAPABILITY_MISSING: ErrorReason.ValueType  # 106
-"""UNIMPLEMENTED. The data plane of the protocol can't do this (`metadata.capability`); GetDataPlane says what it can."""
+"""UNIMPLEMENTED. The data plane of the protocol can't do this (`metadata.capability`); GetDataPlane says what it can. Or a
+kind of target can't.
+"""
 ERROR_REASON_ENDPOINT_FORBIDDEN: ErrorReason.ValueType  # 107
 """PERMISSION_DENIED. The endpoint policy of the server's settings forbids this address (`metadata.address`)."""
 ERROR_REASON_STALE_ETAG: ErrorReason.ValueType  # 108
@@ -318,4 +340,22 @@ ERROR_REASON_UPSTREAM_UNHEALTHY: ErrorReason.ValueType  # 114
 """UNAVAILABLE, with RetryInfo. No endpoint of the upstream could be reached."""
 ERROR_REASON_UPSTREAM_TIMEOUT: ErrorReason.ValueType  # 115
 """DEADLINE_EXCEEDED. The timeout of the upstream's policy was over before it answered; the caller's deadline was not."""
+ERROR_REASON_TARGET_NOT_FOUND: ErrorReason.ValueType  # 120
+"""NOT_FOUND. No target of that name (`metadata.target_id`)."""
+ERROR_REASON_TARGET_EXISTS: ErrorReason.ValueType  # 121
+"""ALREADY_EXISTS. Another target has that name (`metadata.target_id`); UpdateTarget changes it."""
+ERROR_REASON_TARGET_FROM_FILE: ErrorReason.ValueType  # 122
+"""FAILED_PRECONDITION. The target is declared by the file of the server's settings; change it there."""
+ERROR_REASON_TARGET_IMMUTABLE: ErrorReason.ValueType  # 123
+"""FAILED_PRECONDITION. The kind of a target can't be changed, and one that came by itself not at all; delete it first."""
+ERROR_REASON_TARGET_LIMIT: ErrorReason.ValueType  # 124
+"""RESOURCE_EXHAUSTED. As many targets as the settings allow."""
+ERROR_REASON_TARGET_NOT_REPORT: ErrorReason.ValueType  # 125
+"""FAILED_PRECONDITION. Only targets of kind REPORT take reports."""
+ERROR_REASON_RULE_PACK_NOT_FOUND: ErrorReason.ValueType  # 126
+"""FAILED_PRECONDITION. No rule pack of that name (`metadata.rule_pack`) is loaded, or it is for another kind."""
+ERROR_REASON_METRICS_TOO_OLD: ErrorReason.ValueType  # 127
+"""UNAVAILABLE, with RetryInfo. The latest collection of a target (`metadata.target_id`) is older than was asked for."""
+ERROR_REASON_WATCHER_LIMIT: ErrorReason.ValueType  # 128
+"""RESOURCE_EXHAUSTED, with RetryInfo. This server serves as many watchers as its settings allow."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -7,14 +7,12 @@ nothing. An ambassador that dials whatever it is told is a way past every firewa
 from __future__ import annotations
 
 import ipaddress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from retinue_server.ambassador.core.spec import Endpoint
 
 Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -37,6 +35,17 @@ _FORBIDDEN: tuple[tuple[str, Network], ...] = tuple(
     )
 )
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class Addressed(Protocol):
+    """Somebody with an address, `IP:PORT` or `unix:PATH`."""
+
+    @property
+    def address(self) -> str:
+        """Where."""
+
+
+Endpoint = TypeVar("Endpoint", bound=Addressed)
 
 
 class RuleError(ValueError):

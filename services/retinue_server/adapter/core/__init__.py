@@ -1,0 +1,1 @@
+"""Rules of the adapter: no I/O, no grpc, no protobuf."""

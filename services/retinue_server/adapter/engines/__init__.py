@@ -1,0 +1,1 @@
+"""Ways of asking apps, one a file."""
