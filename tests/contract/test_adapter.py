@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import grpc
 import pytest
 from contract.client import Client, Refused
 from contract.line import seconds
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sources import Source
 from workers import eventually
 
@@ -541,6 +544,53 @@ def test_a_watch_of_all_signals_hears_of_targets_that_come(
     with adapter.stream("WatchSignals") as stream:
         create(name, source)
         assert any(response.signals.target_id == name for response in stream)
+
+
+# Health
+
+
+def test_a_watch_of_targets_tells_each_change_of_their_state(
+    create: Create, adapter: Client, adapter_operator: Client, source: Source, name: str
+) -> None:
+    with adapter.stream("WatchTargets", target_ids=[name, "another"]) as stream:
+        assert stream.read().HasField("synced")
+        create(name, source)
+        assert [stream.read().target.status.state for _ in range(2)] == [PENDING, UP]
+        source.status = 500
+        failed = stream.read().target
+        assert (failed.target_id, failed.status.state) == (name, STALE)
+        assert failed.status.message
+        source.status = 200
+        assert stream.read().target.status.state == UP
+        adapter_operator.DeleteTarget(target_id=name)
+        assert stream.read().removed_target_id == name
+
+
+def test_a_watch_of_all_targets_begins_with_those_that_are_there(create: Create, adapter: Client, name: str) -> None:
+    create(name, kind="TARGET_KIND_REPORT")
+    with adapter.stream("WatchTargets") as stream:
+        there = itertools.takewhile(lambda response: not response.HasField("synced"), stream)
+        assert name in [response.target.target_id for response in there]
+
+
+def test_health_of_a_target_is_that_of_its_last_collection(
+    create: Create, adapter: Client, source: Source, name: str
+) -> None:
+    health: Any = health_pb2_grpc.HealthStub(adapter.channel)
+    asked = health_pb2.HealthCheckRequest(service=f"target/{name}")
+    with pytest.raises(grpc.RpcError) as error:
+        health.Check(asked, timeout=WAIT)
+    assert error.value.code() is grpc.StatusCode.NOT_FOUND
+    watch = health.Watch(asked)
+    serving = health_pb2.HealthCheckResponse
+    assert next(watch).status == serving.SERVICE_UNKNOWN
+    create(name, source)
+    states = (answer.status for answer in watch)
+    assert next(state for state in states if state != serving.NOT_SERVING) == serving.SERVING
+    source.status = 500
+    assert next(states) == serving.NOT_SERVING
+    assert health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT).status == serving.SERVING
+    watch.cancel()
 
 
 # Reports

@@ -160,6 +160,16 @@ async def test_watched_signals_are_those_of_the_moment_and_have_rates(
         assert found.target_id == name, "of one that is gone nothing but its name is told"
 
 
+async def test_watched_targets_tell_how_they_do(server: RunningServer, page: Page, name: str) -> None:
+    async with Adapter(server.address) as app, Adapter(server.control) as operator:
+        await operator.create(web(name, page), wait=10)
+        async with aclosing(app.watch_targets(name)) as news:
+            assert (await anext(news)).target.status.state == pb.TARGET_STATE_UP
+            assert (await anext(news)).HasField("synced")
+            await operator.delete(name)
+            assert (await anext(news)).removed_target_id == name
+
+
 def test_a_report_of_many_series_is_taken_in_parts(operator: sync.Adapter, name: str) -> None:
     operator.create(target(name, "REPORT", interval=1))
     series = [metric_pb.Series(labels={"row": str(number)}, number=number) for number in range(2500)]

@@ -25,10 +25,11 @@ from retinue_server.runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from retinue.adapter.v1 import target_pb2 as pb
     from retinue_server.adapter.core.matching import Match
+    from retinue_server.adapter.core.spec import State
     from retinue_server.adapter.core.target import Target
     from retinue_server.adapter.core.targets import Targets
     from retinue_server.adapter.watching import Change, Feed, Sent
@@ -84,6 +85,33 @@ class AdapterService:
             next_page_token=_PAGES.encode(names[size - 1]) if len(names) > size else "",
         )
 
+    async def WatchTargets(self, request: api.WatchTargetsRequest, call: Call) -> None:
+        read = translate.Reader()
+        for index, name in enumerate(request.target_ids):
+            limits.check_id(name, read.violations, f"target_ids[{index}]")
+        limits.refuse(read.violations, "watch the targets")
+        only = set(request.target_ids)
+        told: dict[str, tuple[State, str]] = {}
+        with self._targets.watch() as watcher:
+            await self._write_targets(self._targets.names(), only, told, call)
+            await call.write(api.WatchTargetsResponse(synced=api.Synced()))
+            while True:
+                await self._write_targets(await watcher.news(), only, told, call)
+
+    async def _write_targets(
+        self, names: Iterable[str], only: Collection[str], told: dict[str, tuple[State, str]], call: Call
+    ) -> None:
+        for name in (name for name in names if not only or name in only):
+            target = self._targets.find(name)
+            if target is None:
+                if told.pop(name, None) is not None:
+                    await call.write(api.WatchTargetsResponse(removed_target_id=name))
+                continue
+            now = target.status.state, self._targets.etag(target)
+            if told.get(name) != now:
+                told[name] = now
+                await call.write(api.WatchTargetsResponse(target=self._told(target)))
+
     async def TestTarget(self, request: api.TestTargetRequest, call: Call) -> api.TestTargetResponse:
         spec = translate.Reader().target(request.target, "test the target")
         if spec.kind in TOLD:
@@ -135,7 +163,7 @@ class AdapterService:
             missed = 0
             while True:
                 news = {name: times for name, times in (await watcher.news()).items() if feed.wants(name)}
-                missed += sum(news.values()) - len(news)
+                missed += sum(max(times - 1, 0) for times in news.values())
                 for response in self._news(list(news), missed, feed, sent):
                     missed = 0
                     await call.write(response)

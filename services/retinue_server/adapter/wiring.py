@@ -54,6 +54,7 @@ async def wire(settings: Settings, section: AdapterSettings) -> Pattern:
         name=NAME,
         services=(Service(service.DESCRIPTOR, service.AdapterService(targets), service.ROLES), *otlp.services(targets)),
         parts=(DataDirLock(directory), packs, work, targets, file),
+        health=targets,
         health_of=targets.health_of,
         quiesce=targets.quiesce,
         metrics=partial(

@@ -529,6 +529,193 @@ func (x *ListTargetsResponse) GetNextPageToken() string {
 	return ""
 }
 
+// WatchTargetsRequest selects.
+type WatchTargetsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// These, and those that come by their names; empty = all.
+	TargetIds     []string `protobuf:"bytes,1,rep,name=target_ids,json=targetIds,proto3" json:"target_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchTargetsRequest) Reset() {
+	*x = WatchTargetsRequest{}
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchTargetsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchTargetsRequest) ProtoMessage() {}
+
+func (x *WatchTargetsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchTargetsRequest.ProtoReflect.Descriptor instead.
+func (*WatchTargetsRequest) Descriptor() ([]byte, []int) {
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *WatchTargetsRequest) GetTargetIds() []string {
+	if x != nil {
+		return x.TargetIds
+	}
+	return nil
+}
+
+// WatchTargetsResponse is one event.
+type WatchTargetsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What happened.
+	//
+	// Types that are valid to be assigned to Event:
+	//
+	//	*WatchTargetsResponse_Target
+	//	*WatchTargetsResponse_Synced
+	//	*WatchTargetsResponse_RemovedTargetId
+	Event         isWatchTargetsResponse_Event `protobuf_oneof:"event"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchTargetsResponse) Reset() {
+	*x = WatchTargetsResponse{}
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchTargetsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchTargetsResponse) ProtoMessage() {}
+
+func (x *WatchTargetsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchTargetsResponse.ProtoReflect.Descriptor instead.
+func (*WatchTargetsResponse) Descriptor() ([]byte, []int) {
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *WatchTargetsResponse) GetEvent() isWatchTargetsResponse_Event {
+	if x != nil {
+		return x.Event
+	}
+	return nil
+}
+
+func (x *WatchTargetsResponse) GetTarget() *Target {
+	if x != nil {
+		if x, ok := x.Event.(*WatchTargetsResponse_Target); ok {
+			return x.Target
+		}
+	}
+	return nil
+}
+
+func (x *WatchTargetsResponse) GetSynced() *Synced {
+	if x != nil {
+		if x, ok := x.Event.(*WatchTargetsResponse_Synced); ok {
+			return x.Synced
+		}
+	}
+	return nil
+}
+
+func (x *WatchTargetsResponse) GetRemovedTargetId() string {
+	if x != nil {
+		if x, ok := x.Event.(*WatchTargetsResponse_RemovedTargetId); ok {
+			return x.RemovedTargetId
+		}
+	}
+	return ""
+}
+
+type isWatchTargetsResponse_Event interface {
+	isWatchTargetsResponse_Event()
+}
+
+type WatchTargetsResponse_Target struct {
+	// A target as it is now.
+	Target *Target `protobuf:"bytes,1,opt,name=target,proto3,oneof"`
+}
+
+type WatchTargetsResponse_Synced struct {
+	// The snapshot is complete.
+	Synced *Synced `protobuf:"bytes,2,opt,name=synced,proto3,oneof"`
+}
+
+type WatchTargetsResponse_RemovedTargetId struct {
+	// A target is gone: its name.
+	RemovedTargetId string `protobuf:"bytes,3,opt,name=removed_target_id,json=removedTargetId,proto3,oneof"`
+}
+
+func (*WatchTargetsResponse_Target) isWatchTargetsResponse_Event() {}
+
+func (*WatchTargetsResponse_Synced) isWatchTargetsResponse_Event() {}
+
+func (*WatchTargetsResponse_RemovedTargetId) isWatchTargetsResponse_Event() {}
+
+// Synced says that the snapshot is complete.
+type Synced struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Synced) Reset() {
+	*x = Synced{}
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Synced) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Synced) ProtoMessage() {}
+
+func (x *Synced) ProtoReflect() protoreflect.Message {
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Synced.ProtoReflect.Descriptor instead.
+func (*Synced) Descriptor() ([]byte, []int) {
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{12}
+}
+
 // TestTargetRequest says what to try.
 type TestTargetRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -540,7 +727,7 @@ type TestTargetRequest struct {
 
 func (x *TestTargetRequest) Reset() {
 	*x = TestTargetRequest{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[10]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -552,7 +739,7 @@ func (x *TestTargetRequest) String() string {
 func (*TestTargetRequest) ProtoMessage() {}
 
 func (x *TestTargetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[10]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -565,7 +752,7 @@ func (x *TestTargetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestTargetRequest.ProtoReflect.Descriptor instead.
 func (*TestTargetRequest) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{10}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *TestTargetRequest) GetTarget() *Target {
@@ -592,7 +779,7 @@ type TestTargetResponse struct {
 
 func (x *TestTargetResponse) Reset() {
 	*x = TestTargetResponse{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[11]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -604,7 +791,7 @@ func (x *TestTargetResponse) String() string {
 func (*TestTargetResponse) ProtoMessage() {}
 
 func (x *TestTargetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[11]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -617,7 +804,7 @@ func (x *TestTargetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestTargetResponse.ProtoReflect.Descriptor instead.
 func (*TestTargetResponse) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{11}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *TestTargetResponse) GetFailure() string {
@@ -663,7 +850,7 @@ type TestedPoint struct {
 
 func (x *TestedPoint) Reset() {
 	*x = TestedPoint{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[12]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -675,7 +862,7 @@ func (x *TestedPoint) String() string {
 func (*TestedPoint) ProtoMessage() {}
 
 func (x *TestedPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[12]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -688,7 +875,7 @@ func (x *TestedPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestedPoint.ProtoReflect.Descriptor instead.
 func (*TestedPoint) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{12}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *TestedPoint) GetRaw() string {
@@ -727,7 +914,7 @@ type Match struct {
 
 func (x *Match) Reset() {
 	*x = Match{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[13]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -739,7 +926,7 @@ func (x *Match) String() string {
 func (*Match) ProtoMessage() {}
 
 func (x *Match) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[13]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -752,7 +939,7 @@ func (x *Match) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Match.ProtoReflect.Descriptor instead.
 func (*Match) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{13}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Match) GetName() string {
@@ -791,7 +978,7 @@ type GetMetricsRequest struct {
 
 func (x *GetMetricsRequest) Reset() {
 	*x = GetMetricsRequest{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[14]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -803,7 +990,7 @@ func (x *GetMetricsRequest) String() string {
 func (*GetMetricsRequest) ProtoMessage() {}
 
 func (x *GetMetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[14]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -816,7 +1003,7 @@ func (x *GetMetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMetricsRequest.ProtoReflect.Descriptor instead.
 func (*GetMetricsRequest) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{14}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *GetMetricsRequest) GetMatches() []*Match {
@@ -851,7 +1038,7 @@ type GetMetricsResponse struct {
 
 func (x *GetMetricsResponse) Reset() {
 	*x = GetMetricsResponse{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[15]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -863,7 +1050,7 @@ func (x *GetMetricsResponse) String() string {
 func (*GetMetricsResponse) ProtoMessage() {}
 
 func (x *GetMetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[15]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -876,7 +1063,7 @@ func (x *GetMetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetMetricsResponse.ProtoReflect.Descriptor instead.
 func (*GetMetricsResponse) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{15}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *GetMetricsResponse) GetMetrics() []*Metric {
@@ -897,7 +1084,7 @@ type WatchMetricsRequest struct {
 
 func (x *WatchMetricsRequest) Reset() {
 	*x = WatchMetricsRequest{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[16]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -909,7 +1096,7 @@ func (x *WatchMetricsRequest) String() string {
 func (*WatchMetricsRequest) ProtoMessage() {}
 
 func (x *WatchMetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[16]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -922,7 +1109,7 @@ func (x *WatchMetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchMetricsRequest.ProtoReflect.Descriptor instead.
 func (*WatchMetricsRequest) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{16}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *WatchMetricsRequest) GetMatches() []*Match {
@@ -947,7 +1134,7 @@ type WatchMetricsResponse struct {
 
 func (x *WatchMetricsResponse) Reset() {
 	*x = WatchMetricsResponse{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[17]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -959,7 +1146,7 @@ func (x *WatchMetricsResponse) String() string {
 func (*WatchMetricsResponse) ProtoMessage() {}
 
 func (x *WatchMetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[17]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -972,7 +1159,7 @@ func (x *WatchMetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchMetricsResponse.ProtoReflect.Descriptor instead.
 func (*WatchMetricsResponse) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{17}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *WatchMetricsResponse) GetMetrics() []*Metric {
@@ -1007,7 +1194,7 @@ type DescribeMetricsRequest struct {
 
 func (x *DescribeMetricsRequest) Reset() {
 	*x = DescribeMetricsRequest{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[18]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1019,7 +1206,7 @@ func (x *DescribeMetricsRequest) String() string {
 func (*DescribeMetricsRequest) ProtoMessage() {}
 
 func (x *DescribeMetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[18]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1032,7 +1219,7 @@ func (x *DescribeMetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeMetricsRequest.ProtoReflect.Descriptor instead.
 func (*DescribeMetricsRequest) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{18}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DescribeMetricsRequest) GetMatches() []*Match {
@@ -1053,7 +1240,7 @@ type DescribeMetricsResponse struct {
 
 func (x *DescribeMetricsResponse) Reset() {
 	*x = DescribeMetricsResponse{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[19]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1065,7 +1252,7 @@ func (x *DescribeMetricsResponse) String() string {
 func (*DescribeMetricsResponse) ProtoMessage() {}
 
 func (x *DescribeMetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[19]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1078,7 +1265,7 @@ func (x *DescribeMetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DescribeMetricsResponse.ProtoReflect.Descriptor instead.
 func (*DescribeMetricsResponse) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{19}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DescribeMetricsResponse) GetMetrics() []*Metric {
@@ -1099,7 +1286,7 @@ type GetSignalsRequest struct {
 
 func (x *GetSignalsRequest) Reset() {
 	*x = GetSignalsRequest{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[20]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1111,7 +1298,7 @@ func (x *GetSignalsRequest) String() string {
 func (*GetSignalsRequest) ProtoMessage() {}
 
 func (x *GetSignalsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[20]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1124,7 +1311,7 @@ func (x *GetSignalsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSignalsRequest.ProtoReflect.Descriptor instead.
 func (*GetSignalsRequest) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{20}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetSignalsRequest) GetTargetIds() []string {
@@ -1145,7 +1332,7 @@ type GetSignalsResponse struct {
 
 func (x *GetSignalsResponse) Reset() {
 	*x = GetSignalsResponse{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[21]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1157,7 +1344,7 @@ func (x *GetSignalsResponse) String() string {
 func (*GetSignalsResponse) ProtoMessage() {}
 
 func (x *GetSignalsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[21]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1170,7 +1357,7 @@ func (x *GetSignalsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSignalsResponse.ProtoReflect.Descriptor instead.
 func (*GetSignalsResponse) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{21}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GetSignalsResponse) GetSignals() []*Signals {
@@ -1191,7 +1378,7 @@ type WatchSignalsRequest struct {
 
 func (x *WatchSignalsRequest) Reset() {
 	*x = WatchSignalsRequest{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[22]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1203,7 +1390,7 @@ func (x *WatchSignalsRequest) String() string {
 func (*WatchSignalsRequest) ProtoMessage() {}
 
 func (x *WatchSignalsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[22]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1216,7 +1403,7 @@ func (x *WatchSignalsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSignalsRequest.ProtoReflect.Descriptor instead.
 func (*WatchSignalsRequest) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{22}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *WatchSignalsRequest) GetTargetIds() []string {
@@ -1237,7 +1424,7 @@ type WatchSignalsResponse struct {
 
 func (x *WatchSignalsResponse) Reset() {
 	*x = WatchSignalsResponse{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[23]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1249,7 +1436,7 @@ func (x *WatchSignalsResponse) String() string {
 func (*WatchSignalsResponse) ProtoMessage() {}
 
 func (x *WatchSignalsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[23]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1262,7 +1449,7 @@ func (x *WatchSignalsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchSignalsResponse.ProtoReflect.Descriptor instead.
 func (*WatchSignalsResponse) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{23}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *WatchSignalsResponse) GetSignals() *Signals {
@@ -1285,7 +1472,7 @@ type ReportMetricsRequest struct {
 
 func (x *ReportMetricsRequest) Reset() {
 	*x = ReportMetricsRequest{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[24]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1297,7 +1484,7 @@ func (x *ReportMetricsRequest) String() string {
 func (*ReportMetricsRequest) ProtoMessage() {}
 
 func (x *ReportMetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[24]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1310,7 +1497,7 @@ func (x *ReportMetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportMetricsRequest.ProtoReflect.Descriptor instead.
 func (*ReportMetricsRequest) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{24}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ReportMetricsRequest) GetTargetId() string {
@@ -1340,7 +1527,7 @@ type ReportMetricsResponse struct {
 
 func (x *ReportMetricsResponse) Reset() {
 	*x = ReportMetricsResponse{}
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[25]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1352,7 +1539,7 @@ func (x *ReportMetricsResponse) String() string {
 func (*ReportMetricsResponse) ProtoMessage() {}
 
 func (x *ReportMetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[25]
+	mi := &file_retinue_adapter_v1_adapter_service_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1365,7 +1552,7 @@ func (x *ReportMetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportMetricsResponse.ProtoReflect.Descriptor instead.
 func (*ReportMetricsResponse) Descriptor() ([]byte, []int) {
-	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{25}
+	return file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ReportMetricsResponse) GetAcceptedPoints() int32 {
@@ -1412,7 +1599,16 @@ const file_retinue_adapter_v1_adapter_service_proto_rawDesc = "" +
 	"page_token\x18\x02 \x01(\tR\tpageToken\"s\n" +
 	"\x13ListTargetsResponse\x124\n" +
 	"\atargets\x18\x01 \x03(\v2\x1a.retinue.adapter.v1.TargetR\atargets\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"G\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"4\n" +
+	"\x13WatchTargetsRequest\x12\x1d\n" +
+	"\n" +
+	"target_ids\x18\x01 \x03(\tR\ttargetIds\"\xb9\x01\n" +
+	"\x14WatchTargetsResponse\x124\n" +
+	"\x06target\x18\x01 \x01(\v2\x1a.retinue.adapter.v1.TargetH\x00R\x06target\x124\n" +
+	"\x06synced\x18\x02 \x01(\v2\x1a.retinue.adapter.v1.SyncedH\x00R\x06synced\x12,\n" +
+	"\x11removed_target_id\x18\x03 \x01(\tH\x00R\x0fremovedTargetIdB\a\n" +
+	"\x05event\"\b\n" +
+	"\x06Synced\"G\n" +
 	"\x11TestTargetRequest\x122\n" +
 	"\x06target\x18\x01 \x01(\v2\x1a.retinue.adapter.v1.TargetR\x06target\"\xc4\x01\n" +
 	"\x12TestTargetResponse\x12\x18\n" +
@@ -1467,13 +1663,15 @@ const file_retinue_adapter_v1_adapter_service_proto_rawDesc = "" +
 	"\x0faccepted_points\x18\x01 \x01(\x05R\x0eacceptedPoints\x12=\n" +
 	"\n" +
 	"rejections\x18\x02 \x03(\v2\x1d.retinue.adapter.v1.RejectionR\n" +
-	"rejections2\xa6\t\n" +
+	"rejections2\x8b\n" +
+	"\n" +
 	"\x0eAdapterService\x12a\n" +
 	"\fCreateTarget\x12'.retinue.adapter.v1.CreateTargetRequest\x1a(.retinue.adapter.v1.CreateTargetResponse\x12a\n" +
 	"\fUpdateTarget\x12'.retinue.adapter.v1.UpdateTargetRequest\x1a(.retinue.adapter.v1.UpdateTargetResponse\x12a\n" +
 	"\fDeleteTarget\x12'.retinue.adapter.v1.DeleteTargetRequest\x1a(.retinue.adapter.v1.DeleteTargetResponse\x12X\n" +
 	"\tGetTarget\x12$.retinue.adapter.v1.GetTargetRequest\x1a%.retinue.adapter.v1.GetTargetResponse\x12^\n" +
-	"\vListTargets\x12&.retinue.adapter.v1.ListTargetsRequest\x1a'.retinue.adapter.v1.ListTargetsResponse\x12[\n" +
+	"\vListTargets\x12&.retinue.adapter.v1.ListTargetsRequest\x1a'.retinue.adapter.v1.ListTargetsResponse\x12c\n" +
+	"\fWatchTargets\x12'.retinue.adapter.v1.WatchTargetsRequest\x1a(.retinue.adapter.v1.WatchTargetsResponse0\x01\x12[\n" +
 	"\n" +
 	"TestTarget\x12%.retinue.adapter.v1.TestTargetRequest\x1a&.retinue.adapter.v1.TestTargetResponse\x12[\n" +
 	"\n" +
@@ -1497,7 +1695,7 @@ func file_retinue_adapter_v1_adapter_service_proto_rawDescGZIP() []byte {
 	return file_retinue_adapter_v1_adapter_service_proto_rawDescData
 }
 
-var file_retinue_adapter_v1_adapter_service_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_retinue_adapter_v1_adapter_service_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_retinue_adapter_v1_adapter_service_proto_goTypes = []any{
 	(*CreateTargetRequest)(nil),     // 0: retinue.adapter.v1.CreateTargetRequest
 	(*CreateTargetResponse)(nil),    // 1: retinue.adapter.v1.CreateTargetResponse
@@ -1509,82 +1707,89 @@ var file_retinue_adapter_v1_adapter_service_proto_goTypes = []any{
 	(*GetTargetResponse)(nil),       // 7: retinue.adapter.v1.GetTargetResponse
 	(*ListTargetsRequest)(nil),      // 8: retinue.adapter.v1.ListTargetsRequest
 	(*ListTargetsResponse)(nil),     // 9: retinue.adapter.v1.ListTargetsResponse
-	(*TestTargetRequest)(nil),       // 10: retinue.adapter.v1.TestTargetRequest
-	(*TestTargetResponse)(nil),      // 11: retinue.adapter.v1.TestTargetResponse
-	(*TestedPoint)(nil),             // 12: retinue.adapter.v1.TestedPoint
-	(*Match)(nil),                   // 13: retinue.adapter.v1.Match
-	(*GetMetricsRequest)(nil),       // 14: retinue.adapter.v1.GetMetricsRequest
-	(*GetMetricsResponse)(nil),      // 15: retinue.adapter.v1.GetMetricsResponse
-	(*WatchMetricsRequest)(nil),     // 16: retinue.adapter.v1.WatchMetricsRequest
-	(*WatchMetricsResponse)(nil),    // 17: retinue.adapter.v1.WatchMetricsResponse
-	(*DescribeMetricsRequest)(nil),  // 18: retinue.adapter.v1.DescribeMetricsRequest
-	(*DescribeMetricsResponse)(nil), // 19: retinue.adapter.v1.DescribeMetricsResponse
-	(*GetSignalsRequest)(nil),       // 20: retinue.adapter.v1.GetSignalsRequest
-	(*GetSignalsResponse)(nil),      // 21: retinue.adapter.v1.GetSignalsResponse
-	(*WatchSignalsRequest)(nil),     // 22: retinue.adapter.v1.WatchSignalsRequest
-	(*WatchSignalsResponse)(nil),    // 23: retinue.adapter.v1.WatchSignalsResponse
-	(*ReportMetricsRequest)(nil),    // 24: retinue.adapter.v1.ReportMetricsRequest
-	(*ReportMetricsResponse)(nil),   // 25: retinue.adapter.v1.ReportMetricsResponse
-	nil,                             // 26: retinue.adapter.v1.Match.LabelsEntry
-	(*Target)(nil),                  // 27: retinue.adapter.v1.Target
-	(*durationpb.Duration)(nil),     // 28: google.protobuf.Duration
-	(*Signal)(nil),                  // 29: retinue.adapter.v1.Signal
-	(*Metric)(nil),                  // 30: retinue.adapter.v1.Metric
-	(*Signals)(nil),                 // 31: retinue.adapter.v1.Signals
-	(*Rejection)(nil),               // 32: retinue.adapter.v1.Rejection
+	(*WatchTargetsRequest)(nil),     // 10: retinue.adapter.v1.WatchTargetsRequest
+	(*WatchTargetsResponse)(nil),    // 11: retinue.adapter.v1.WatchTargetsResponse
+	(*Synced)(nil),                  // 12: retinue.adapter.v1.Synced
+	(*TestTargetRequest)(nil),       // 13: retinue.adapter.v1.TestTargetRequest
+	(*TestTargetResponse)(nil),      // 14: retinue.adapter.v1.TestTargetResponse
+	(*TestedPoint)(nil),             // 15: retinue.adapter.v1.TestedPoint
+	(*Match)(nil),                   // 16: retinue.adapter.v1.Match
+	(*GetMetricsRequest)(nil),       // 17: retinue.adapter.v1.GetMetricsRequest
+	(*GetMetricsResponse)(nil),      // 18: retinue.adapter.v1.GetMetricsResponse
+	(*WatchMetricsRequest)(nil),     // 19: retinue.adapter.v1.WatchMetricsRequest
+	(*WatchMetricsResponse)(nil),    // 20: retinue.adapter.v1.WatchMetricsResponse
+	(*DescribeMetricsRequest)(nil),  // 21: retinue.adapter.v1.DescribeMetricsRequest
+	(*DescribeMetricsResponse)(nil), // 22: retinue.adapter.v1.DescribeMetricsResponse
+	(*GetSignalsRequest)(nil),       // 23: retinue.adapter.v1.GetSignalsRequest
+	(*GetSignalsResponse)(nil),      // 24: retinue.adapter.v1.GetSignalsResponse
+	(*WatchSignalsRequest)(nil),     // 25: retinue.adapter.v1.WatchSignalsRequest
+	(*WatchSignalsResponse)(nil),    // 26: retinue.adapter.v1.WatchSignalsResponse
+	(*ReportMetricsRequest)(nil),    // 27: retinue.adapter.v1.ReportMetricsRequest
+	(*ReportMetricsResponse)(nil),   // 28: retinue.adapter.v1.ReportMetricsResponse
+	nil,                             // 29: retinue.adapter.v1.Match.LabelsEntry
+	(*Target)(nil),                  // 30: retinue.adapter.v1.Target
+	(*durationpb.Duration)(nil),     // 31: google.protobuf.Duration
+	(*Signal)(nil),                  // 32: retinue.adapter.v1.Signal
+	(*Metric)(nil),                  // 33: retinue.adapter.v1.Metric
+	(*Signals)(nil),                 // 34: retinue.adapter.v1.Signals
+	(*Rejection)(nil),               // 35: retinue.adapter.v1.Rejection
 }
 var file_retinue_adapter_v1_adapter_service_proto_depIdxs = []int32{
-	27, // 0: retinue.adapter.v1.CreateTargetRequest.target:type_name -> retinue.adapter.v1.Target
-	28, // 1: retinue.adapter.v1.CreateTargetRequest.wait_duration:type_name -> google.protobuf.Duration
-	27, // 2: retinue.adapter.v1.CreateTargetResponse.target:type_name -> retinue.adapter.v1.Target
-	27, // 3: retinue.adapter.v1.UpdateTargetRequest.target:type_name -> retinue.adapter.v1.Target
-	27, // 4: retinue.adapter.v1.UpdateTargetResponse.target:type_name -> retinue.adapter.v1.Target
-	27, // 5: retinue.adapter.v1.GetTargetResponse.target:type_name -> retinue.adapter.v1.Target
-	27, // 6: retinue.adapter.v1.ListTargetsResponse.targets:type_name -> retinue.adapter.v1.Target
-	27, // 7: retinue.adapter.v1.TestTargetRequest.target:type_name -> retinue.adapter.v1.Target
-	12, // 8: retinue.adapter.v1.TestTargetResponse.points:type_name -> retinue.adapter.v1.TestedPoint
-	29, // 9: retinue.adapter.v1.TestTargetResponse.signals:type_name -> retinue.adapter.v1.Signal
-	26, // 10: retinue.adapter.v1.Match.labels:type_name -> retinue.adapter.v1.Match.LabelsEntry
-	13, // 11: retinue.adapter.v1.GetMetricsRequest.matches:type_name -> retinue.adapter.v1.Match
-	28, // 12: retinue.adapter.v1.GetMetricsRequest.max_age_duration:type_name -> google.protobuf.Duration
-	30, // 13: retinue.adapter.v1.GetMetricsResponse.metrics:type_name -> retinue.adapter.v1.Metric
-	13, // 14: retinue.adapter.v1.WatchMetricsRequest.matches:type_name -> retinue.adapter.v1.Match
-	30, // 15: retinue.adapter.v1.WatchMetricsResponse.metrics:type_name -> retinue.adapter.v1.Metric
-	13, // 16: retinue.adapter.v1.DescribeMetricsRequest.matches:type_name -> retinue.adapter.v1.Match
-	30, // 17: retinue.adapter.v1.DescribeMetricsResponse.metrics:type_name -> retinue.adapter.v1.Metric
-	31, // 18: retinue.adapter.v1.GetSignalsResponse.signals:type_name -> retinue.adapter.v1.Signals
-	31, // 19: retinue.adapter.v1.WatchSignalsResponse.signals:type_name -> retinue.adapter.v1.Signals
-	30, // 20: retinue.adapter.v1.ReportMetricsRequest.metrics:type_name -> retinue.adapter.v1.Metric
-	32, // 21: retinue.adapter.v1.ReportMetricsResponse.rejections:type_name -> retinue.adapter.v1.Rejection
-	0,  // 22: retinue.adapter.v1.AdapterService.CreateTarget:input_type -> retinue.adapter.v1.CreateTargetRequest
-	2,  // 23: retinue.adapter.v1.AdapterService.UpdateTarget:input_type -> retinue.adapter.v1.UpdateTargetRequest
-	4,  // 24: retinue.adapter.v1.AdapterService.DeleteTarget:input_type -> retinue.adapter.v1.DeleteTargetRequest
-	6,  // 25: retinue.adapter.v1.AdapterService.GetTarget:input_type -> retinue.adapter.v1.GetTargetRequest
-	8,  // 26: retinue.adapter.v1.AdapterService.ListTargets:input_type -> retinue.adapter.v1.ListTargetsRequest
-	10, // 27: retinue.adapter.v1.AdapterService.TestTarget:input_type -> retinue.adapter.v1.TestTargetRequest
-	14, // 28: retinue.adapter.v1.AdapterService.GetMetrics:input_type -> retinue.adapter.v1.GetMetricsRequest
-	16, // 29: retinue.adapter.v1.AdapterService.WatchMetrics:input_type -> retinue.adapter.v1.WatchMetricsRequest
-	18, // 30: retinue.adapter.v1.AdapterService.DescribeMetrics:input_type -> retinue.adapter.v1.DescribeMetricsRequest
-	20, // 31: retinue.adapter.v1.AdapterService.GetSignals:input_type -> retinue.adapter.v1.GetSignalsRequest
-	22, // 32: retinue.adapter.v1.AdapterService.WatchSignals:input_type -> retinue.adapter.v1.WatchSignalsRequest
-	24, // 33: retinue.adapter.v1.AdapterService.ReportMetrics:input_type -> retinue.adapter.v1.ReportMetricsRequest
-	1,  // 34: retinue.adapter.v1.AdapterService.CreateTarget:output_type -> retinue.adapter.v1.CreateTargetResponse
-	3,  // 35: retinue.adapter.v1.AdapterService.UpdateTarget:output_type -> retinue.adapter.v1.UpdateTargetResponse
-	5,  // 36: retinue.adapter.v1.AdapterService.DeleteTarget:output_type -> retinue.adapter.v1.DeleteTargetResponse
-	7,  // 37: retinue.adapter.v1.AdapterService.GetTarget:output_type -> retinue.adapter.v1.GetTargetResponse
-	9,  // 38: retinue.adapter.v1.AdapterService.ListTargets:output_type -> retinue.adapter.v1.ListTargetsResponse
-	11, // 39: retinue.adapter.v1.AdapterService.TestTarget:output_type -> retinue.adapter.v1.TestTargetResponse
-	15, // 40: retinue.adapter.v1.AdapterService.GetMetrics:output_type -> retinue.adapter.v1.GetMetricsResponse
-	17, // 41: retinue.adapter.v1.AdapterService.WatchMetrics:output_type -> retinue.adapter.v1.WatchMetricsResponse
-	19, // 42: retinue.adapter.v1.AdapterService.DescribeMetrics:output_type -> retinue.adapter.v1.DescribeMetricsResponse
-	21, // 43: retinue.adapter.v1.AdapterService.GetSignals:output_type -> retinue.adapter.v1.GetSignalsResponse
-	23, // 44: retinue.adapter.v1.AdapterService.WatchSignals:output_type -> retinue.adapter.v1.WatchSignalsResponse
-	25, // 45: retinue.adapter.v1.AdapterService.ReportMetrics:output_type -> retinue.adapter.v1.ReportMetricsResponse
-	34, // [34:46] is the sub-list for method output_type
-	22, // [22:34] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	30, // 0: retinue.adapter.v1.CreateTargetRequest.target:type_name -> retinue.adapter.v1.Target
+	31, // 1: retinue.adapter.v1.CreateTargetRequest.wait_duration:type_name -> google.protobuf.Duration
+	30, // 2: retinue.adapter.v1.CreateTargetResponse.target:type_name -> retinue.adapter.v1.Target
+	30, // 3: retinue.adapter.v1.UpdateTargetRequest.target:type_name -> retinue.adapter.v1.Target
+	30, // 4: retinue.adapter.v1.UpdateTargetResponse.target:type_name -> retinue.adapter.v1.Target
+	30, // 5: retinue.adapter.v1.GetTargetResponse.target:type_name -> retinue.adapter.v1.Target
+	30, // 6: retinue.adapter.v1.ListTargetsResponse.targets:type_name -> retinue.adapter.v1.Target
+	30, // 7: retinue.adapter.v1.WatchTargetsResponse.target:type_name -> retinue.adapter.v1.Target
+	12, // 8: retinue.adapter.v1.WatchTargetsResponse.synced:type_name -> retinue.adapter.v1.Synced
+	30, // 9: retinue.adapter.v1.TestTargetRequest.target:type_name -> retinue.adapter.v1.Target
+	15, // 10: retinue.adapter.v1.TestTargetResponse.points:type_name -> retinue.adapter.v1.TestedPoint
+	32, // 11: retinue.adapter.v1.TestTargetResponse.signals:type_name -> retinue.adapter.v1.Signal
+	29, // 12: retinue.adapter.v1.Match.labels:type_name -> retinue.adapter.v1.Match.LabelsEntry
+	16, // 13: retinue.adapter.v1.GetMetricsRequest.matches:type_name -> retinue.adapter.v1.Match
+	31, // 14: retinue.adapter.v1.GetMetricsRequest.max_age_duration:type_name -> google.protobuf.Duration
+	33, // 15: retinue.adapter.v1.GetMetricsResponse.metrics:type_name -> retinue.adapter.v1.Metric
+	16, // 16: retinue.adapter.v1.WatchMetricsRequest.matches:type_name -> retinue.adapter.v1.Match
+	33, // 17: retinue.adapter.v1.WatchMetricsResponse.metrics:type_name -> retinue.adapter.v1.Metric
+	16, // 18: retinue.adapter.v1.DescribeMetricsRequest.matches:type_name -> retinue.adapter.v1.Match
+	33, // 19: retinue.adapter.v1.DescribeMetricsResponse.metrics:type_name -> retinue.adapter.v1.Metric
+	34, // 20: retinue.adapter.v1.GetSignalsResponse.signals:type_name -> retinue.adapter.v1.Signals
+	34, // 21: retinue.adapter.v1.WatchSignalsResponse.signals:type_name -> retinue.adapter.v1.Signals
+	33, // 22: retinue.adapter.v1.ReportMetricsRequest.metrics:type_name -> retinue.adapter.v1.Metric
+	35, // 23: retinue.adapter.v1.ReportMetricsResponse.rejections:type_name -> retinue.adapter.v1.Rejection
+	0,  // 24: retinue.adapter.v1.AdapterService.CreateTarget:input_type -> retinue.adapter.v1.CreateTargetRequest
+	2,  // 25: retinue.adapter.v1.AdapterService.UpdateTarget:input_type -> retinue.adapter.v1.UpdateTargetRequest
+	4,  // 26: retinue.adapter.v1.AdapterService.DeleteTarget:input_type -> retinue.adapter.v1.DeleteTargetRequest
+	6,  // 27: retinue.adapter.v1.AdapterService.GetTarget:input_type -> retinue.adapter.v1.GetTargetRequest
+	8,  // 28: retinue.adapter.v1.AdapterService.ListTargets:input_type -> retinue.adapter.v1.ListTargetsRequest
+	10, // 29: retinue.adapter.v1.AdapterService.WatchTargets:input_type -> retinue.adapter.v1.WatchTargetsRequest
+	13, // 30: retinue.adapter.v1.AdapterService.TestTarget:input_type -> retinue.adapter.v1.TestTargetRequest
+	17, // 31: retinue.adapter.v1.AdapterService.GetMetrics:input_type -> retinue.adapter.v1.GetMetricsRequest
+	19, // 32: retinue.adapter.v1.AdapterService.WatchMetrics:input_type -> retinue.adapter.v1.WatchMetricsRequest
+	21, // 33: retinue.adapter.v1.AdapterService.DescribeMetrics:input_type -> retinue.adapter.v1.DescribeMetricsRequest
+	23, // 34: retinue.adapter.v1.AdapterService.GetSignals:input_type -> retinue.adapter.v1.GetSignalsRequest
+	25, // 35: retinue.adapter.v1.AdapterService.WatchSignals:input_type -> retinue.adapter.v1.WatchSignalsRequest
+	27, // 36: retinue.adapter.v1.AdapterService.ReportMetrics:input_type -> retinue.adapter.v1.ReportMetricsRequest
+	1,  // 37: retinue.adapter.v1.AdapterService.CreateTarget:output_type -> retinue.adapter.v1.CreateTargetResponse
+	3,  // 38: retinue.adapter.v1.AdapterService.UpdateTarget:output_type -> retinue.adapter.v1.UpdateTargetResponse
+	5,  // 39: retinue.adapter.v1.AdapterService.DeleteTarget:output_type -> retinue.adapter.v1.DeleteTargetResponse
+	7,  // 40: retinue.adapter.v1.AdapterService.GetTarget:output_type -> retinue.adapter.v1.GetTargetResponse
+	9,  // 41: retinue.adapter.v1.AdapterService.ListTargets:output_type -> retinue.adapter.v1.ListTargetsResponse
+	11, // 42: retinue.adapter.v1.AdapterService.WatchTargets:output_type -> retinue.adapter.v1.WatchTargetsResponse
+	14, // 43: retinue.adapter.v1.AdapterService.TestTarget:output_type -> retinue.adapter.v1.TestTargetResponse
+	18, // 44: retinue.adapter.v1.AdapterService.GetMetrics:output_type -> retinue.adapter.v1.GetMetricsResponse
+	20, // 45: retinue.adapter.v1.AdapterService.WatchMetrics:output_type -> retinue.adapter.v1.WatchMetricsResponse
+	22, // 46: retinue.adapter.v1.AdapterService.DescribeMetrics:output_type -> retinue.adapter.v1.DescribeMetricsResponse
+	24, // 47: retinue.adapter.v1.AdapterService.GetSignals:output_type -> retinue.adapter.v1.GetSignalsResponse
+	26, // 48: retinue.adapter.v1.AdapterService.WatchSignals:output_type -> retinue.adapter.v1.WatchSignalsResponse
+	28, // 49: retinue.adapter.v1.AdapterService.ReportMetrics:output_type -> retinue.adapter.v1.ReportMetricsResponse
+	37, // [37:50] is the sub-list for method output_type
+	24, // [24:37] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_retinue_adapter_v1_adapter_service_proto_init() }
@@ -1594,13 +1799,18 @@ func file_retinue_adapter_v1_adapter_service_proto_init() {
 	}
 	file_retinue_adapter_v1_metric_proto_init()
 	file_retinue_adapter_v1_target_proto_init()
+	file_retinue_adapter_v1_adapter_service_proto_msgTypes[11].OneofWrappers = []any{
+		(*WatchTargetsResponse_Target)(nil),
+		(*WatchTargetsResponse_Synced)(nil),
+		(*WatchTargetsResponse_RemovedTargetId)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_retinue_adapter_v1_adapter_service_proto_rawDesc), len(file_retinue_adapter_v1_adapter_service_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -26,6 +26,7 @@ const (
 	AdapterService_DeleteTarget_FullMethodName    = "/retinue.adapter.v1.AdapterService/DeleteTarget"
 	AdapterService_GetTarget_FullMethodName       = "/retinue.adapter.v1.AdapterService/GetTarget"
 	AdapterService_ListTargets_FullMethodName     = "/retinue.adapter.v1.AdapterService/ListTargets"
+	AdapterService_WatchTargets_FullMethodName    = "/retinue.adapter.v1.AdapterService/WatchTargets"
 	AdapterService_TestTarget_FullMethodName      = "/retinue.adapter.v1.AdapterService/TestTarget"
 	AdapterService_GetMetrics_FullMethodName      = "/retinue.adapter.v1.AdapterService/GetMetrics"
 	AdapterService_WatchMetrics_FullMethodName    = "/retinue.adapter.v1.AdapterService/WatchMetrics"
@@ -73,6 +74,13 @@ type AdapterServiceClient interface {
 	GetTarget(ctx context.Context, in *GetTargetRequest, opts ...grpc.CallOption) (*GetTargetResponse, error)
 	// ListTargets lists the targets by name. Errors: OUT_OF_RANGE (PAGE_TOKEN_EXPIRED).
 	ListTargets(ctx context.Context, in *ListTargetsRequest, opts ...grpc.CallOption) (*ListTargetsResponse, error)
+	// WatchTargets gives targets with their status, and each again when its state or what is declared of it changes.
+	//
+	// First comes a snapshot, one `target` for each, then `synced`, then changes; a slow reader gets the latest of each and may miss
+	// what lay between. Nothing resumes it: call again. The state alone is told by grpc.health.v1, too, as that of the service
+	// `target/NAME`: SERVING while the last collection succeeded. Errors: INVALID_ARGUMENT; RESOURCE_EXHAUSTED (WATCHER_LIMIT);
+	// UNAVAILABLE (SHUTTING_DOWN) when the server stops.
+	WatchTargets(ctx context.Context, in *WatchTargetsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchTargetsResponse], error)
 	// TestTarget collects once, shows raw and normalised side by side, and keeps nothing. For operators.
 	//
 	// Repeating it asks the app again. The call's deadline counts beside the target's timeout. What goes wrong with the app is
@@ -163,6 +171,25 @@ func (c *adapterServiceClient) ListTargets(ctx context.Context, in *ListTargetsR
 	return out, nil
 }
 
+func (c *adapterServiceClient) WatchTargets(ctx context.Context, in *WatchTargetsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchTargetsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &AdapterService_ServiceDesc.Streams[0], AdapterService_WatchTargets_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchTargetsRequest, WatchTargetsResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type AdapterService_WatchTargetsClient = grpc.ServerStreamingClient[WatchTargetsResponse]
+
 func (c *adapterServiceClient) TestTarget(ctx context.Context, in *TestTargetRequest, opts ...grpc.CallOption) (*TestTargetResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(TestTargetResponse)
@@ -185,7 +212,7 @@ func (c *adapterServiceClient) GetMetrics(ctx context.Context, in *GetMetricsReq
 
 func (c *adapterServiceClient) WatchMetrics(ctx context.Context, in *WatchMetricsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchMetricsResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &AdapterService_ServiceDesc.Streams[0], AdapterService_WatchMetrics_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &AdapterService_ServiceDesc.Streams[1], AdapterService_WatchMetrics_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -224,7 +251,7 @@ func (c *adapterServiceClient) GetSignals(ctx context.Context, in *GetSignalsReq
 
 func (c *adapterServiceClient) WatchSignals(ctx context.Context, in *WatchSignalsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchSignalsResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &AdapterService_ServiceDesc.Streams[1], AdapterService_WatchSignals_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &AdapterService_ServiceDesc.Streams[2], AdapterService_WatchSignals_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -289,6 +316,13 @@ type AdapterServiceServer interface {
 	GetTarget(context.Context, *GetTargetRequest) (*GetTargetResponse, error)
 	// ListTargets lists the targets by name. Errors: OUT_OF_RANGE (PAGE_TOKEN_EXPIRED).
 	ListTargets(context.Context, *ListTargetsRequest) (*ListTargetsResponse, error)
+	// WatchTargets gives targets with their status, and each again when its state or what is declared of it changes.
+	//
+	// First comes a snapshot, one `target` for each, then `synced`, then changes; a slow reader gets the latest of each and may miss
+	// what lay between. Nothing resumes it: call again. The state alone is told by grpc.health.v1, too, as that of the service
+	// `target/NAME`: SERVING while the last collection succeeded. Errors: INVALID_ARGUMENT; RESOURCE_EXHAUSTED (WATCHER_LIMIT);
+	// UNAVAILABLE (SHUTTING_DOWN) when the server stops.
+	WatchTargets(*WatchTargetsRequest, grpc.ServerStreamingServer[WatchTargetsResponse]) error
 	// TestTarget collects once, shows raw and normalised side by side, and keeps nothing. For operators.
 	//
 	// Repeating it asks the app again. The call's deadline counts beside the target's timeout. What goes wrong with the app is
@@ -343,6 +377,9 @@ func (UnimplementedAdapterServiceServer) GetTarget(context.Context, *GetTargetRe
 }
 func (UnimplementedAdapterServiceServer) ListTargets(context.Context, *ListTargetsRequest) (*ListTargetsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListTargets not implemented")
+}
+func (UnimplementedAdapterServiceServer) WatchTargets(*WatchTargetsRequest, grpc.ServerStreamingServer[WatchTargetsResponse]) error {
+	return status.Error(codes.Unimplemented, "method WatchTargets not implemented")
 }
 func (UnimplementedAdapterServiceServer) TestTarget(context.Context, *TestTargetRequest) (*TestTargetResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method TestTarget not implemented")
@@ -475,6 +512,17 @@ func _AdapterService_ListTargets_Handler(srv interface{}, ctx context.Context, d
 	}
 	return interceptor(ctx, in, info, handler)
 }
+
+func _AdapterService_WatchTargets_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchTargetsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdapterServiceServer).WatchTargets(m, &grpc.GenericServerStream[WatchTargetsRequest, WatchTargetsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type AdapterService_WatchTargetsServer = grpc.ServerStreamingServer[WatchTargetsResponse]
 
 func _AdapterService_TestTarget_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(TestTargetRequest)
@@ -637,6 +685,11 @@ var AdapterService_ServiceDesc = grpc.ServiceDesc{
 		},
 	},
 	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "WatchTargets",
+			Handler:       _AdapterService_WatchTargets_Handler,
+			ServerStreams: true,
+		},
 		{
 			StreamName:    "WatchMetrics",
 			Handler:       _AdapterService_WatchMetrics_Handler,

@@ -205,6 +205,12 @@ class Adapter:
         """Requests, errors, duration and saturation of these targets or of all. Raises NotFound."""
         return (await self._call("GetSignals", api.GetSignalsRequest(target_ids=target_ids))).signals  # type: ignore[no-any-return] # by the contract
 
+    async def watch_targets(self, *target_ids: str) -> AsyncGenerator[api.WatchTargetsResponse]:
+        """Targets (none named = all), then `synced`, then each again whenever its state changes, or its name when it is
+        gone. Goes on over lost connections, with a snapshot again, and does not tell what went meanwhile."""
+        async for response, _ in self._stream("WatchTargets", api.WatchTargetsRequest(target_ids=target_ids)):
+            yield response
+
     async def watch_signals(self, *target_ids: str) -> AsyncGenerator[metric_pb.Signals]:
         """The same, and again whenever one changes; a target that is gone has no `signals`. Goes on over lost
         connections, and does not tell what went meanwhile."""

@@ -122,6 +122,7 @@ class Targets:
         self._generation, self._epoch = 0, secrets.token_hex(4)
         self._changing = asyncio.Lock()
         self._watchers: set[Watcher] = set()
+        self._listeners: list[Callable[[bool], None]] = []
         self._stopping = False
         self.collections = {"succeeded": 0, "failed": 0}
 
@@ -139,6 +140,11 @@ class Targets:
         self._stopping = True
         for watcher in self._watchers:
             watcher.woken.set()
+
+    def subscribe(self, listener: Callable[[bool], None]) -> None:
+        """For grpc.health.v1: called when a target's state may have changed; this server is well whatever they do."""
+        self._listeners.append(listener)
+        listener(True)  # noqa: FBT003 - as `dispatch.Health` has it
 
     def health_of(self, name: str) -> bool | None:
         """Of `target/NAME`, for grpc.health.v1: whether its last collection succeeded."""
@@ -312,6 +318,7 @@ class Targets:
         self._targets[spec.target_id], self._sources[spec.target_id] = target, source
         self._work.declare(spec, self.pack_of(spec))
         self._tasks[spec.target_id] = asyncio.create_task(self._run(target, source), name=f"adapter-{spec.target_id}")
+        self._tell(spec.target_id, 0)
         return target
 
     async def _end(self, target_id: str) -> None:
@@ -435,9 +442,11 @@ class Targets:
             )
         return Watcher(self._watchers, lambda: self._stopping)
 
-    def _tell(self, target_id: str) -> None:
+    def _tell(self, target_id: str, collections: int = 1) -> None:
         for watcher in self._watchers:
-            watcher.wake(target_id)
+            watcher.wake(target_id, collections)
+        for listener in self._listeners:
+            listener(True)  # noqa: FBT003 - as above
 
 
 class Watcher:
@@ -455,13 +464,13 @@ class Watcher:
     def __exit__(self, *_: object) -> None:
         self._among.discard(self)
 
-    def wake(self, target_id: str) -> None:
-        """A target was collected, or has gone."""
-        self._news[target_id] = self._news.get(target_id, 0) + 1
+    def wake(self, target_id: str, collections: int) -> None:
+        """A target was collected so often, or has come or gone."""
+        self._news[target_id] = self._news.get(target_id, 0) + collections
         self.woken.set()
 
     async def news(self) -> Mapping[str, int]:
-        """How often each target was collected since the last time, once one was; UNAVAILABLE at the end."""
+        """How often each target was collected since the last time, once there is news; UNAVAILABLE at the end."""
         while True:
             if self._stopping():
                 raise Unavailable(

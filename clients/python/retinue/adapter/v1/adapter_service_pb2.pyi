@@ -276,6 +276,83 @@ class ListTargetsResponse(_message.Message):
 Global___ListTargetsResponse: _TypeAlias = ListTargetsResponse  # noqa: Y015
 
 @_typing.final
+class WatchTargetsRequest(_message.Message):
+    """WatchTargetsRequest selects."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def target_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """These, and those that come by their names; empty = all."""
+
+    def __init__(
+        self,
+        *,
+        target_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["target_ids", b"target_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTargetsRequest: _TypeAlias = WatchTargetsRequest  # noqa: Y015
+
+@_typing.final
+class WatchTargetsResponse(_message.Message):
+    """WatchTargetsResponse is one event."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    SYNCED_FIELD_NUMBER: _builtins.int
+    REMOVED_TARGET_ID_FIELD_NUMBER: _builtins.int
+    removed_target_id: _builtins.str
+    """A target is gone: its name."""
+    @_builtins.property
+    def target(self) -> _target_pb2.Target:
+        """A target as it is now."""
+
+    @_builtins.property
+    def synced(self) -> Global___Synced:
+        """The snapshot is complete."""
+
+    def __init__(
+        self,
+        *,
+        target: _target_pb2.Target | None = ...,
+        synced: Global___Synced | None = ...,
+        removed_target_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "removed_target_id", b"removed_target_id", "synced", b"synced", "target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "removed_target_id", b"removed_target_id", "synced", b"synced", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["target", "synced", "removed_target_id"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___WatchTargetsResponse: _TypeAlias = WatchTargetsResponse  # noqa: Y015
+
+@_typing.final
+class Synced(_message.Message):
+    """Synced says that the snapshot is complete."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Synced: _TypeAlias = Synced  # noqa: Y015
+
+@_typing.final
 class TestTargetRequest(_message.Message):
     """TestTargetRequest says what to try."""
 

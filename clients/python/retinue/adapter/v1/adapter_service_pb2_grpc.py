@@ -70,6 +70,11 @@ class AdapterServiceStub(object):
                 request_serializer=retinue_dot_adapter_dot_v1_dot_adapter__service__pb2.ListTargetsRequest.SerializeToString,
                 response_deserializer=retinue_dot_adapter_dot_v1_dot_adapter__service__pb2.ListTargetsResponse.FromString,
                 _registered_method=True)
+        self.WatchTargets = channel.unary_stream(
+                '/retinue.adapter.v1.AdapterService/WatchTargets',
+                request_serializer=retinue_dot_adapter_dot_v1_dot_adapter__service__pb2.WatchTargetsRequest.SerializeToString,
+                response_deserializer=retinue_dot_adapter_dot_v1_dot_adapter__service__pb2.WatchTargetsResponse.FromString,
+                _registered_method=True)
         self.TestTarget = channel.unary_unary(
                 '/retinue.adapter.v1.AdapterService/TestTarget',
                 request_serializer=retinue_dot_adapter_dot_v1_dot_adapter__service__pb2.TestTargetRequest.SerializeToString,
@@ -168,6 +173,18 @@ class AdapterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchTargets(self, request, context):
+        """WatchTargets gives targets with their status, and each again when its state or what is declared of it changes.
+
+        First comes a snapshot, one `target` for each, then `synced`, then changes; a slow reader gets the latest of each and may miss
+        what lay between. Nothing resumes it: call again. The state alone is told by grpc.health.v1, too, as that of the service
+        `target/NAME`: SERVING while the last collection succeeded. Errors: INVALID_ARGUMENT; RESOURCE_EXHAUSTED (WATCHER_LIMIT);
+        UNAVAILABLE (SHUTTING_DOWN) when the server stops.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def TestTarget(self, request, context):
         """TestTarget collects once, shows raw and normalised side by side, and keeps nothing. For operators.
 
@@ -260,6 +277,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ListTargets,
                     request_deserializer=retinue_dot_adapter_dot_v1_dot_adapter__service__pb2.ListTargetsRequest.FromString,
                     response_serializer=retinue_dot_adapter_dot_v1_dot_adapter__service__pb2.ListTargetsResponse.SerializeToString,
+            ),
+            'WatchTargets': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTargets,
+                    request_deserializer=retinue_dot_adapter_dot_v1_dot_adapter__service__pb2.WatchTargetsRequest.FromString,
+                    response_serializer=retinue_dot_adapter_dot_v1_dot_adapter__service__pb2.WatchTargetsResponse.SerializeToString,
             ),
             'TestTarget': grpc.unary_unary_rpc_method_handler(
                     servicer.TestTarget,
@@ -443,6 +465,33 @@ class AdapterService(object):
             '/retinue.adapter.v1.AdapterService/ListTargets',
             retinue_dot_adapter_dot_v1_dot_adapter__service__pb2.ListTargetsRequest.SerializeToString,
             retinue_dot_adapter_dot_v1_dot_adapter__service__pb2.ListTargetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTargets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/retinue.adapter.v1.AdapterService/WatchTargets',
+            retinue_dot_adapter_dot_v1_dot_adapter__service__pb2.WatchTargetsRequest.SerializeToString,
+            retinue_dot_adapter_dot_v1_dot_adapter__service__pb2.WatchTargetsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -69,6 +69,14 @@ class AdapterServiceStub:
     """GetTarget gives a target with its status. Errors: NOT_FOUND (TARGET_NOT_FOUND)."""
     ListTargets: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.ListTargetsRequest, _adapter_service_pb2.ListTargetsResponse]
     """ListTargets lists the targets by name. Errors: OUT_OF_RANGE (PAGE_TOKEN_EXPIRED)."""
+    WatchTargets: _grpc.UnaryStreamMultiCallable[_adapter_service_pb2.WatchTargetsRequest, _adapter_service_pb2.WatchTargetsResponse]
+    """WatchTargets gives targets with their status, and each again when its state or what is declared of it changes.
+
+    First comes a snapshot, one `target` for each, then `synced`, then changes; a slow reader gets the latest of each and may miss
+    what lay between. Nothing resumes it: call again. The state alone is told by grpc.health.v1, too, as that of the service
+    `target/NAME`: SERVING while the last collection succeeded. Errors: INVALID_ARGUMENT; RESOURCE_EXHAUSTED (WATCHER_LIMIT);
+    UNAVAILABLE (SHUTTING_DOWN) when the server stops.
+    """
     TestTarget: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.TestTargetRequest, _adapter_service_pb2.TestTargetResponse]
     """TestTarget collects once, shows raw and normalised side by side, and keeps nothing. For operators.
 
@@ -146,6 +154,14 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """GetTarget gives a target with its status. Errors: NOT_FOUND (TARGET_NOT_FOUND)."""
     ListTargets: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.ListTargetsRequest, _adapter_service_pb2.ListTargetsResponse]  # type: ignore[assignment]
     """ListTargets lists the targets by name. Errors: OUT_OF_RANGE (PAGE_TOKEN_EXPIRED)."""
+    WatchTargets: _aio.UnaryStreamMultiCallable[_adapter_service_pb2.WatchTargetsRequest, _adapter_service_pb2.WatchTargetsResponse]  # type: ignore[assignment]
+    """WatchTargets gives targets with their status, and each again when its state or what is declared of it changes.
+
+    First comes a snapshot, one `target` for each, then `synced`, then changes; a slow reader gets the latest of each and may miss
+    what lay between. Nothing resumes it: call again. The state alone is told by grpc.health.v1, too, as that of the service
+    `target/NAME`: SERVING while the last collection succeeded. Errors: INVALID_ARGUMENT; RESOURCE_EXHAUSTED (WATCHER_LIMIT);
+    UNAVAILABLE (SHUTTING_DOWN) when the server stops.
+    """
     TestTarget: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.TestTargetRequest, _adapter_service_pb2.TestTargetResponse]  # type: ignore[assignment]
     """TestTarget collects once, shows raw and normalised side by side, and keeps nothing. For operators.
 
@@ -250,6 +266,20 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.ListTargetsResponse, _abc.Awaitable[_adapter_service_pb2.ListTargetsResponse]]:
         """ListTargets lists the targets by name. Errors: OUT_OF_RANGE (PAGE_TOKEN_EXPIRED)."""
+
+    @_abc_1.abstractmethod
+    def WatchTargets(
+        self,
+        request: _adapter_service_pb2.WatchTargetsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_adapter_service_pb2.WatchTargetsResponse], _abc.AsyncIterator[_adapter_service_pb2.WatchTargetsResponse]]:
+        """WatchTargets gives targets with their status, and each again when its state or what is declared of it changes.
+
+        First comes a snapshot, one `target` for each, then `synced`, then changes; a slow reader gets the latest of each and may miss
+        what lay between. Nothing resumes it: call again. The state alone is told by grpc.health.v1, too, as that of the service
+        `target/NAME`: SERVING while the last collection succeeded. Errors: INVALID_ARGUMENT; RESOURCE_EXHAUSTED (WATCHER_LIMIT);
+        UNAVAILABLE (SHUTTING_DOWN) when the server stops.
+        """
 
     @_abc_1.abstractmethod
     def TestTarget(

@@ -18,7 +18,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file retinue/adapter/v1/adapter_service.proto.
  */
 export const file_retinue_adapter_v1_adapter_service: GenFile = /*@__PURE__*/
-  fileDesc("CihyZXRpbnVlL2FkYXB0ZXIvdjEvYWRhcHRlcl9zZXJ2aWNlLnByb3RvEhJyZXRpbnVlLmFkYXB0ZXIudjEicwoTQ3JlYXRlVGFyZ2V0UmVxdWVzdBIqCgZ0YXJnZXQYASABKAsyGi5yZXRpbnVlLmFkYXB0ZXIudjEuVGFyZ2V0EjAKDXdhaXRfZHVyYXRpb24YAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24iQgoUQ3JlYXRlVGFyZ2V0UmVzcG9uc2USKgoGdGFyZ2V0GAEgASgLMhoucmV0aW51ZS5hZGFwdGVyLnYxLlRhcmdldCJPChNVcGRhdGVUYXJnZXRSZXF1ZXN0EioKBnRhcmdldBgBIAEoCzIaLnJldGludWUuYWRhcHRlci52MS5UYXJnZXQSDAoEZXRhZxgCIAEoCSJCChRVcGRhdGVUYXJnZXRSZXNwb25zZRIqCgZ0YXJnZXQYASABKAsyGi5yZXRpbnVlLmFkYXB0ZXIudjEuVGFyZ2V0IjYKE0RlbGV0ZVRhcmdldFJlcXVlc3QSEQoJdGFyZ2V0X2lkGAEgASgJEgwKBGV0YWcYAiABKAkiJwoURGVsZXRlVGFyZ2V0UmVzcG9uc2USDwoHZGVsZXRlZBgBIAEoCCIlChBHZXRUYXJnZXRSZXF1ZXN0EhEKCXRhcmdldF9pZBgBIAEoCSI/ChFHZXRUYXJnZXRSZXNwb25zZRIqCgZ0YXJnZXQYASABKAsyGi5yZXRpbnVlLmFkYXB0ZXIudjEuVGFyZ2V0IjsKEkxpc3RUYXJnZXRzUmVxdWVzdBIRCglwYWdlX3NpemUYASABKAUSEgoKcGFnZV90b2tlbhgCIAEoCSJbChNMaXN0VGFyZ2V0c1Jlc3BvbnNlEisKB3RhcmdldHMYASADKAsyGi5yZXRpbnVlLmFkYXB0ZXIudjEuVGFyZ2V0EhcKD25leHRfcGFnZV90b2tlbhgCIAEoCSI/ChFUZXN0VGFyZ2V0UmVxdWVzdBIqCgZ0YXJnZXQYASABKAsyGi5yZXRpbnVlLmFkYXB0ZXIudjEuVGFyZ2V0IpsBChJUZXN0VGFyZ2V0UmVzcG9uc2USDwoHZmFpbHVyZRgBIAEoCRIvCgZwb2ludHMYAiADKAsyHy5yZXRpbnVlLmFkYXB0ZXIudjEuVGVzdGVkUG9pbnQSFgoOb21pdHRlZF9wb2ludHMYAyABKAUSKwoHc2lnbmFscxgEIAMoCzIaLnJldGludWUuYWRhcHRlci52MS5TaWduYWwiQQoLVGVzdGVkUG9pbnQSCwoDcmF3GAEgASgJEhIKCm5vcm1hbGlzZWQYAiABKAkSEQoJcmVqZWN0aW9uGAMgASgJIo8BCgVNYXRjaBIMCgRuYW1lGAEgASgJEhIKCnRhcmdldF9pZHMYAiADKAkSNQoGbGFiZWxzGAMgAygLMiUucmV0aW51ZS5hZGFwdGVyLnYxLk1hdGNoLkxhYmVsc0VudHJ5Gi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEiiwEKEUdldE1ldHJpY3NSZXF1ZXN0EioKB21hdGNoZXMYASADKAsyGS5yZXRpbnVlLmFkYXB0ZXIudjEuTWF0Y2gSMwoQbWF4X2FnZV9kdXJhdGlvbhgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIVCg1pbmNsdWRlX3N0YWxlGAMgASgIIkEKEkdldE1ldHJpY3NSZXNwb25zZRIrCgdtZXRyaWNzGAEgAygLMhoucmV0aW51ZS5hZGFwdGVyLnYxLk1ldHJpYyJBChNXYXRjaE1ldHJpY3NSZXF1ZXN0EioKB21hdGNoZXMYASADKAsyGS5yZXRpbnVlLmFkYXB0ZXIudjEuTWF0Y2giZgoUV2F0Y2hNZXRyaWNzUmVzcG9uc2USKwoHbWV0cmljcxgBIAMoCzIaLnJldGludWUuYWRhcHRlci52MS5NZXRyaWMSDgoGc3luY2VkGAIgASgIEhEKCWNvYWxlc2NlZBgDIAEoAyJEChZEZXNjcmliZU1ldHJpY3NSZXF1ZXN0EioKB21hdGNoZXMYASADKAsyGS5yZXRpbnVlLmFkYXB0ZXIudjEuTWF0Y2giRgoXRGVzY3JpYmVNZXRyaWNzUmVzcG9uc2USKwoHbWV0cmljcxgBIAMoCzIaLnJldGludWUuYWRhcHRlci52MS5NZXRyaWMiJwoRR2V0U2lnbmFsc1JlcXVlc3QSEgoKdGFyZ2V0X2lkcxgBIAMoCSJCChJHZXRTaWduYWxzUmVzcG9uc2USLAoHc2lnbmFscxgBIAMoCzIbLnJldGludWUuYWRhcHRlci52MS5TaWduYWxzIikKE1dhdGNoU2lnbmFsc1JlcXVlc3QSEgoKdGFyZ2V0X2lkcxgBIAMoCSJEChRXYXRjaFNpZ25hbHNSZXNwb25zZRIsCgdzaWduYWxzGAEgASgLMhsucmV0aW51ZS5hZGFwdGVyLnYxLlNpZ25hbHMiVgoUUmVwb3J0TWV0cmljc1JlcXVlc3QSEQoJdGFyZ2V0X2lkGAEgASgJEisKB21ldHJpY3MYAiADKAsyGi5yZXRpbnVlLmFkYXB0ZXIudjEuTWV0cmljImMKFVJlcG9ydE1ldHJpY3NSZXNwb25zZRIXCg9hY2NlcHRlZF9wb2ludHMYASABKAUSMQoKcmVqZWN0aW9ucxgCIAMoCzIdLnJldGludWUuYWRhcHRlci52MS5SZWplY3Rpb24ypgkKDkFkYXB0ZXJTZXJ2aWNlEmEKDENyZWF0ZVRhcmdldBInLnJldGludWUuYWRhcHRlci52MS5DcmVhdGVUYXJnZXRSZXF1ZXN0GigucmV0aW51ZS5hZGFwdGVyLnYxLkNyZWF0ZVRhcmdldFJlc3BvbnNlEmEKDFVwZGF0ZVRhcmdldBInLnJldGludWUuYWRhcHRlci52MS5VcGRhdGVUYXJnZXRSZXF1ZXN0GigucmV0aW51ZS5hZGFwdGVyLnYxLlVwZGF0ZVRhcmdldFJlc3BvbnNlEmEKDERlbGV0ZVRhcmdldBInLnJldGludWUuYWRhcHRlci52MS5EZWxldGVUYXJnZXRSZXF1ZXN0GigucmV0aW51ZS5hZGFwdGVyLnYxLkRlbGV0ZVRhcmdldFJlc3BvbnNlElgKCUdldFRhcmdldBIkLnJldGludWUuYWRhcHRlci52MS5HZXRUYXJnZXRSZXF1ZXN0GiUucmV0aW51ZS5hZGFwdGVyLnYxLkdldFRhcmdldFJlc3BvbnNlEl4KC0xpc3RUYXJnZXRzEiYucmV0aW51ZS5hZGFwdGVyLnYxLkxpc3RUYXJnZXRzUmVxdWVzdBonLnJldGludWUuYWRhcHRlci52MS5MaXN0VGFyZ2V0c1Jlc3BvbnNlElsKClRlc3RUYXJnZXQSJS5yZXRpbnVlLmFkYXB0ZXIudjEuVGVzdFRhcmdldFJlcXVlc3QaJi5yZXRpbnVlLmFkYXB0ZXIudjEuVGVzdFRhcmdldFJlc3BvbnNlElsKCkdldE1ldHJpY3MSJS5yZXRpbnVlLmFkYXB0ZXIudjEuR2V0TWV0cmljc1JlcXVlc3QaJi5yZXRpbnVlLmFkYXB0ZXIudjEuR2V0TWV0cmljc1Jlc3BvbnNlEmMKDFdhdGNoTWV0cmljcxInLnJldGludWUuYWRhcHRlci52MS5XYXRjaE1ldHJpY3NSZXF1ZXN0GigucmV0aW51ZS5hZGFwdGVyLnYxLldhdGNoTWV0cmljc1Jlc3BvbnNlMAESagoPRGVzY3JpYmVNZXRyaWNzEioucmV0aW51ZS5hZGFwdGVyLnYxLkRlc2NyaWJlTWV0cmljc1JlcXVlc3QaKy5yZXRpbnVlLmFkYXB0ZXIudjEuRGVzY3JpYmVNZXRyaWNzUmVzcG9uc2USWwoKR2V0U2lnbmFscxIlLnJldGludWUuYWRhcHRlci52MS5HZXRTaWduYWxzUmVxdWVzdBomLnJldGludWUuYWRhcHRlci52MS5HZXRTaWduYWxzUmVzcG9uc2USYwoMV2F0Y2hTaWduYWxzEicucmV0aW51ZS5hZGFwdGVyLnYxLldhdGNoU2lnbmFsc1JlcXVlc3QaKC5yZXRpbnVlLmFkYXB0ZXIudjEuV2F0Y2hTaWduYWxzUmVzcG9uc2UwARJkCg1SZXBvcnRNZXRyaWNzEigucmV0aW51ZS5hZGFwdGVyLnYxLlJlcG9ydE1ldHJpY3NSZXF1ZXN0GikucmV0aW51ZS5hZGFwdGVyLnYxLlJlcG9ydE1ldHJpY3NSZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration, file_retinue_adapter_v1_metric, file_retinue_adapter_v1_target]);
+  fileDesc("CihyZXRpbnVlL2FkYXB0ZXIvdjEvYWRhcHRlcl9zZXJ2aWNlLnByb3RvEhJyZXRpbnVlLmFkYXB0ZXIudjEicwoTQ3JlYXRlVGFyZ2V0UmVxdWVzdBIqCgZ0YXJnZXQYASABKAsyGi5yZXRpbnVlLmFkYXB0ZXIudjEuVGFyZ2V0EjAKDXdhaXRfZHVyYXRpb24YAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24iQgoUQ3JlYXRlVGFyZ2V0UmVzcG9uc2USKgoGdGFyZ2V0GAEgASgLMhoucmV0aW51ZS5hZGFwdGVyLnYxLlRhcmdldCJPChNVcGRhdGVUYXJnZXRSZXF1ZXN0EioKBnRhcmdldBgBIAEoCzIaLnJldGludWUuYWRhcHRlci52MS5UYXJnZXQSDAoEZXRhZxgCIAEoCSJCChRVcGRhdGVUYXJnZXRSZXNwb25zZRIqCgZ0YXJnZXQYASABKAsyGi5yZXRpbnVlLmFkYXB0ZXIudjEuVGFyZ2V0IjYKE0RlbGV0ZVRhcmdldFJlcXVlc3QSEQoJdGFyZ2V0X2lkGAEgASgJEgwKBGV0YWcYAiABKAkiJwoURGVsZXRlVGFyZ2V0UmVzcG9uc2USDwoHZGVsZXRlZBgBIAEoCCIlChBHZXRUYXJnZXRSZXF1ZXN0EhEKCXRhcmdldF9pZBgBIAEoCSI/ChFHZXRUYXJnZXRSZXNwb25zZRIqCgZ0YXJnZXQYASABKAsyGi5yZXRpbnVlLmFkYXB0ZXIudjEuVGFyZ2V0IjsKEkxpc3RUYXJnZXRzUmVxdWVzdBIRCglwYWdlX3NpemUYASABKAUSEgoKcGFnZV90b2tlbhgCIAEoCSJbChNMaXN0VGFyZ2V0c1Jlc3BvbnNlEisKB3RhcmdldHMYASADKAsyGi5yZXRpbnVlLmFkYXB0ZXIudjEuVGFyZ2V0EhcKD25leHRfcGFnZV90b2tlbhgCIAEoCSIpChNXYXRjaFRhcmdldHNSZXF1ZXN0EhIKCnRhcmdldF9pZHMYASADKAkimAEKFFdhdGNoVGFyZ2V0c1Jlc3BvbnNlEiwKBnRhcmdldBgBIAEoCzIaLnJldGludWUuYWRhcHRlci52MS5UYXJnZXRIABIsCgZzeW5jZWQYAiABKAsyGi5yZXRpbnVlLmFkYXB0ZXIudjEuU3luY2VkSAASGwoRcmVtb3ZlZF90YXJnZXRfaWQYAyABKAlIAEIHCgVldmVudCIICgZTeW5jZWQiPwoRVGVzdFRhcmdldFJlcXVlc3QSKgoGdGFyZ2V0GAEgASgLMhoucmV0aW51ZS5hZGFwdGVyLnYxLlRhcmdldCKbAQoSVGVzdFRhcmdldFJlc3BvbnNlEg8KB2ZhaWx1cmUYASABKAkSLwoGcG9pbnRzGAIgAygLMh8ucmV0aW51ZS5hZGFwdGVyLnYxLlRlc3RlZFBvaW50EhYKDm9taXR0ZWRfcG9pbnRzGAMgASgFEisKB3NpZ25hbHMYBCADKAsyGi5yZXRpbnVlLmFkYXB0ZXIudjEuU2lnbmFsIkEKC1Rlc3RlZFBvaW50EgsKA3JhdxgBIAEoCRISCgpub3JtYWxpc2VkGAIgASgJEhEKCXJlamVjdGlvbhgDIAEoCSKPAQoFTWF0Y2gSDAoEbmFtZRgBIAEoCRISCgp0YXJnZXRfaWRzGAIgAygJEjUKBmxhYmVscxgDIAMoCzIlLnJldGludWUuYWRhcHRlci52MS5NYXRjaC5MYWJlbHNFbnRyeRotCgtMYWJlbHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAk6AjgBIosBChFHZXRNZXRyaWNzUmVxdWVzdBIqCgdtYXRjaGVzGAEgAygLMhkucmV0aW51ZS5hZGFwdGVyLnYxLk1hdGNoEjMKEG1heF9hZ2VfZHVyYXRpb24YAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SFQoNaW5jbHVkZV9zdGFsZRgDIAEoCCJBChJHZXRNZXRyaWNzUmVzcG9uc2USKwoHbWV0cmljcxgBIAMoCzIaLnJldGludWUuYWRhcHRlci52MS5NZXRyaWMiQQoTV2F0Y2hNZXRyaWNzUmVxdWVzdBIqCgdtYXRjaGVzGAEgAygLMhkucmV0aW51ZS5hZGFwdGVyLnYxLk1hdGNoImYKFFdhdGNoTWV0cmljc1Jlc3BvbnNlEisKB21ldHJpY3MYASADKAsyGi5yZXRpbnVlLmFkYXB0ZXIudjEuTWV0cmljEg4KBnN5bmNlZBgCIAEoCBIRCgljb2FsZXNjZWQYAyABKAMiRAoWRGVzY3JpYmVNZXRyaWNzUmVxdWVzdBIqCgdtYXRjaGVzGAEgAygLMhkucmV0aW51ZS5hZGFwdGVyLnYxLk1hdGNoIkYKF0Rlc2NyaWJlTWV0cmljc1Jlc3BvbnNlEisKB21ldHJpY3MYASADKAsyGi5yZXRpbnVlLmFkYXB0ZXIudjEuTWV0cmljIicKEUdldFNpZ25hbHNSZXF1ZXN0EhIKCnRhcmdldF9pZHMYASADKAkiQgoSR2V0U2lnbmFsc1Jlc3BvbnNlEiwKB3NpZ25hbHMYASADKAsyGy5yZXRpbnVlLmFkYXB0ZXIudjEuU2lnbmFscyIpChNXYXRjaFNpZ25hbHNSZXF1ZXN0EhIKCnRhcmdldF9pZHMYASADKAkiRAoUV2F0Y2hTaWduYWxzUmVzcG9uc2USLAoHc2lnbmFscxgBIAEoCzIbLnJldGludWUuYWRhcHRlci52MS5TaWduYWxzIlYKFFJlcG9ydE1ldHJpY3NSZXF1ZXN0EhEKCXRhcmdldF9pZBgBIAEoCRIrCgdtZXRyaWNzGAIgAygLMhoucmV0aW51ZS5hZGFwdGVyLnYxLk1ldHJpYyJjChVSZXBvcnRNZXRyaWNzUmVzcG9uc2USFwoPYWNjZXB0ZWRfcG9pbnRzGAEgASgFEjEKCnJlamVjdGlvbnMYAiADKAsyHS5yZXRpbnVlLmFkYXB0ZXIudjEuUmVqZWN0aW9uMosKCg5BZGFwdGVyU2VydmljZRJhCgxDcmVhdGVUYXJnZXQSJy5yZXRpbnVlLmFkYXB0ZXIudjEuQ3JlYXRlVGFyZ2V0UmVxdWVzdBooLnJldGludWUuYWRhcHRlci52MS5DcmVhdGVUYXJnZXRSZXNwb25zZRJhCgxVcGRhdGVUYXJnZXQSJy5yZXRpbnVlLmFkYXB0ZXIudjEuVXBkYXRlVGFyZ2V0UmVxdWVzdBooLnJldGludWUuYWRhcHRlci52MS5VcGRhdGVUYXJnZXRSZXNwb25zZRJhCgxEZWxldGVUYXJnZXQSJy5yZXRpbnVlLmFkYXB0ZXIudjEuRGVsZXRlVGFyZ2V0UmVxdWVzdBooLnJldGludWUuYWRhcHRlci52MS5EZWxldGVUYXJnZXRSZXNwb25zZRJYCglHZXRUYXJnZXQSJC5yZXRpbnVlLmFkYXB0ZXIudjEuR2V0VGFyZ2V0UmVxdWVzdBolLnJldGludWUuYWRhcHRlci52MS5HZXRUYXJnZXRSZXNwb25zZRJeCgtMaXN0VGFyZ2V0cxImLnJldGludWUuYWRhcHRlci52MS5MaXN0VGFyZ2V0c1JlcXVlc3QaJy5yZXRpbnVlLmFkYXB0ZXIudjEuTGlzdFRhcmdldHNSZXNwb25zZRJjCgxXYXRjaFRhcmdldHMSJy5yZXRpbnVlLmFkYXB0ZXIudjEuV2F0Y2hUYXJnZXRzUmVxdWVzdBooLnJldGludWUuYWRhcHRlci52MS5XYXRjaFRhcmdldHNSZXNwb25zZTABElsKClRlc3RUYXJnZXQSJS5yZXRpbnVlLmFkYXB0ZXIudjEuVGVzdFRhcmdldFJlcXVlc3QaJi5yZXRpbnVlLmFkYXB0ZXIudjEuVGVzdFRhcmdldFJlc3BvbnNlElsKCkdldE1ldHJpY3MSJS5yZXRpbnVlLmFkYXB0ZXIudjEuR2V0TWV0cmljc1JlcXVlc3QaJi5yZXRpbnVlLmFkYXB0ZXIudjEuR2V0TWV0cmljc1Jlc3BvbnNlEmMKDFdhdGNoTWV0cmljcxInLnJldGludWUuYWRhcHRlci52MS5XYXRjaE1ldHJpY3NSZXF1ZXN0GigucmV0aW51ZS5hZGFwdGVyLnYxLldhdGNoTWV0cmljc1Jlc3BvbnNlMAESagoPRGVzY3JpYmVNZXRyaWNzEioucmV0aW51ZS5hZGFwdGVyLnYxLkRlc2NyaWJlTWV0cmljc1JlcXVlc3QaKy5yZXRpbnVlLmFkYXB0ZXIudjEuRGVzY3JpYmVNZXRyaWNzUmVzcG9uc2USWwoKR2V0U2lnbmFscxIlLnJldGludWUuYWRhcHRlci52MS5HZXRTaWduYWxzUmVxdWVzdBomLnJldGludWUuYWRhcHRlci52MS5HZXRTaWduYWxzUmVzcG9uc2USYwoMV2F0Y2hTaWduYWxzEicucmV0aW51ZS5hZGFwdGVyLnYxLldhdGNoU2lnbmFsc1JlcXVlc3QaKC5yZXRpbnVlLmFkYXB0ZXIudjEuV2F0Y2hTaWduYWxzUmVzcG9uc2UwARJkCg1SZXBvcnRNZXRyaWNzEigucmV0aW51ZS5hZGFwdGVyLnYxLlJlcG9ydE1ldHJpY3NSZXF1ZXN0GikucmV0aW51ZS5hZGFwdGVyLnYxLlJlcG9ydE1ldHJpY3NSZXNwb25zZWIGcHJvdG8z", [file_google_protobuf_duration, file_retinue_adapter_v1_metric, file_retinue_adapter_v1_target]);
 
 /**
  * CreateTargetRequest says what to collect.
@@ -266,6 +266,87 @@ export const ListTargetsResponseSchema: GenMessage<ListTargetsResponse> = /*@__P
   messageDesc(file_retinue_adapter_v1_adapter_service, 9);
 
 /**
+ * WatchTargetsRequest selects.
+ *
+ * @generated from message retinue.adapter.v1.WatchTargetsRequest
+ */
+export type WatchTargetsRequest = Message<"retinue.adapter.v1.WatchTargetsRequest"> & {
+  /**
+   * These, and those that come by their names; empty = all.
+   *
+   * @generated from field: repeated string target_ids = 1;
+   */
+  targetIds: string[];
+};
+
+/**
+ * Describes the message retinue.adapter.v1.WatchTargetsRequest.
+ * Use `create(WatchTargetsRequestSchema)` to create a new message.
+ */
+export const WatchTargetsRequestSchema: GenMessage<WatchTargetsRequest> = /*@__PURE__*/
+  messageDesc(file_retinue_adapter_v1_adapter_service, 10);
+
+/**
+ * WatchTargetsResponse is one event.
+ *
+ * @generated from message retinue.adapter.v1.WatchTargetsResponse
+ */
+export type WatchTargetsResponse = Message<"retinue.adapter.v1.WatchTargetsResponse"> & {
+  /**
+   * What happened.
+   *
+   * @generated from oneof retinue.adapter.v1.WatchTargetsResponse.event
+   */
+  event: {
+    /**
+     * A target as it is now.
+     *
+     * @generated from field: retinue.adapter.v1.Target target = 1;
+     */
+    value: Target;
+    case: "target";
+  } | {
+    /**
+     * The snapshot is complete.
+     *
+     * @generated from field: retinue.adapter.v1.Synced synced = 2;
+     */
+    value: Synced;
+    case: "synced";
+  } | {
+    /**
+     * A target is gone: its name.
+     *
+     * @generated from field: string removed_target_id = 3;
+     */
+    value: string;
+    case: "removedTargetId";
+  } | { case: undefined; value?: undefined };
+};
+
+/**
+ * Describes the message retinue.adapter.v1.WatchTargetsResponse.
+ * Use `create(WatchTargetsResponseSchema)` to create a new message.
+ */
+export const WatchTargetsResponseSchema: GenMessage<WatchTargetsResponse> = /*@__PURE__*/
+  messageDesc(file_retinue_adapter_v1_adapter_service, 11);
+
+/**
+ * Synced says that the snapshot is complete.
+ *
+ * @generated from message retinue.adapter.v1.Synced
+ */
+export type Synced = Message<"retinue.adapter.v1.Synced"> & {
+};
+
+/**
+ * Describes the message retinue.adapter.v1.Synced.
+ * Use `create(SyncedSchema)` to create a new message.
+ */
+export const SyncedSchema: GenMessage<Synced> = /*@__PURE__*/
+  messageDesc(file_retinue_adapter_v1_adapter_service, 12);
+
+/**
  * TestTargetRequest says what to try.
  *
  * @generated from message retinue.adapter.v1.TestTargetRequest
@@ -284,7 +365,7 @@ export type TestTargetRequest = Message<"retinue.adapter.v1.TestTargetRequest"> 
  * Use `create(TestTargetRequestSchema)` to create a new message.
  */
 export const TestTargetRequestSchema: GenMessage<TestTargetRequest> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 10);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 13);
 
 /**
  * TestTargetResponse shows what a collection brings.
@@ -326,7 +407,7 @@ export type TestTargetResponse = Message<"retinue.adapter.v1.TestTargetResponse"
  * Use `create(TestTargetResponseSchema)` to create a new message.
  */
 export const TestTargetResponseSchema: GenMessage<TestTargetResponse> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 11);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 14);
 
 /**
  * TestedPoint is a point as it came, and what became of it.
@@ -361,7 +442,7 @@ export type TestedPoint = Message<"retinue.adapter.v1.TestedPoint"> & {
  * Use `create(TestedPointSchema)` to create a new message.
  */
 export const TestedPointSchema: GenMessage<TestedPoint> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 12);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 15);
 
 /**
  * Match selects series; what is left out matches all.
@@ -396,7 +477,7 @@ export type Match = Message<"retinue.adapter.v1.Match"> & {
  * Use `create(MatchSchema)` to create a new message.
  */
 export const MatchSchema: GenMessage<Match> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 13);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 16);
 
 /**
  * GetMetricsRequest selects.
@@ -431,7 +512,7 @@ export type GetMetricsRequest = Message<"retinue.adapter.v1.GetMetricsRequest"> 
  * Use `create(GetMetricsRequestSchema)` to create a new message.
  */
 export const GetMetricsRequestSchema: GenMessage<GetMetricsRequest> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 14);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 17);
 
 /**
  * GetMetricsResponse has the latest.
@@ -452,7 +533,7 @@ export type GetMetricsResponse = Message<"retinue.adapter.v1.GetMetricsResponse"
  * Use `create(GetMetricsResponseSchema)` to create a new message.
  */
 export const GetMetricsResponseSchema: GenMessage<GetMetricsResponse> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 15);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 18);
 
 /**
  * WatchMetricsRequest selects.
@@ -473,7 +554,7 @@ export type WatchMetricsRequest = Message<"retinue.adapter.v1.WatchMetricsReques
  * Use `create(WatchMetricsRequestSchema)` to create a new message.
  */
 export const WatchMetricsRequestSchema: GenMessage<WatchMetricsRequest> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 16);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 19);
 
 /**
  * WatchMetricsResponse is a part of the snapshot, or a change.
@@ -508,7 +589,7 @@ export type WatchMetricsResponse = Message<"retinue.adapter.v1.WatchMetricsRespo
  * Use `create(WatchMetricsResponseSchema)` to create a new message.
  */
 export const WatchMetricsResponseSchema: GenMessage<WatchMetricsResponse> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 17);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 20);
 
 /**
  * DescribeMetricsRequest selects.
@@ -529,7 +610,7 @@ export type DescribeMetricsRequest = Message<"retinue.adapter.v1.DescribeMetrics
  * Use `create(DescribeMetricsRequestSchema)` to create a new message.
  */
 export const DescribeMetricsRequestSchema: GenMessage<DescribeMetricsRequest> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 18);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 21);
 
 /**
  * DescribeMetricsResponse has names without series.
@@ -550,7 +631,7 @@ export type DescribeMetricsResponse = Message<"retinue.adapter.v1.DescribeMetric
  * Use `create(DescribeMetricsResponseSchema)` to create a new message.
  */
 export const DescribeMetricsResponseSchema: GenMessage<DescribeMetricsResponse> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 19);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 22);
 
 /**
  * GetSignalsRequest selects.
@@ -571,7 +652,7 @@ export type GetSignalsRequest = Message<"retinue.adapter.v1.GetSignalsRequest"> 
  * Use `create(GetSignalsRequestSchema)` to create a new message.
  */
 export const GetSignalsRequestSchema: GenMessage<GetSignalsRequest> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 20);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 23);
 
 /**
  * GetSignalsResponse has the golden signals.
@@ -592,7 +673,7 @@ export type GetSignalsResponse = Message<"retinue.adapter.v1.GetSignalsResponse"
  * Use `create(GetSignalsResponseSchema)` to create a new message.
  */
 export const GetSignalsResponseSchema: GenMessage<GetSignalsResponse> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 21);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 24);
 
 /**
  * WatchSignalsRequest selects.
@@ -613,7 +694,7 @@ export type WatchSignalsRequest = Message<"retinue.adapter.v1.WatchSignalsReques
  * Use `create(WatchSignalsRequestSchema)` to create a new message.
  */
 export const WatchSignalsRequestSchema: GenMessage<WatchSignalsRequest> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 22);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 25);
 
 /**
  * WatchSignalsResponse is the golden signals of one target.
@@ -634,7 +715,7 @@ export type WatchSignalsResponse = Message<"retinue.adapter.v1.WatchSignalsRespo
  * Use `create(WatchSignalsResponseSchema)` to create a new message.
  */
 export const WatchSignalsResponseSchema: GenMessage<WatchSignalsResponse> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 23);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 26);
 
 /**
  * ReportMetricsRequest has points.
@@ -662,7 +743,7 @@ export type ReportMetricsRequest = Message<"retinue.adapter.v1.ReportMetricsRequ
  * Use `create(ReportMetricsRequestSchema)` to create a new message.
  */
 export const ReportMetricsRequestSchema: GenMessage<ReportMetricsRequest> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 24);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 27);
 
 /**
  * ReportMetricsResponse names what was not taken.
@@ -690,7 +771,7 @@ export type ReportMetricsResponse = Message<"retinue.adapter.v1.ReportMetricsRes
  * Use `create(ReportMetricsResponseSchema)` to create a new message.
  */
 export const ReportMetricsResponseSchema: GenMessage<ReportMetricsResponse> = /*@__PURE__*/
-  messageDesc(file_retinue_adapter_v1_adapter_service, 25);
+  messageDesc(file_retinue_adapter_v1_adapter_service, 28);
 
 /**
  * AdapterService collects what apps say of themselves, and shows it in one form: here, at `/metrics` of the metrics listener,
@@ -769,6 +850,21 @@ export const AdapterService: GenService<{
     methodKind: "unary";
     input: typeof ListTargetsRequestSchema;
     output: typeof ListTargetsResponseSchema;
+  },
+  /**
+   * WatchTargets gives targets with their status, and each again when its state or what is declared of it changes.
+   *
+   * First comes a snapshot, one `target` for each, then `synced`, then changes; a slow reader gets the latest of each and may miss
+   * what lay between. Nothing resumes it: call again. The state alone is told by grpc.health.v1, too, as that of the service
+   * `target/NAME`: SERVING while the last collection succeeded. Errors: INVALID_ARGUMENT; RESOURCE_EXHAUSTED (WATCHER_LIMIT);
+   * UNAVAILABLE (SHUTTING_DOWN) when the server stops.
+   *
+   * @generated from rpc retinue.adapter.v1.AdapterService.WatchTargets
+   */
+  watchTargets: {
+    methodKind: "server_streaming";
+    input: typeof WatchTargetsRequestSchema;
+    output: typeof WatchTargetsResponseSchema;
   },
   /**
    * TestTarget collects once, shows raw and normalised side by side, and keeps nothing. For operators.
