@@ -164,7 +164,7 @@ async def test_watched_targets_tell_how_they_do(server: RunningServer, page: Pag
     async with Adapter(server.address) as app, Adapter(server.control) as operator:
         await operator.create(web(name, page), wait=10)
         async with aclosing(app.watch_targets(name)) as news:
-            assert (await anext(news)).target.status.state == pb.TARGET_STATE_UP
+            assert (await anext(news)).target.status.state == pb.TARGET_STATE_DEGRADED, "it has a bad point"
             assert (await anext(news)).HasField("synced")
             await operator.delete(name)
             assert (await anext(news)).removed_target_id == name
