@@ -667,7 +667,8 @@ def test_memory_is_flat_under_garbage(row: Row) -> None:
                 throw_everything(it, random.Random(seed))
                 it.check_alive()
                 sizes.append(it.memory_mib())
-            warm, grown = sizes[WARM_UP - 1], sizes[-1] - sizes[WARM_UP - 1]
+            warm = sizes[WARM_UP - 1]
+            grown = min(sizes[-2:]) - warm  # what the allocator happens to keep goes up and down, what leaks stays
             row("garbage, memory", rounds=ROUNDS, warm_mib=round(warm), grown_mib=round(grown, 1), allowed_mib=FLAT_MIB)
             assert grown < FLAT_MIB, sizes
 
