@@ -6,14 +6,14 @@ import asyncio
 import random
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from faults.tables import LONG, Row
 from support.ambassador_faults.callers import Caller
 from support.ambassador_faults.campaign import KINDS, SLACK_NS, Campaign
-from support.ambassador_faults.checks import check
+from support.ambassador_faults.checks import Finding, check
 from support.ambassador_faults.history import Fault, Kept
 from support.ambassador_faults.report import totals
 from support.ambassador_faults.schedule import Kind
@@ -63,11 +63,28 @@ DEFECTS = {
     "serves-the-former": "right_server",
     "leaves-at-once": "served",
 }
+PLAYS = 4
 
 
 async def test_an_ambassador_that_breaks_a_rule_is_caught(where: Path) -> None:
-    """Each upstream breaks the rule that is its name, but for one."""
+    """Each upstream breaks the rule that is its name, but for one. Some breaches need a call at the right moment: what
+    one play does not bring to light, the next does."""
     envoy_or_skip()
+    caught: dict[str, str] = {}
+    changed: set[str] = set()
+    for number in range(PLAYS):
+        found = await broken(where / str(number))
+        caught |= {one.what.partition(":")[0]: one.check for one in found if one.check != "unchanged"}
+        changed |= {one.what.split()[1] for one in found if one.check == "unchanged"}
+        if caught.keys() >= DEFECTS.keys():
+            break
+    assert caught == DEFECTS
+    assert changed == {"changes-what-stays"}
+
+
+async def broken(where: Path) -> Sequence[Finding]:
+    """What the checkers say of one play."""
+    where.mkdir(mode=0o755)
     lines, web = [LineServer("one"), LineServer("two")], WebServer("web")
     web.delay_s = 0.4
     async with running(*lines, web), Stage(where, module="faults.broken_ambassadors") as stage:
@@ -86,10 +103,7 @@ async def test_an_ambassador_that_breaks_a_rule_is_caught(where: Path) -> None:
             await attach.declare(declared("changes-what-stays", "http", {"web": web.address}))
             await break_them(stage, native, child, attach)
             over.set()
-        found = check(stage.story(), SLACK_NS)
-    caught = {one.what.partition(":")[0]: one.check for one in found if one.check != "unchanged"}
-    assert caught == DEFECTS
-    assert {one.what.split()[1] for one in found if one.check == "unchanged"} == {"changes-what-stays"}
+        return check(stage.story(), SLACK_NS)
 
 
 async def break_them(stage: Stage, native: Side, child: Side, attach: Side) -> None:
