@@ -498,7 +498,7 @@ def test_a_watch_that_is_read_slowly_tells_how_much_it_missed(
 def test_golden_signals_are_present_or_absent_with_a_reason(
     create: Create, adapter: Client, shop: Source, source: Source, name: str
 ) -> None:
-    create(f"{name}-a", shop)
+    create(f"{name}-a", shop, interval_duration=seconds(3600))
     create(f"{name}-b", source)
     full, empty = adapter.GetSignals(target_ids=[f"{name}-a", f"{name}-b"]).signals
     assert [signal.kind for signal in full.signals] == [REQUESTS, ERRORS, DURATION, SATURATION]
