@@ -136,11 +136,11 @@ def test_a_file_that_changes_is_taken_without_a_restart_and_a_wrong_one_is_not(w
     world.cluster.update("adapter-targets", {"targets.yaml": text + "  - {target_id: own, kind: REPORT}\n"})
     await_true(lambda: world.state("own") == "up", "the new target is there")
     world.cluster.update("adapter-targets", {"targets.yaml": text + "  - {target_id: own, knd: REPORT}\n"})
-    await_true(lambda: world.value("retinue_adapter_rule_packs_ok") == 0, "the file is found wrong")
+    await_true(lambda: world.value("retinue_adapter_target_file_ok") == 0, "the file is found wrong")
     assert "knd" in world.app.logs()
     assert world.state("own") == "up", "what is there stays"
     world.cluster.update("adapter-targets", {"targets.yaml": text})
-    await_true(lambda: world.value("retinue_adapter_rule_packs_ok") == 1, "it is right again")
+    await_true(lambda: world.value("retinue_adapter_target_file_ok") == 1, "it is right again")
     with pytest.raises(PodError):
         world.page("/own")
 
