@@ -69,7 +69,8 @@ class Patience:
 
     def __init__(self, wait_ms: int) -> None:
         self._clock = asyncio.get_running_loop().time
-        self._until = self._clock() + wait_ms / 1000
+        begun = 1 if wait_ms else 0  # uvloop's clock shows the millisecond that has begun: nobody's wait ends too early
+        self._until = self._clock() + (wait_ms + begun) / 1000
 
     async def until(self, woken: asyncio.Event) -> bool:
         """True when woken, False when patience is at an end."""
